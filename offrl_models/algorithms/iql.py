@@ -1,0 +1,67 @@
+"""Implicit Q-learning: never asks the critic about an action that is not in the data.
+
+Kostrikov, Nair & Levine (2021), https://arxiv.org/abs/2110.06169.
+Differences from the paper: all three losses are taken at the same parameters, and the policy is categorical.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.losses import advantage_weight, expectile_loss, squared_error, take, td_target
+from offrl_models.nets import MLP, masked_log_softmax
+from offrl_models.schema import TransitionBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class IQLConfig:
+    hidden: tuple[int, ...] = (256, 256)
+    learning_rate: float = 3e-4
+    expectile: float = 0.7  # paper: tau
+    inverse_temperature: float = 3.0  # paper: beta; 0 is behavior cloning
+    max_weight: float = 100.0
+    polyak: float = 0.005
+
+
+class IQL(nn.Module):
+    targets: ClassVar[dict[str, str]] = {"target_q1": "q1", "target_q2": "q2"}
+
+    def __init__(self, config: IQLConfig, encoder: Encoder, actions: int, seeds: Sequence[int]):
+        super().__init__()
+        self.config = config
+        self.q1 = MLP(seeds, "q1", encoder, config.hidden, actions)
+        self.q2 = MLP(seeds, "q2", encoder, config.hidden, actions)
+        self.target_q1 = MLP(seeds, "q1", encoder, config.hidden, actions)
+        self.target_q2 = MLP(seeds, "q2", encoder, config.hidden, actions)
+        self.value = MLP(seeds, "value", encoder, config.hidden, 1)
+        self.policy = MLP(seeds, "policy", encoder, config.hidden, actions)
+        self.target_update = (config.polyak, 1)
+
+    def learning_rates(self) -> dict[str, float]:
+        return dict.fromkeys(("q1", "q2", "value", "policy"), self.config.learning_rate)
+
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """One loss per seed for each trained network, keyed by the attribute it trains."""
+        c = self.config
+        with torch.no_grad():
+            slow = torch.minimum(self.target_q1(batch.observation), self.target_q2(batch.observation))
+            q_in_data = take(slow, batch.action)
+            next_value = self.value(batch.next_observation).squeeze(-1)
+        value = self.value(batch.observation).squeeze(-1)
+        weight = advantage_weight(q_in_data - value, inverse_temperature=c.inverse_temperature, max_weight=c.max_weight)
+        target = td_target(batch.reward, batch.discount, next_value)
+        log_prob = take(self.log_probs(batch.observation, batch.mask), batch.action)
+        return {
+            "value": expectile_loss(value, q_in_data, expectile=c.expectile),
+            "q1": squared_error(take(self.q1(batch.observation), batch.action), target),
+            "q2": squared_error(take(self.q2(batch.observation), batch.action), target),
+            "policy": -(weight * log_prob).mean(-1),
+        }
+
+    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+        """The policy: log-probabilities [seed, batch, actions]."""
+        return masked_log_softmax(self.policy(observation), mask)

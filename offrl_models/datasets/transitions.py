@@ -1,0 +1,61 @@
+"""Transitions on the training device, sampled with replacement, one generator per seed."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl_models.schema import Episodes, InputError, TransitionBatch
+
+
+class Transitions:
+    """All usable rows of some episodes as tensors.
+
+    A seed draws its own rows from its own generator, so its batches do not depend on which seeds train beside it.
+    """
+
+    def __init__(self, episodes: Episodes, device: torch.device | str = "cpu"):
+        usable = np.flatnonzero(episodes.bootstrappable)
+        if len(usable) == 0:
+            raise InputError(
+                "no row can be trained on: every episode is truncated after one step and masks are logged."
+            )
+        self.rows = torch.as_tensor(usable, device=device)
+        as_tensor = lambda array, dtype: torch.as_tensor(array, dtype=dtype, device=device)  # noqa: E731
+        self.observation = as_tensor(episodes.observation, torch.float32)
+        self.next_observation = as_tensor(episodes.next_observation, torch.float32)
+        self.action = as_tensor(episodes.action, torch.long)
+        self.reward = as_tensor(episodes.reward, torch.float32)
+        self.discount = as_tensor(episodes.discount, torch.float32)
+        self.mask = as_tensor(episodes.mask, torch.bool)
+        # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
+        next_mask = episodes.next_mask | episodes.terminated[:, None]
+        self.next_mask = as_tensor(next_mask, torch.bool)
+
+    def take(self, row: Tensor) -> TransitionBatch:
+        """The transitions at `row`, of shape [seed, batch]."""
+        return TransitionBatch(
+            observation=self.observation[row],
+            action=self.action[row],
+            reward=self.reward[row],
+            discount=self.discount[row],
+            next_observation=self.next_observation[row],
+            mask=self.mask[row],
+            next_mask=self.next_mask[row],
+            row=row,
+        )
+
+
+class Sampler:
+    """Draws rows for every seed; `pools` gives each seed rows of its own, as a bootstrap resample does."""
+
+    def __init__(self, pools: list[Tensor], batch_size: int, seeds: list[int]):
+        self.pools, self.batch_size = pools, batch_size
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(self, steps: int) -> Tensor:
+        """Rows for `steps` batches, of shape [steps, seed, batch]."""
+        drawn = [
+            pool[torch.randint(len(pool), (steps, self.batch_size), generator=generator).to(pool.device)]
+            for pool, generator in zip(self.pools, self.generators, strict=True)
+        ]
+        return torch.stack(drawn, 1)

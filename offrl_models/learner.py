@@ -1,0 +1,133 @@
+"""The one LightningModule: it trains anything that has `losses()`, all seeds at once, many gradient steps per call."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.schema import TransitionBatch
+
+Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
+
+
+class Trainable(Protocol):
+    """What the learner needs of an algorithm."""
+
+    targets: ClassVar[dict[str, str]]  # slow copy -> fast network
+    target_update: tuple[float, int]  # (how far the slow copy moves, every how many gradient steps)
+
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]: ...
+
+    def learning_rates(self) -> dict[str, float]: ...
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; nothing was kept of the chunk in which it did."""
+
+
+class _Chunks(IterableDataset[int]):
+    """The number of gradient steps of each chunk."""
+
+    def __init__(self, gradient_steps: int, chunk: int):
+        self.sizes = [min(chunk, gradient_steps - start) for start in range(0, gradient_steps, chunk)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sizes)
+
+
+class Learner(L.LightningModule):
+    """Sums the losses of all seeds, steps one Adam with a parameter group per network, and moves the targets.
+
+    The sum of independent losses gives every seed the gradient it would have alone.
+    """
+
+    def __init__(self, algorithm: nn.Module, transitions: Transitions, sampler: Sampler, report: Report | None = None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.algorithm: Any = algorithm
+        self.transitions, self.sampler, self.report = transitions, sampler, report
+        self.gradient_steps = 0
+        self.history: list[dict[str, Any]] = []
+        for slow, fast in self.algorithm.targets.items():
+            target = getattr(self.algorithm, slow)
+            target.load_state_dict(getattr(self.algorithm, fast).state_dict())
+            target.requires_grad_(False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": list(getattr(self.algorithm, name).parameters()), "lr": rate, "name": name}
+            for name, rate in self.algorithm.learning_rates().items()
+        ]
+        return torch.optim.Adam(groups, fused=True)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        rows = self.sampler.draw(batch)
+        total: dict[str, Tensor] = {}
+        for step in range(batch):
+            losses = self.algorithm.losses(self.transitions.take(rows[step]))
+            optimizer.zero_grad(set_to_none=True)
+            self.manual_backward(torch.stack(list(losses.values())).sum())
+            optimizer.step()
+            self.gradient_steps += 1
+            self._move_targets()
+            total = {name: total.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
+        per_seed = {name: (loss / batch).tolist() for name, loss in total.items()}
+        for name, values in per_seed.items():
+            bad = [i for i, value in enumerate(values) if value != value or abs(value) == float("inf")]
+            if bad:
+                raise NonFiniteLossError(
+                    f"the {name} loss of seed {bad[0]} is not finite after {self.gradient_steps} gradient steps; "
+                    "lower its learning rate or look for extreme values in the observations and rewards."
+                )
+        self.history.append({"gradient_steps": self.gradient_steps, **per_seed})
+        if self.report:
+            self.report(self.gradient_steps, {name: sum(v) / len(v) for name, v in per_seed.items()})
+
+    @torch.no_grad()
+    def _move_targets(self) -> None:
+        rate, interval = self.algorithm.target_update
+        if self.gradient_steps % interval:
+            return
+        for slow, fast in self.algorithm.targets.items():
+            target = list(getattr(self.algorithm, slow).parameters())
+            torch._foreach_lerp_(target, list(getattr(self.algorithm, fast).parameters()), rate)
+
+
+def train(
+    algorithm: nn.Module,
+    transitions: Transitions,
+    sampler: Sampler,
+    *,
+    gradient_steps: int,
+    chunk: int = 50,
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """Train in place for a number of gradient steps. Returns the mean losses per chunk, network and seed.
+
+    Raises NonFiniteLossError naming network, seed and step.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    learner = Learner(algorithm, transitions, sampler, report)
+    with warnings.catch_warnings():
+        # The loader yields numbers, not data; workers would only slow it down.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 against torch 2.13
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator=transitions.reward.device.type,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(learner, DataLoader(_Chunks(gradient_steps, chunk), batch_size=None))
+    return learner.history

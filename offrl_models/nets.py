@@ -1,0 +1,97 @@
+"""Networks with a leading seed axis: parameters are [seed, in, out], so several seeds cost one pass."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from offrl_models.datasets.encoding import Encoded, Encoder
+
+
+def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    """Uniform in +-1/sqrt(fan_in), drawn per seed, so that a seed starts alike alone and in company."""
+    bound = 1.0 / math.sqrt(max(fan_in, 1))
+    drawn = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(
+            seed * 1_000_003 + sum(ord(c) * 31**i for i, c in enumerate(name[:8]))
+        )
+        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+    return nn.Parameter(torch.stack(drawn))
+
+
+class SeedLinear(nn.Module):
+    """x [seed, batch, in] -> [seed, batch, out]."""
+
+    def __init__(self, seeds: Sequence[int], name: str, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = initial_weights(seeds, name + ".w", (inputs, outputs), inputs)
+        self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs)
+
+    def forward(self, x: Float[Tensor, "seed batch inputs"]) -> Float[Tensor, "seed batch outputs"]:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class ObservationLayer(nn.Module):
+    """First layer: a linear map of the numbers plus one table row per category, which equals a one-hot product."""
+
+    def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, outputs: int):
+        super().__init__()
+        fan_in = encoder.n_numeric + encoder.n_categorical
+        self.n_seeds, self.table_rows = len(seeds), encoder.table_rows
+        self.weight = initial_weights(seeds, name + ".n", (encoder.n_numeric, outputs), fan_in)
+        self.table = initial_weights(seeds, name + ".t", (encoder.table_rows, outputs), fan_in)
+        self.bias = initial_weights(seeds, name + ".b", (1, outputs), fan_in)
+
+    def forward(self, encoded: Encoded) -> Float[Tensor, "seed batch outputs"]:
+        out = self.bias
+        if self.weight.shape[1]:
+            out = torch.baddbmm(out, encoded.numeric, self.weight)
+        if self.table_rows:
+            start = torch.arange(self.n_seeds, device=self.table.device)[:, None, None] * self.table_rows
+            rows = F.embedding(encoded.codes + start, self.table.flatten(0, 1))
+            out = out + rows.sum(-2)
+        return out
+
+
+class MLP(nn.Module):
+    """Observation [seed, batch, columns] -> [seed, batch, outputs]; ReLU between the layers."""
+
+    def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, hidden: Sequence[int], outputs: int):
+        super().__init__()
+        self.encode = encoder
+        self.first = ObservationLayer(seeds, name + "0", encoder, hidden[0])
+        sizes = [*hidden, outputs]
+        self.rest = nn.ModuleList(
+            SeedLinear(seeds, f"{name}{i + 1}", before, after)
+            for i, (before, after) in enumerate(pairwise(sizes))
+        )
+
+    def last_bias(self) -> nn.Parameter:
+        """The bias of the outputs, [seed, 1, outputs]."""
+        last = self.rest[-1]
+        assert isinstance(last, SeedLinear)
+        return last.bias
+
+    def forward(self, observation: Float[Tensor, "seed batch columns"]) -> Float[Tensor, "seed batch outputs"]:
+        x = self.first(self.encode(observation))
+        for layer in self.rest:
+            x = layer(torch.relu(x))
+        return x
+
+
+FORBIDDEN = -1e9  # a logit that no softmax notices; infinity would make NaN of 0 * infinity
+
+
+def masked(values: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
+    """Values with forbidden actions pushed out of any maximum or softmax."""
+    return torch.where(mask, values, FORBIDDEN)
+
+
+def masked_log_softmax(logits: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
+    """Log-probabilities over the allowed actions."""
+    return torch.log_softmax(masked(logits, mask), -1)

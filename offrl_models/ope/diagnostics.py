@@ -1,0 +1,35 @@
+"""How much an off-policy estimate can be believed: effective sample sizes, the mean-ratio test, the share of the largest."""
+
+import numpy as np
+from jaxtyping import Float64
+
+from offrl_models.logs.coverage import zero_mean_z
+from offrl_models.schema import Episodes
+
+
+def effective_sample_size(weight: Float64[np.ndarray, "n"]) -> float:
+    """(sum w)^2 / sum w^2: how many equal weights would carry as much. Kong (1992). 0 when all weights are 0."""
+    total = float(np.square(weight).sum())
+    return float(weight.sum()) ** 2 / total if total > 0 else 0.0
+
+
+def mean_ratio_z(ratio: Float64[np.ndarray, "rows"]) -> float:
+    """z-score of the mean ratio against 1, its expectation when the logged propensities are right.
+
+    The errors are martingale differences, so their variances add over rows.
+    """
+    return zero_mean_z(ratio - 1.0)
+
+
+def worst_action_z(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], probs: Float64[np.ndarray, "rows actions"]
+) -> float:
+    """The mean-ratio test of each single action: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score furthest from 0."""
+    scores = [zero_mean_z((episodes.action == a) * ratio - probs[:, a]) for a in range(episodes.n_actions)]
+    return max(scores, key=abs)
+
+
+def largest_share(values: Float64[np.ndarray, "n"]) -> float:
+    """Share of the largest absolute value in the sum of absolute values."""
+    total = float(np.abs(values).sum())
+    return float(np.abs(values).max()) / total if total > 0 else 0.0

@@ -1,0 +1,126 @@
+"""Fitted Q evaluation: the value of a policy by repeated regression on its own Bellman equation.
+
+Le, Voloshin & Yue (2019), https://arxiv.org/abs/1903.08738. Several policies and several members of an ensemble are fitted
+in one pass on the seed axis; member m sees the same bootstrap resample of episodes and the same batches for every policy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import Transitions
+from offrl_models.logs.contract import Strict
+from offrl_models.losses import squared_error, take, td_target
+from offrl_models.nets import MLP
+from offrl_models.policies import OnnxPolicy, next_mask_or_all
+from offrl_models.schema import Episodes, TransitionBatch
+
+
+class FQEConfig(Strict):
+    """How every fitted Q evaluation is trained."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=256, ge=1)
+    gradient_steps: int = Field(default=10_000, ge=1)
+    polyak: float = Field(default=0.02, gt=0, le=1)
+    members: int = Field(default=3, ge=2)
+
+
+class FQE(nn.Module):
+    """Q-networks [policy x member] and their slow copies."""
+
+    targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    next_probs: Tensor
+    policy_of_seed: Tensor
+    distinct_of_row: Tensor
+
+    def __init__(
+        self,
+        config: FQEConfig,
+        encoder: Encoder,
+        next_probs: Float[Tensor, "policies distinct actions"],
+        distinct_of_row: Int64[Tensor, "rows"],
+        start: float,
+    ):
+        """`next_probs[:, distinct_of_row[row]]` are the policies' probabilities at the next observation of a row.
+
+        Every value starts near `start`, the mean return still to come in the log: the regression then corrects a sensible
+        guess instead of carrying the rewards back from the end of the episodes one step at a time.
+        """
+        super().__init__()
+        self.config = config
+        actions = next_probs.shape[-1]
+        self.register_buffer("next_probs", next_probs, persistent=False)
+        self.register_buffer("distinct_of_row", distinct_of_row, persistent=False)
+        owner = torch.arange(len(next_probs)).repeat_interleave(config.members)[:, None]
+        self.register_buffer("policy_of_seed", owner, persistent=False)
+        seeds = list(range(config.members)) * len(next_probs)
+        self.q = MLP(seeds, "q", encoder, config.hidden, actions)
+        self.target_q = MLP(seeds, "q", encoder, config.hidden, actions)
+        self.target_update = (config.polyak, 1)
+        with torch.no_grad():
+            self.q.last_bias().add_(start)
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"q": self.config.learning_rate}
+
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """One loss per policy and member."""
+        with torch.no_grad():
+            probs = self.next_probs[self.policy_of_seed, self.distinct_of_row[batch.row]]
+            next_value = (probs * self.target_q(batch.next_observation)).sum(-1)
+        target = td_target(batch.reward, batch.discount, next_value)
+        return {"q": squared_error(take(self.q(batch.observation), batch.action), target)}
+
+
+@dataclass(frozen=True)
+class FQEValues:
+    """Fitted values of several policies on some episodes, in the order of the policies."""
+
+    q: Float64[np.ndarray, "policies rows"]  # of the logged action, mean of the members
+    v: Float64[np.ndarray, "policies rows"]
+    next_v: Float64[np.ndarray, "policies rows"]  # zero but in truncated rows
+    initial: Float64[np.ndarray, "policies members episodes"]  # value of each episode's first observation
+
+    def members(self, policy: int) -> list[float]:
+        """Each member's estimate of the policy's value."""
+        return [float(value) for value in self.initial[policy].mean(1)]
+
+
+def bootstrap_rows(episodes: Episodes, transitions: Transitions, seed: int) -> Tensor:
+    """The usable rows of a bootstrap resample of episodes."""
+    n = episodes.n_episodes
+    count = np.bincount(np.random.default_rng(seed).integers(0, n, n), minlength=n)
+    copies = torch.as_tensor(count[episodes.episode_of_row], device=transitions.rows.device)
+    return transitions.rows.repeat_interleave(copies[transitions.rows])
+
+
+@torch.no_grad()
+def fitted_values(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episodes) -> FQEValues:
+    rows, members = episodes.n_rows, fqe.config.members
+    shape = (len(policies), members, -1, episodes.n_actions)
+
+    def q_at(observation: np.ndarray) -> np.ndarray:
+        distinct, inverse = np.unique(observation, axis=0, return_inverse=True)
+        batch = torch.as_tensor(distinct).expand(len(policies) * members, -1, -1)
+        return fqe.q(batch).reshape(shape).double().numpy()[:, :, inverse.ravel()]
+
+    probs = np.stack([policy.on(episodes) for policy in policies])
+    every = q_at(episodes.observation)
+    v = np.einsum("pra,pmra->pmr", probs, every)
+    next_v = np.zeros((len(policies), rows))
+    if episodes.truncated.any():
+        cut = episodes.truncated
+        next_mask = next_mask_or_all(episodes)[cut]
+        next_probs = np.stack([policy.probs(episodes.next_observation[cut], next_mask) for policy in policies])
+        next_v[:, cut] = np.einsum("pra,pmra->pr", next_probs, q_at(episodes.next_observation[cut])) / members
+    q = every.mean(1)[:, np.arange(rows), episodes.action]
+    return FQEValues(q, v.mean(1), next_v, v[:, :, episodes.offsets[:-1]])

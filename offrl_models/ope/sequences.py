@@ -1,0 +1,44 @@
+"""Ragged rows to one row per episode and one column per step, and the products of ratios along an episode."""
+
+import numpy as np
+from jaxtyping import Float64
+
+from offrl_models.schema import Episodes, InputError
+
+
+def finite(name: str, values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """The values, unchanged. Raises InputError when one is NaN or infinite: nothing is skipped."""
+    bad = values.size - int(np.isfinite(values).sum())
+    if bad:
+        raise InputError(f"{name} holds {bad} values that are NaN or infinite; no estimate can be made from them.")
+    return values
+
+
+def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Float64[np.ndarray, "rows"]:
+    """pi(a|s) / mu(a|s) of every logged action, with the logged mu.
+
+    Raises InputError when the evaluation probabilities are not a distribution over the allowed actions of each row.
+    """
+    finite("the evaluation policy", probs)
+    off = (np.abs(probs.sum(1) - 1.0) > 1e-5) | (probs < 0).any(1)
+    if off.any():
+        raise InputError(f"the evaluation policy's probabilities do not sum to 1 in {int(off.sum())} rows.")
+    forbidden = (probs * ~episodes.mask).sum(1) > 1e-6
+    if forbidden.any():
+        raise InputError(f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows.")
+    return finite("the ratio", probs[np.arange(len(probs)), episodes.action] / episodes.action_prob)
+
+
+def by_step(
+    episodes: Episodes, values: Float64[np.ndarray, "rows"], past_end: float | Float64[np.ndarray, "episodes"]
+) -> Float64[np.ndarray, "episodes steps"]:
+    """One row per episode, one column per step; columns past an episode's end hold `past_end`."""
+    table = np.empty((episodes.n_episodes, int(episodes.length.max())))
+    table[:] = np.reshape(past_end, (-1, 1)) if isinstance(past_end, np.ndarray) else past_end
+    table[episodes.episode_of_row, episodes.step] = values
+    return table
+
+
+def weights_by_step(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes steps"]:
+    """w_t = product of the ratios up to and including step t; past the end it stays what it was at the end."""
+    return np.cumprod(by_step(episodes, ratio, 1.0), axis=1)

@@ -1,0 +1,62 @@
+"""Released policies: immutable numbered versions and one champion pointer, moved by one atomic step."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from offrl_models import storage
+from offrl_models.schema import InputError
+
+MANIFEST = "manifest.json"
+CHAMPION = "champion.json"
+
+
+def versions(policies: Path) -> list[int]:
+    return sorted(int(path.name) for path in policies.glob("*") if path.name.isdecimal())
+
+
+def verify(bundle: Path) -> dict[str, Any]:
+    """The manifest of a bundle, after hashing every file that it lists.
+
+    Raises InputError when a file is missing, extra or altered.
+    """
+    manifest = storage.read_json(bundle / MANIFEST)
+    listed = {name: facts for name, facts in storage.list_files(bundle).items() if name != MANIFEST}
+    if listed != manifest["files"]:
+        names = sorted(set(listed) | set(manifest["files"]))
+        wrong = next(name for name in names if listed.get(name) != manifest["files"].get(name))
+        raise InputError(f"{bundle / wrong} is not what {bundle / MANIFEST} says; the bundle must not be used.")
+    return manifest
+
+
+def champion(policies: Path) -> dict[str, Any] | None:
+    """The champion pointer, its bundle verified, or None before the first release."""
+    if not (policies / CHAMPION).exists():
+        return None
+    pointer = storage.read_json(policies / CHAMPION)
+    bundle = policies / str(pointer["version"])
+    if storage.sha256_file(bundle / MANIFEST) != pointer["manifest_sha256"]:
+        raise InputError(f"{bundle / MANIFEST} is not the one that {policies / CHAMPION} names; restore it.")
+    verify(bundle)
+    return pointer
+
+
+def publish(draft: Path, policies: Path, facts: dict[str, Any]) -> int:
+    """Give a complete, verified draft bundle a version and point the champion at it.
+
+    A bundle that was published before keeps its version. `facts` go into the pointer. The draft folder is consumed.
+    """
+    verify(draft)
+    digest = storage.sha256_file(draft / MANIFEST)
+    with storage.exclusive(policies / ".lock"):
+        known = [v for v in versions(policies) if storage.sha256_file(policies / str(v) / MANIFEST) == digest]
+        if known:
+            version = known[0]
+            verify(policies / str(version))
+        else:
+            version = max(versions(policies), default=0) + 1
+            storage.sync_tree(draft)
+            os.rename(draft, policies / str(version))
+        pointer = {"version": version, "manifest_sha256": digest, **facts}
+        storage.write_json(policies / CHAMPION, pointer)
+    return version

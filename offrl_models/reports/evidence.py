@@ -1,0 +1,128 @@
+"""The evidence as people see it: a table in the terminal, a JSON file, and one HTML page."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich.table import Table
+
+from offrl_models import storage
+from offrl_models.ope.estimates import ESTIMATORS
+from offrl_models.ope.worlds import WORLDS
+from offrl_models.policies import OnnxPolicy
+from offrl_models.reports import plots
+from offrl_models.schema import InputError
+
+STATEMENT = (
+    "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
+    "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state. "
+    "It does not cover hidden confounding, later drift, states never visited, harm to subgroups, or poisoned logs."
+)
+EXACT_NOTE = (
+    "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
+)
+
+PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Evidence: {{ e.dataset }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
+table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; }
+th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } td:first-child, .l { text-align: left; }
+small { color: #718096; display: block; } img { max-width: 100%; } .exact { background: #fffaf0; }
+.verdict { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
+.PASS { border-color: #2f855a; } .INCONCLUSIVE { border-color: #b7791f; } .FAIL, .INVALID { border-color: #c53030; }
+</style></head><body>
+<h1>Evidence: {{ e.dataset }}</h1>
+<p class="verdict {{ e.verdict.status }}"><b>{{ e.verdict.status }}</b>: {{ e.verdict.policy_name }}.
+{{ e.verdict.reason[0] | upper }}{{ e.verdict.reason[1:] }}.</p>
+<p>Champion: {{ e.champion.name }}, mean return {{ "%.4f" | format(e.champion.value) }} over
+{{ "{:,}".format(e.gate_episodes) }} episodes of the gate split.</p>
+<p><img src="evidence.png" alt="Estimates and intervals of every policy"></p>
+<h2>Every policy</h2>
+<table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
+{% if e.exact %}<th class="exact">exact*</th>{% endif %}</tr>
+{% for row in rows %}<tr><td>{{ row.policy }}</td>
+{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ "%.3f" | format(i.estimate) }}
+<small>{{ "%.3f" | format(i.low) }} to {{ "%.3f" | format(i.high) }}</small></td>{% endfor %}
+<td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
+{% if e.exact %}<td class="exact">{{ "%.4f" | format(e.exact["values"][row.policy]) }}</td>{% endif %}</tr>{% endfor %}
+</table>
+{% if e.exact %}<p>* {{ e.exact.note }}.</p>{% endif %}
+<h2>The ladder</h2>
+<table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
+<th>ESS, transitions</th><th class="l">reason</th></tr>
+{% for rung in e.ladder %}<tr><td>{{ rung.policy }}</td><td class="l"><b>{{ rung.status }}</b></td>
+<td>{{ "%+.4f" | format(rung.measures.difference) }}</td><td>{{ "%+.4f" | format(rung.measures.lower_bound) }}</td>
+<td>{{ "{:,.0f}".format(rung.measures.effective_episodes) }}</td>
+<td>{{ "{:,.0f}".format(rung.measures.effective_transitions) }}</td><td class="l">{{ rung.reason }}</td></tr>{% endfor %}
+</table>
+<p>Bounds: {{ e.ladder[0].measures.bound }}.</p>
+<h2>What this rests on</h2><p>{{ e.statement }}</p>
+</body></html>
+"""
+)
+
+
+def exact_values(world: str, policies: dict[str, OnnxPolicy], gamma: float) -> dict[str, float]:
+    """Exact value of each policy in a known world, for the marked column only.
+
+    Raises InputError for an unknown world.
+    """
+    if world not in WORLDS:
+        raise InputError(f"known_world {world!r} is none of {', '.join(WORLDS)}; leave it out for real logs.")
+    known = WORLDS[world](gamma)
+    states = np.arange(known.n_states, dtype=np.float32)[:, None]
+    return {name: known.value(policy.probs(states, known.mask)) for name, policy in policies.items()}
+
+
+def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
+    """Candidates, then the rungs that are not a candidate themselves."""
+    rungs = [rung for rung in evidence["ladder"] if rung["cap"] is not None]
+    return [*evidence["candidates"], *rungs]
+
+
+def write(evidence: dict[str, Any], exact: dict[str, float] | None, folder: Path) -> None:
+    """`evidence.json`, `evidence.html` and `evidence.png`."""
+    shown = {**evidence, "statement": STATEMENT, "exact": {"note": EXACT_NOTE, "values": exact} if exact else None}
+    rows = policy_rows(evidence)
+    plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
+    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS)
+    storage.write_bytes(folder / "evidence.html", page.encode())
+    storage.write_json(folder / "evidence.json", shown)
+
+
+def tables(shown: dict[str, Any]) -> list[Table]:
+    """The contents of evidence.json as tables for a terminal."""
+    exact = (shown["exact"] or {}).get("values", {})
+    verdicts = {rung["policy"]: rung for rung in shown["ladder"]}
+    estimates = Table(title="Value of each policy on the gate split, with 95% intervals", title_justify="left")
+    estimates.add_column("policy", no_wrap=True)
+    for name in ESTIMATORS:
+        estimates.add_column(name, justify="right", no_wrap=True)
+    estimates.add_column("ESS", justify="right", no_wrap=True)
+    if exact:
+        estimates.add_column("exact*", justify="right", style="yellow", no_wrap=True)
+    for row in policy_rows(shown):
+        intervals = [row["estimates"][name] for name in ESTIMATORS]
+        cells = [f"{i['estimate']:.3f}\n{_short(i['low'])}..{_short(i['high'])}" for i in intervals]
+        truth = [f"{exact[row['policy']]:.4f}"] if exact else []
+        estimates.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
+    ladder = Table(title="The gate, rung by rung", title_justify="left")
+    for column in ("policy", "verdict", "gain", "at least", "reason"):
+        ladder.add_column(
+            column, justify="right" if column in ("gain", "at least") else "left", no_wrap=column != "reason"
+        )
+    for row in shown["candidates"]:
+        if row["policy"] not in verdicts:
+            ladder.add_row(row["policy"], "not entered", "", "", f"ranked {row['rank']} on the selection split")
+    for rung in shown["ladder"]:
+        measures = rung["measures"]
+        gain, bound = f"{measures['difference']:+.4f}", f"{measures['lower_bound']:+.4f}"
+        ladder.add_row(rung["policy"], rung["status"], gain, bound, rung["reason"])
+    return [estimates, ladder]
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"

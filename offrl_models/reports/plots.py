@@ -1,0 +1,104 @@
+"""Plots as PNG files. Every figure is drawn off screen and written whole or not at all."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from offrl_models import storage
+
+BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
+
+
+def save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    storage.write_bytes(path, buffer.getvalue())
+
+
+def _axes(title: str, width: float = 6.4, height: float = 3.4) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(figsize=(width, height))
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss of each network, one thin line per seed and a thick one for their mean."""
+    names = [name for name in history[0] if name != "gradient_steps"]
+    figure, every = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
+    steps = [row["gradient_steps"] for row in history]
+    for axes, name in zip(every[0], names, strict=True):
+        losses = np.array([row[name] for row in history])
+        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
+        axes.plot(steps, losses.mean(1), color=BLUE, linewidth=1.6)
+        axes.set_title(f"{name} loss", fontsize=9, loc="left")
+        axes.set_xlabel("gradient steps", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left", y=1.04)
+    save(figure, path)
+
+
+def reliability(bins: list[dict[str, Any]], ece: float, path: Path) -> None:
+    """Modelled probability against the frequency of the action."""
+    figure, axes = _axes(f"Behavior model, calibration (ECE {ece:.4f})", 4.2, 3.8)
+    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
+    sizes = np.array([row["pairs"] for row in bins], float)
+    axes.scatter(
+        [row["predicted"] for row in bins],
+        [row["frequency"] for row in bins],
+        s=15 + 120 * sizes / sizes.max(),
+        color=BLUE,
+    )
+    axes.set_xlabel("modelled probability")
+    axes.set_ylabel("share taken")
+    save(figure, path)
+
+
+def histogram(values: Sequence[float] | np.ndarray, title: str, label: str, path: Path, *, log: bool = False) -> None:
+    figure, axes = _axes(title)
+    axes.hist(np.asarray(values), bins=40, color=BLUE, log=log)
+    axes.set_xlabel(label)
+    axes.set_ylabel("count")
+    save(figure, path)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], title: str, label: str, path: Path) -> None:
+    figure, axes = _axes(title)
+    axes.bar(range(len(values)), values, color=BLUE)
+    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylabel(label)
+    save(figure, path)
+
+
+def forest(
+    rows: list[dict[str, Any]], estimators: Sequence[str], reference: float, path: Path, exact: dict[str, float]
+) -> None:
+    """Every estimate with its interval, one panel per policy; the champion's value is the dashed line."""
+    count = len(rows)
+    figure, every = plt.subplots(1, count, figsize=(2.3 * count + 0.8, 2.8), sharey=True, squeeze=False)
+    for axes, row in zip(every[0], rows, strict=True):
+        for position, name in enumerate(estimators):
+            interval = row["estimates"][name]
+            axes.plot([interval["low"], interval["high"]], [position, position], color=BLUE, linewidth=1.6)
+            axes.plot(interval["estimate"], position, "o", color=BLUE, markersize=3.5)
+        axes.axvline(reference, color=GRAY, linestyle="--", linewidth=1)
+        if row["policy"] in exact:
+            axes.axvline(exact[row["policy"]], color=ORANGE, linewidth=1.2)
+        axes.set_title(row["policy"], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0][0].set_yticks(range(len(estimators)), estimators)
+    every[0][0].invert_yaxis()
+    note = "95% intervals; dashed: champion" + ("; orange: exact value, known in simulation" if exact else "")
+    figure.suptitle(f"Value of each policy ({note})", fontsize=10, x=0.02, ha="left", y=1.04)
+    save(figure, path)

@@ -1,0 +1,169 @@
+"""Coverage checks as a Great Expectations suite over small derived tables, with Data Docs.
+
+The measures are computed elsewhere, once, whatever the number of rows; expectations assert on them, so the suite costs the
+same for any log.
+"""
+
+import os
+
+os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.coverage import FEW_VISITS, Coverage, rules
+
+TITLES = {
+    "C01": "schema equals the contract",
+    "C03": "episode and step are unique",
+    "C04": "steps run 0, 1, 2, ... without gaps",
+    "C05": "exactly one of terminated and truncated, on the last row only",
+    "C07": "the next observation is what was observed next",
+    "C10": "nothing is missing, NaN or infinite",
+    "C11": "categories lie within the contract",
+    "C12": "rewards lie within their range and vary",
+    "C13": "actions are in the action set and allowed by their mask",
+    "C14": "propensities lie in (0, 1]",
+    "C15": "mean importance ratios are 1",
+    "C21": f"few state-action cells have under {FEW_VISITS} visits",
+    "C24": "dataset card",
+}
+BLOCKING, WARNING, INFO = "critical", "warning", "info"
+SEVERITY = {name: BLOCKING for name in TITLES} | {"C21": INFO, "C24": INFO}
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of one check, for an asset check and for a person."""
+
+    check: str
+    title: str
+    passed: bool
+    blocking: bool
+    sentence: str
+    page: str  # relative to the reports folder
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _frames(coverage: Coverage, contract: Contract) -> dict[str, pl.DataFrame]:
+    cells = coverage.cells
+    thin = float((cells["visits"] < FEW_VISITS).mean() or 0.0)
+    card = pl.DataFrame([{**coverage.card, "share_of_thin_cells": thin, "cells": cells.height}])
+    columns = [{"column": name, "kind": kind, "matches": True} for name, kind in contract.columns().items()]
+    return {
+        "schema": pl.DataFrame(columns),  # a batch that does not match is refused when it is read
+        "batches": coverage.batches,
+        "propensity": coverage.propensity,
+        "cells": cells,
+        "card": card,
+    }
+
+
+def check(
+    coverage: Coverage, contract: Contract, *, propensity_z: float, few_visits_share: float, docs: Path
+) -> list[CheckResult]:
+    """Run the suite, write Data Docs into `docs`, and return one result per check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Great Expectations and its own dependencies
+        return _check(coverage, contract, propensity_z, few_visits_share, docs)
+
+
+def _check(
+    coverage: Coverage, contract: Contract, propensity_z: float, few_visits_share: float, docs: Path
+) -> list[CheckResult]:
+    import great_expectations as gx
+    import great_expectations.expectations as gxe
+    from great_expectations.checkpoint import UpdateDataDocsAction
+    from great_expectations.core.run_identifier import RunIdentifier
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    logging.getLogger("great_expectations").setLevel(logging.ERROR)
+    frames = _frames(coverage, contract)
+
+    def between(name: str, column: str, low: float | None, high: float | None, severity: str) -> Any:
+        return gxe.ExpectColumnValuesToBeBetween(
+            column=column, min_value=low, max_value=high, severity=severity, meta={"check": name}
+        )
+
+    expectations: dict[str, list[Any]] = {
+        "schema": [
+            gxe.ExpectColumnValuesToBeInSet(
+                column="matches", value_set=[True], severity=BLOCKING, meta={"check": "C01"}
+            )
+        ],
+        "batches": [between(rule.check, rule.name, 0, 0, BLOCKING) for rule in rules(contract)],
+        "propensity": [between("C15", "z", -propensity_z, propensity_z, BLOCKING)],
+        "cells": [between("C21", "visits", 1, None, INFO)],
+        "card": [
+            between("C12", "reward_distinct_values", 2, None, WARNING),
+            between("C21", "share_of_thin_cells", 0, few_visits_share, INFO),
+            between("C24", "episodes", 1, None, INFO),
+        ],
+    }
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    context.add_data_docs_site(
+        "coverage",
+        {
+            "class_name": "SiteBuilder",
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
+        },
+    )
+    source = context.data_sources.add_pandas("offrl")
+    now = datetime.now(UTC)
+    run = RunIdentifier(run_name=now.strftime("%Y%m%dT%H%M%SZ"), run_time=now)
+    outcome: dict[str, list[tuple[bool, str, str]]] = {name: [] for name in TITLES}
+    for name, frame in frames.items():
+        batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+        suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations[name]))
+        definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
+        checkpoint = context.checkpoints.add(
+            gx.Checkpoint(
+                name=name,
+                validation_definitions=[definition],
+                result_format="SUMMARY",
+                actions=[UpdateDataDocsAction(name="docs", site_names=["coverage"])],
+            )
+        )
+        result = checkpoint.run(batch_parameters={"dataframe": frame.to_pandas()}, run_id=run)
+        stamp = now.strftime("%Y%m%dT%H%M%S.%fZ")
+        page = f"{docs.name}/validations/{name}/{run.run_name}/{stamp}/offrl-{name}.html"
+        for validation in result.run_results.values():
+            for one in validation.results:
+                config = one.expectation_config
+                column = config.kwargs["column"]
+                failed = str(one.exception_info.get("exception_message", "")) if one.exception_info else ""
+                outcome[config.meta["check"]].append((bool(one.success), f"{name}.{column} {failed}".strip(), page))
+    return [_result(name, found, coverage) for name, found in outcome.items() if found]
+
+
+def _result(check: str, found: list[tuple[bool, str, str]], coverage: Coverage) -> CheckResult:
+    """One check from all its expectations; row-level ones say how many rows of how many batches."""
+    broken = [(what, page) for success, what, page in found if not success]
+    page = (broken or [(found[0][1], found[0][2])])[0][1]
+    if not broken:
+        return CheckResult(check, TITLES[check], True, SEVERITY[check] == BLOCKING, f"holds: {TITLES[check]}", page)
+    mine = [violation for violation in coverage.violations if violation.check == check]
+    if mine:
+        rows, batches = sum(v.rows for v in mine), len({v.batch for v in mine})
+        sentence = f"{rows} rows of {batches} batches {mine[0].problem} (column {mine[0].column!r}); {mine[0].remedy}"
+    elif check == "C15":
+        worst = coverage.propensity.sort(pl.col("z").abs(), descending=True).row(0, named=True)
+        sentence = (
+            f"the mean ratio of policy '{worst['policy']}' has z = {worst['z']:.1f} over {worst['rows']} rows: "
+            "the logged propensities are not those with which actions were drawn"
+        )
+    else:
+        sentence = f"does not hold: {TITLES[check]} ({', '.join(what for what, _ in broken)})"
+    blocking = SEVERITY[check] == BLOCKING and not (check == "C12" and not mine)
+    return CheckResult(check, TITLES[check], False, blocking, sentence, page)
