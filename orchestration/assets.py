@@ -1,0 +1,177 @@
+"""The assets of one pipeline. Each reads a folder, calls one library function and says what came out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from offrl_models import stages
+from offrl_models.config import Pipeline
+from orchestration import versioning
+from orchestration.results import materialized, one_sentence, page, plot
+
+
+def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
+    config = pipeline.config
+    common: dict[str, Any] = {
+        "key_prefix": config.dataset,
+        "group_name": config.dataset,
+        "owners": list(config.owners) or None,
+    }
+
+    def key(*name: str) -> dg.AssetKey:
+        return dg.AssetKey([config.dataset, *name])
+
+    algorithms = {name: key("candidates", name) for name in config.algorithms}
+
+    @dg.asset(**common, kinds={"parquet", "dvc"}, description=f"Accepted log batches. {config.description}".strip())
+    def raw_logs() -> dg.MaterializeResult:
+        with one_sentence():
+            taken = stages.ingest(pipeline)
+            recorded = versioning.record(pipeline)
+            taken.require_clean()
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(taken.version),
+            metadata={
+                "dagster/row_count": taken.rows,
+                "batches": taken.batches,
+                "new batches": ", ".join(taken.accepted) or "none",
+                "DVC digest": taken.version,
+                "recorded in": recorded,
+            },
+        )
+
+    @dg.asset(
+        **common, deps=[raw_logs], kinds={"parquet"}, description="Episodes, split for good by entity: 60/10/30."
+    )
+    def episodes() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.episodes(pipeline)
+        splits = stage.summary["splits"]
+        shown = {f"{name} episodes": counts["episodes"] for name, counts in splits.items()}
+        return materialized(
+            stage,
+            rows=sum(counts["rows"] for counts in splits.values()),
+            metadata={**shown, "mean return": stage.summary["mean_return"], "lengths": plot(pipeline, "lengths.png")},
+        )
+
+    @dg.asset(
+        **common, deps=[episodes], kinds={"onnx"}, description="The policy that wrote the logs, as a distribution."
+    )
+    def behavior_policy() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.behavior_policy(pipeline)
+        facts = {name: stage.summary[name] for name in ("kind", "ece", "mean_absolute_error_to_logged")}
+        return materialized(
+            stage,
+            rows=sum(row["pairs"] for row in stage.summary["reliability"]),
+            metadata={**facts, "calibration": plot(pipeline, "behavior.png")},
+        )
+
+    @dg.multi_asset(
+        name=f"{config.dataset}_candidates",
+        specs=[
+            dg.AssetSpec(
+                asset_key,
+                deps=[episodes],
+                group_name=config.dataset,
+                owners=list(config.owners),
+                kinds={"pytorch", "lightning", "onnx"},
+                skippable=True,
+                description=f"{name}: {config.seeds} seeds trained at once, acting as one policy.",
+            )
+            for name, asset_key in algorithms.items()
+        ],
+        can_subset=True,
+    )
+    def candidates(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        wanted = [name for name, asset_key in algorithms.items() if asset_key in context.selected_asset_keys]
+        with one_sentence():
+            trained = stages.candidates(pipeline, wanted)
+        for name, stage in trained.items():
+            losses = {f"{network} loss": value for network, value in stage.summary["loss"].items()}
+            shown = {**losses, "gradient steps": stage.summary["gradient_steps"], "seeds": stage.summary["seeds"]}
+            curve = plot(pipeline, f"candidate-{name}.png")
+            yield materialized(
+                stage, rows=stage.summary["rows"], metadata={**shown, "curves": curve}, key=algorithms[name]
+            )
+
+    @dg.asset(
+        **common,
+        deps=[*algorithms.values(), behavior_policy],
+        kinds={"python"},
+        description="Candidates ranked on the selection split, by pessimistic fitted Q evaluation.",
+    )
+    def leaderboard() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.leaderboard(pipeline)
+        lines = ["| rank | candidate | least gain by FQE |", "|---|---|---|"]
+        lines += [f"| {row['rank']} | {row['candidate']} | {row['score']:+.4f} |" for row in stage.summary["ranking"]]
+        return materialized(
+            stage,
+            rows=len(stage.summary["ranking"]),
+            metadata={
+                "best": stage.summary["best"],
+                "selection episodes": stage.summary["episodes"],
+                "ranking": dg.MetadataValue.md("\n".join(lines)),
+                "picture": plot(pipeline, "leaderboard.png"),
+            },
+        )
+
+    @dg.asset(
+        **common,
+        deps=[leaderboard],
+        kinds={"python", "onnx"},
+        description="The ladder of capped policies, evaluated on the gate split by every estimator; and the verdict.",
+    )
+    def evidence() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.evidence(pipeline)
+        facts = {name: stage.summary[name] for name in ("status", "policy_name", "reason", "lower_bound", "episodes")}
+        links = {"page": page(pipeline, "evidence.html"), "numbers": page(pipeline, "evidence.json")}
+        return materialized(
+            stage, rows=stage.summary["rows"], metadata={**facts, **links, "picture": plot(pipeline, "evidence.png")}
+        )
+
+    @dg.asset(
+        **common,
+        deps=[raw_logs, leaderboard],
+        kinds={"evidently"},
+        description="Training logs against the newest batch, and behavior actions against the candidate's.",
+    )
+    def shift_report() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.shift_report(pipeline)
+        return materialized(
+            stage,
+            rows=stage.summary["newest_rows"],
+            metadata={
+                "color": stage.summary["color"],
+                "worst index": stage.summary["worst"],
+                "index of the candidate's actions": stage.summary["actions_index"],
+                "logs": page(pipeline, "shift-logs.html"),
+                "actions": page(pipeline, "shift-actions.html"),
+            },
+        )
+
+    @dg.asset(
+        **common,
+        deps=[evidence, shift_report],
+        kinds={"onnx"},
+        description="The released policy: an immutable bundle and the champion pointer. Refused without a PASS.",
+    )
+    def policy() -> dg.MaterializeResult:
+        with one_sentence():
+            released = stages.release(pipeline)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(released.manifest_sha256),
+            metadata={
+                "version": released.version,
+                "folder": dg.MetadataValue.path(str(released.folder)),
+                "manifest sha256": released.manifest_sha256,
+                "lower bound": released.lower_bound,
+                "evidence": page(pipeline, "evidence.html"),
+            },
+        )
+
+    return [raw_logs, episodes, behavior_policy, candidates, leaderboard, evidence, shift_report, policy]

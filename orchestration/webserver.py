@@ -1,0 +1,76 @@
+"""The Dagster UI with the reports on the same origin, under /reports, so that links from assets open.
+
+    python -m orchestration.webserver            the UI on 127.0.0.1:3000, with the daemon that runs schedules and sensors
+"""
+
+import argparse
+import html
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster_webserver.app
+from dagster_webserver import cli
+from dagster_webserver.webserver import DagsterWebserver
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+ROOT = Path(__file__).parent.parent
+LOCATION = ["-m", "orchestration.definitions"]
+
+
+class Reports(StaticFiles):
+    """/reports/<dataset>/<file> is data/<dataset>/reports/<file>; nothing else under data is served."""
+
+    def get_path(self, scope) -> str:
+        dataset, _, rest = super().get_path(scope).partition(os.sep)
+        return os.path.join(dataset, "reports", rest)
+
+
+def index(request: Request) -> HTMLResponse:
+    """Every report there is, by dataset."""
+    parts = ["<!doctype html><meta charset=utf-8><title>Reports</title><body style='font:15px system-ui;margin:2rem'>"]
+    for folder in sorted((ROOT / "data").glob("*/reports")):
+        dataset = folder.parent.name
+        pages = [path.name for path in sorted(folder.glob("*.html"))]
+        pages += ["coverage/index.html"] if (folder / "coverage" / "index.html").exists() else []
+        links = "".join(f"<li><a href='/reports/{dataset}/{html.escape(p)}'>{html.escape(p)}</a>" for p in pages)
+        parts.append(f"<h2>{html.escape(dataset)}</h2><ul>{links}</ul>")
+    return HTMLResponse("".join(parts))
+
+
+class ReportsWebserver(DagsterWebserver):
+    """Dagster's own server with two routes more."""
+
+    def build_routes(self) -> list[BaseRoute]:
+        reports = Reports(directory=ROOT / "data", html=True)
+        return [Route("/reports/", index), Mount("/reports", reports, name="reports"), *super().build_routes()]
+
+
+def serve() -> None:
+    """Dagster's webserver command with `ReportsWebserver` in place of its own."""
+    dagster_webserver.app.DagsterWebserver = ReportsWebserver  # where the command looks it up
+    cli.main()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The Dagster UI with the reports under /reports.")
+    parser.add_argument("--port", type=int, default=3000)
+    arguments = parser.parse_args()
+    daemon = subprocess.Popen([sys.executable, "-m", "dagster._daemon", "run", *LOCATION], cwd=ROOT)
+    try:
+        command = "import orchestration.webserver as w; w.serve()"
+        server = [sys.executable, "-c", command, *LOCATION, "-h", "127.0.0.1", "-p", str(arguments.port)]
+        return subprocess.call(server, cwd=ROOT)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
