@@ -26,7 +26,12 @@ class GateConfig(Strict):
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)  # one-sided error rate of each rung
     margin: float = 0.0  # by which the candidate must beat the champion, in units of return
-    caps: tuple[float | None, ...] = (1.2, 1.5, 2.0, None)  # ratio caps of the ladder, in the order tested; None is uncapped
+    caps: tuple[float | None, ...] = (
+        1.2,
+        1.5,
+        2.0,
+        None,
+    )  # ratio caps of the ladder, in the order tested; None is uncapped
     planned_episodes: int = Field(default=5000, ge=500)  # gate episodes at which the bound is to be tightest
     first_look: int = Field(default=500, ge=2)  # fewest gate episodes for a verdict
     effective_transitions: float = Field(default=500, ge=0)  # floor, marginal weights

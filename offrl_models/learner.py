@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -97,8 +96,9 @@ class Learner(L.LightningModule):
         if self.gradient_steps % interval:
             return
         for slow, fast in self.algorithm.targets.items():
-            target = list(getattr(self.algorithm, slow).parameters())
-            torch._foreach_lerp_(target, list(getattr(self.algorithm, fast).parameters()), rate)
+            fast_parameters = getattr(self.algorithm, fast).parameters()
+            for target, source in zip(getattr(self.algorithm, slow).parameters(), fast_parameters, strict=True):
+                target.lerp_(source, rate)
 
 
 def train(
@@ -118,7 +118,7 @@ def train(
     learner = Learner(algorithm, transitions, sampler, report)
     with warnings.catch_warnings():
         # The loader yields numbers, not data; workers would only slow it down.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers.*", UserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 against torch 2.13
         trainer = L.Trainer(
             max_epochs=1,

@@ -67,8 +67,7 @@ class MLP(nn.Module):
         self.first = ObservationLayer(seeds, name + "0", encoder, hidden[0])
         sizes = [*hidden, outputs]
         self.rest = nn.ModuleList(
-            SeedLinear(seeds, f"{name}{i + 1}", before, after)
-            for i, (before, after) in enumerate(pairwise(sizes))
+            SeedLinear(seeds, f"{name}{i + 1}", before, after) for i, (before, after) in enumerate(pairwise(sizes))
         )
 
     def last_bias(self) -> nn.Parameter:

@@ -225,7 +225,7 @@ def build_stage(
             (folder / STAGE).unlink(missing_ok=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        summary = build(folder)
+        summary = parse_json(canonical_json(build(folder)), str(folder))  # the same plain types as when re-used
         files = list_files(folder)
         write_json(folder / STAGE, {"files": files, "key": key, "summary": summary})
     return Stage(folder, key, files, summary)

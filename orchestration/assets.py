@@ -1,7 +1,7 @@
 """The assets of one pipeline. Each reads a folder, calls one library function and says what came out."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import dagster as dg
 
@@ -13,18 +13,18 @@ from orchestration.results import materialized, one_sentence, page, plot
 
 def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
     config = pipeline.config
-    common: dict[str, Any] = {
-        "key_prefix": config.dataset,
-        "group_name": config.dataset,
-        "owners": list(config.owners) or None,
-    }
+
+    def asset(**more: Any) -> Callable[[Callable[[], dg.MaterializeResult]], dg.AssetsDefinition]:
+        """`dg.asset` with what all assets of the pipeline share."""
+        shared = {"key_prefix": config.dataset, "group_name": config.dataset, "owners": list(config.owners)}
+        return cast(Any, dg.asset)(**shared, **more)
 
     def key(*name: str) -> dg.AssetKey:
         return dg.AssetKey([config.dataset, *name])
 
     algorithms = {name: key("candidates", name) for name in config.algorithms}
 
-    @dg.asset(**common, kinds={"parquet", "dvc"}, description=f"Accepted log batches. {config.description}".strip())
+    @asset(kinds={"parquet", "dvc"}, description=f"Accepted log batches. {config.description}".strip())
     def raw_logs() -> dg.MaterializeResult:
         with one_sentence():
             taken = stages.ingest(pipeline)
@@ -41,9 +41,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             },
         )
 
-    @dg.asset(
-        **common, deps=[raw_logs], kinds={"parquet"}, description="Episodes, split for good by entity: 60/10/30."
-    )
+    @asset(deps=[raw_logs], kinds={"parquet"}, description="Episodes, split for good by entity: 60/10/30.")
     def episodes() -> dg.MaterializeResult:
         with one_sentence():
             stage = stages.episodes(pipeline)
@@ -55,9 +53,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             metadata={**shown, "mean return": stage.summary["mean_return"], "lengths": plot(pipeline, "lengths.png")},
         )
 
-    @dg.asset(
-        **common, deps=[episodes], kinds={"onnx"}, description="The policy that wrote the logs, as a distribution."
-    )
+    @asset(deps=[episodes], kinds={"onnx"}, description="The policy that wrote the logs, as a distribution.")
     def behavior_policy() -> dg.MaterializeResult:
         with one_sentence():
             stage = stages.behavior_policy(pipeline)
@@ -96,8 +92,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
                 stage, rows=stage.summary["rows"], metadata={**shown, "curves": curve}, key=algorithms[name]
             )
 
-    @dg.asset(
-        **common,
+    @asset(
         deps=[*algorithms.values(), behavior_policy],
         kinds={"python"},
         description="Candidates ranked on the selection split, by pessimistic fitted Q evaluation.",
@@ -118,8 +113,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             },
         )
 
-    @dg.asset(
-        **common,
+    @asset(
         deps=[leaderboard],
         kinds={"python", "onnx"},
         description="The ladder of capped policies, evaluated on the gate split by every estimator; and the verdict.",
@@ -133,8 +127,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             stage, rows=stage.summary["rows"], metadata={**facts, **links, "picture": plot(pipeline, "evidence.png")}
         )
 
-    @dg.asset(
-        **common,
+    @asset(
         deps=[raw_logs, leaderboard],
         kinds={"evidently"},
         description="Training logs against the newest batch, and behavior actions against the candidate's.",
@@ -154,8 +147,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             },
         )
 
-    @dg.asset(
-        **common,
+    @asset(
         deps=[evidence, shift_report],
         kinds={"onnx"},
         description="The released policy: an immutable bundle and the champion pointer. Refused without a PASS.",

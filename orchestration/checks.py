@@ -63,9 +63,7 @@ def build_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
             },
         )
 
-    @dg.asset_check(
-        asset=key("shift_report"), blocking=True, description="The newest batch is like the training logs."
-    )
+    @dg.asset_check(asset=key("shift_report"), blocking=True, description="The newest batch is like the training logs.")
     def drift() -> dg.AssetCheckResult:
         with one_sentence():
             found = storage.load_stage(pipeline.folder / "shift").summary

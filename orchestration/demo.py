@@ -1,13 +1,18 @@
 """One pipeline from raw logs to verdict, in this process, with what happened told to a person.
 
-    python -m orchestration.demo icu_sepsis
+python -m orchestration.demo icu_sepsis
 """
 
+import contextlib
+import logging
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from rich.console import Console
+from rich.text import Text
 
 from offrl_models import registry, storage
 from offrl_models.config import Pipeline, read_pipeline
@@ -31,28 +36,54 @@ STEPS = {
 }
 
 
+class StepPrinter(logging.Handler):
+    """Says which step begins."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console, self.started = console, time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "dagster_meta", {}).get("dagster_event")
+        if event is not None and event.event_type_value == "STEP_START":
+            what = next((what for name, what in STEPS.items() if event.step_key.endswith(f"_{name}")), event.step_key)
+            elapsed = time.monotonic() - self.started
+            self.console.print(f"[dim]{elapsed:5.0f} s[/]  {what}", highlight=False)
+
+
 def run(pipeline: Pipeline, instance: dg.DagsterInstance, console: Console) -> str | None:
     """Materialize everything. Returns the sentence of the step that failed, if one did."""
-    definitions = OfflineRLPipeline(pipeline).build_defs()
+
+    @dg.logger
+    def steps(_: dg.InitLoggerContext) -> logging.Logger:
+        logger = logging.Logger("offrl.steps")
+        logger.addHandler(StepPrinter(console))
+        return logger
+
+    definitions = dg.Definitions.merge(
+        OfflineRLPipeline(pipeline).build_defs(), dg.Definitions(loggers={"steps": steps})
+    )
     job = definitions.resolve_job_def(pipeline.config.dataset)
-    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-    failure = None
-    result = job.execute_in_process(instance=instance, raise_on_error=False, run_config=quiet)
+    result = job.execute_in_process(instance=instance, raise_on_error=False, run_config={"loggers": {"steps": {}}})
+    if result.success:
+        return None
     for event in result.all_events:
         if event.is_step_failure:
-            error = event.step_failure_data.error
-            said = event.step_failure_data.user_failure_data
-            failure = failure or (said.description if said and said.description else error.message if error else None)
-    return None if result.success else failure or "the run failed; look at it in the UI."
+            data = event.step_failure_data
+            if data.user_failure_data and data.user_failure_data.description:
+                return data.user_failure_data.description
+            if data.error:
+                return data.error.message.strip()
+    return "the run failed; look at it in the UI."
 
 
 def main(arguments: list[str]) -> int:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 124)
     dataset = arguments[0] if arguments else "icu_sepsis"
     try:
         pipeline = Pipeline(read_pipeline(ROOT / "orchestration" / "defs" / dataset / "defs.yaml"), ROOT)
     except InputError as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False)
+        console.print("[bold red]Error:[/]", Text(str(error)))
         return 1
     with dg.DagsterInstance.get() as instance:
         failure = run(pipeline, instance, console)
@@ -61,27 +92,27 @@ def main(arguments: list[str]) -> int:
 
 def report(pipeline: Pipeline, failure: str | None, console: Console) -> int:
     """Print the table and where everything lies. A refusal by the gate is a result, any other failure an error."""
-    judged = None
-    try:
+    judged: dict[str, Any] = {"status": "", "reason": ""}
+    with contextlib.suppress(InputError):
         judged = storage.load_stage(pipeline.folder / "evidence").summary
-    except InputError:
-        pass
-    refused = failure is not None and judged is not None and judged["status"] != "PASS" and judged["reason"] in failure
+    refused = failure is not None and judged["status"] not in ("", "PASS") and judged["reason"] in failure
     if failure is not None and not refused:
-        console.print(f"[bold red]Error:[/] {failure}", highlight=False)
+        console.print("[bold red]Error:[/]", Text(failure))
         return 1
     shown = storage.read_json(pipeline.reports / "evidence.json")
     for table in evidence.tables(shown):
         console.print(table)
     if shown["exact"]:
         console.print(f"* {shown['exact']['note']}; the behavior's is {shown['exact']['values']['behavior']:.4f}.")
-    if refused:
+    pointer = registry.champion(pipeline.folder / "policies")
+    if refused or pointer is None:
         console.print(f"[bold yellow]Not released.[/] {judged['status']}: {judged['policy_name']}: {judged['reason']}.")
     else:
-        pointer = registry.champion(pipeline.folder / "policies")
         folder = pipeline.folders.shown(pipeline.folder / "policies" / str(pointer["version"]))
         console.print(f"[bold green]Released[/] {judged['policy_name']} as version {pointer['version']}: {folder}")
-    console.print(f"Reports: {pipeline.folders.shown(pipeline.reports)} (evidence.html, coverage/index.html, shift-*.html)")
+    console.print(
+        f"Reports: {pipeline.folders.shown(pipeline.reports)} (evidence.html, coverage/index.html, shift-*.html)"
+    )
     console.print("Look around: make ui, then open http://127.0.0.1:3000")
     return 0
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 
@@ -42,7 +43,8 @@ def record(pipeline: Pipeline) -> str:
     from dvc.repo import Repo
 
     try:
-        with Repo(str(pipeline.root)) as repo:
+        with Repo(str(pipeline.root)) as opened:
+            repo = cast(Any, opened)
             if holder and not holder.endswith(".dvc"):
                 repo.commit(holder, force=True)
             else:

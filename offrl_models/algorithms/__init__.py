@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from pydantic import ValidationError
+
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig
 from offrl_models.algorithms.cql import CQL, CQLConfig
@@ -16,18 +18,16 @@ Algorithm = BC | CQL | IQL | BCQ
 
 
 def make_config(name: str, settings: dict[str, Any]) -> AlgorithmConfig:
-    """The config of an algorithm with some fields set. Raises ValueError naming the nearest known name or field."""
+    """The config of an algorithm with some fields set. Raises ValueError naming the key and the nearest known one."""
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: {nearest_key_hint(name, list(ALGORITHMS))}")
     config = ALGORITHMS[name][0]
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    values = {}
-    for key, value in settings.items():
-        if key not in fields:
-            raise ValueError(f"unknown key {key!r} of {name}: {nearest_key_hint(key, list(fields))}")
-        default = fields[key].default
-        numeric = isinstance(default, int | float)
-        if numeric != (isinstance(value, int | float) and not isinstance(value, bool)):
-            raise ValueError(f"{key} of {name} must be like its default {default!r}, not {value!r}")
-        values[key] = value if numeric else tuple(int(size) for size in value)
-    return config(**values)
+    known = [field.name for field in dataclasses.fields(config)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} of {name}: {nearest_key_hint(key, known)}")
+    try:
+        return config(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]} of {name}: {first['msg'].lower()}, not {first['input']!r}") from error

@@ -4,9 +4,10 @@ Pomerleau (1988). Defaults of d3rlpy's discrete BC with the 2x256 networks of CO
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
@@ -17,8 +18,8 @@ from offrl_models.schema import TransitionBatch
 
 @dataclass(frozen=True, kw_only=True)
 class BCConfig:
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 1e-3
+    hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
 
 
 class BC(nn.Module):

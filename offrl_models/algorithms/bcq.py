@@ -6,10 +6,11 @@ pass the threshold, at a stated temperature, instead of their argmax.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
@@ -20,12 +21,14 @@ from offrl_models.schema import TransitionBatch
 
 @dataclass(frozen=True, kw_only=True)
 class BCQConfig:
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 6.25e-5
-    threshold: float = 0.3  # paper: tau; least probability relative to the likeliest action
-    logit_penalty: float = 0.5  # weight of the imitator's squared logits; the paper's code has 0.01
-    target_interval: int = 8000  # gradient steps between hard updates of the target network
-    temperature: float = 0.01  # of the softmax over Q that acts; in units of reward
+    hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
+    learning_rate: float = Field(default=6.25e-5, gt=0)
+    threshold: float = Field(default=0.3, ge=0, le=1)  # paper: tau; least probability relative to the likeliest action
+    logit_penalty: float = Field(
+        default=0.5, ge=0
+    )  # weight of the imitator's squared logits; the paper's code has 0.01
+    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 
 class BCQ(nn.Module):

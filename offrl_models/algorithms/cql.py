@@ -6,10 +6,11 @@ deployed is a distribution and what is evaluated is the same one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
@@ -20,11 +21,11 @@ from offrl_models.schema import TransitionBatch
 
 @dataclass(frozen=True, kw_only=True)
 class CQLConfig:
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 6.25e-5
-    alpha: float = 1.0  # weight of the conservative gap; in units of reward
-    target_interval: int = 8000  # gradient steps between hard updates of the target network
-    temperature: float = 0.01  # of the softmax over Q that acts; in units of reward
+    hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
+    learning_rate: float = Field(default=6.25e-5, gt=0)
+    alpha: float = Field(default=1.0, ge=0)  # weight of the conservative gap; in units of reward
+    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 
 class CQL(nn.Module):

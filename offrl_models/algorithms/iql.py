@@ -5,10 +5,11 @@ Differences from the paper: all three losses are taken at the same parameters, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
@@ -19,12 +20,12 @@ from offrl_models.schema import TransitionBatch
 
 @dataclass(frozen=True, kw_only=True)
 class IQLConfig:
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
-    expectile: float = 0.7  # paper: tau
-    inverse_temperature: float = 3.0  # paper: beta; 0 is behavior cloning
-    max_weight: float = 100.0
-    polyak: float = 0.005
+    hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    expectile: float = Field(default=0.7, gt=0, lt=1)  # paper: tau
+    inverse_temperature: float = Field(default=3.0, ge=0)  # paper: beta; 0 is behavior cloning
+    max_weight: float = Field(default=100.0, gt=0)
+    polyak: float = Field(default=0.005, gt=0, le=1)
 
 
 class IQL(nn.Module):

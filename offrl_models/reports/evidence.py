@@ -106,7 +106,7 @@ def tables(shown: dict[str, Any]) -> list[Table]:
         estimates.add_column("exact*", justify="right", style="yellow", no_wrap=True)
     for row in policy_rows(shown):
         intervals = [row["estimates"][name] for name in ESTIMATORS]
-        cells = [f"{i['estimate']:.3f}\n{_short(i['low'])}..{_short(i['high'])}" for i in intervals]
+        cells = [f"{i['estimate']:.3f}\n[dim]{_short(i['low'])}–{_short(i['high'])}[/]" for i in intervals]
         truth = [f"{exact[row['policy']]:.4f}"] if exact else []
         estimates.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
     ladder = Table(title="The gate, rung by rung", title_justify="left")
@@ -125,4 +125,4 @@ def tables(shown: dict[str, Any]) -> list[Table]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"

@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 
+import importlib
 import logging
 import warnings
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ class CheckResult:
 
 def _frames(coverage: Coverage, contract: Contract) -> dict[str, pl.DataFrame]:
     cells = coverage.cells
-    thin = float((cells["visits"] < FEW_VISITS).mean() or 0.0)
+    thin = cells.filter(pl.col("visits") < FEW_VISITS).height / cells.height
     card = pl.DataFrame([{**coverage.card, "share_of_thin_cells": thin, "cells": cells.height}])
     columns = [{"column": name, "kind": kind, "matches": True} for name, kind in contract.columns().items()]
     return {
@@ -81,11 +82,11 @@ def _check(
     coverage: Coverage, contract: Contract, propensity_z: float, few_visits_share: float, docs: Path
 ) -> list[CheckResult]:
     import great_expectations as gx
-    import great_expectations.expectations as gxe
-    from great_expectations.checkpoint import UpdateDataDocsAction
+    from great_expectations.checkpoint.actions import UpdateDataDocsAction
     from great_expectations.core.run_identifier import RunIdentifier
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    gxe: Any = importlib.import_module("great_expectations.expectations")
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     frames = _frames(coverage, contract)
 
@@ -140,7 +141,7 @@ def _check(
         page = f"{docs.name}/validations/{name}/{run.run_name}/{stamp}/offrl-{name}.html"
         for validation in result.run_results.values():
             for one in validation.results:
-                config = one.expectation_config
+                config: Any = one.expectation_config
                 column = config.kwargs["column"]
                 failed = str(one.exception_info.get("exception_message", "")) if one.exception_info else ""
                 outcome[config.meta["check"]].append((bool(one.success), f"{name}.{column} {failed}".strip(), page))

@@ -1,0 +1,44 @@
+# offrl: `make` lists what there is. Every target sets up what it needs.
+SHELL := /bin/bash
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DAGSTER_HOME := $(CURDIR)/.dagster
+export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export GX_ANALYTICS_ENABLED := false
+export OMP_NUM_THREADS := 1
+PYTHON ?= python3.11
+PORT ?= 3000
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo ui test lint logs clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## make .venv and install the pinned versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+logs: install  ## make the example's raw logs, a DVC stage
+	@dvc repro --quiet
+
+demo: logs  ## from raw ICU logs to a gated policy, then one table
+	@python -m orchestration.demo icu_sepsis
+
+ui: install  ## the Dagster UI with the reports, on 127.0.0.1:3000
+	@python -m orchestration.webserver --port $(PORT)
+
+test: install  ## style, types and every test
+	ruff check .
+	ruff format --check .
+	pyright
+	dg check defs
+	pytest
+
+clean:  ## remove everything that can be made again, but no raw logs and no released policy
+	rm -rf data/*/{coverage,episodes,behavior,candidates,leaderboard,evidence,shift,reports}
