@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from torch import Tensor, nn
 
 from offrl_models import storage
@@ -180,7 +181,7 @@ class OnnxPolicy:
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
             raise InputError(f"{path} cannot be loaded as an ONNX policy ({error}); export it again.") from error
 
     def distinct_probs(

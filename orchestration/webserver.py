@@ -6,6 +6,7 @@ python -m orchestration.webserver            the UI on 127.0.0.1:3000, with the 
 import argparse
 import html
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 ROOT = Path(__file__).parent.parent
-LOCATION = ["-m", "orchestration.definitions"]
 
 
 class Reports(StaticFiles):
@@ -60,16 +60,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The Dagster UI with the reports under /reports.")
     parser.add_argument("--port", type=int, default=3000)
     arguments = parser.parse_args()
-    daemon = subprocess.Popen([sys.executable, "-m", "dagster._daemon", "run", *LOCATION], cwd=ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that stopping this process stops both of its own
+    serving = "import orchestration.webserver as w; w.serve()"
+    commands = [
+        [sys.executable, "-m", "dagster._daemon", "run"],
+        [sys.executable, "-c", serving, "-h", "127.0.0.1", "-p", str(arguments.port)],
+    ]
+    running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
     try:
-        command = "import orchestration.webserver as w; w.serve()"
-        server = [sys.executable, "-c", command, *LOCATION, "-h", "127.0.0.1", "-p", str(arguments.port)]
-        return subprocess.call(server, cwd=ROOT)
+        return running[-1].wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        daemon.terminate()
-        daemon.wait()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 if __name__ == "__main__":

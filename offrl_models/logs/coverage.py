@@ -46,7 +46,7 @@ class Violation:
 
     def sentence(self, file: str) -> str:
         noun = "row" if self.rows == 1 else "rows"
-        return f"{file}: column {self.column!r}: {self.rows} {noun} {self.problem} ({self.check}); {self.remedy}"
+        return f"{file}: column {self.column!r} has {self.rows} {noun} {self.problem} ({self.check}); {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -76,27 +76,27 @@ def rules(contract: Contract) -> list[Rule]:
     truncated = pl.col(contract.truncated).fill_null(False) if contract.truncated else pl.lit(False)
     found = [
         Rule("C03", contract.step, earlier_batch | (~first & (pl.col(contract.step) == step_before)),
-             "repeat an episode and step that the log already has", "keep one row for each decision."),
+             "repeating an episode and step that the log already has", "keep one row for each decision."),
         Rule("C04", contract.step,
              pl.when(first).then(pl.col(contract.step) != 0).otherwise((pl.col(contract.step) - step_before) > 1),
-             "follow a gap in the steps of their episode", "steps must run 0, 1, 2, ...: add the missing decisions or "
+             "following a gap in the steps of its episode", "steps must run 0, 1, 2, ...: add the missing decisions or "
              "leave the episode out."),
         Rule("C05", contract.terminated,
              pl.when(last).then(terminated == truncated).otherwise(terminated | truncated),
-             "end their episode wrongly", "the last row of an episode, and no other, must be either terminated or "
+             "ending an episode wrongly", "the last row of an episode, and no other, must be either terminated or "
              "truncated: correct the flags."),
     ]  # fmt: skip
     for column, following in zip(contract.observation, contract.next_observation, strict=True):
         name = column.column
         found.append(
             Rule("C07", following, ~last & pl.col(following).ne_missing(pl.col(name).shift(-1)),
-                 f"differ from {name!r} in the row that follows", "the next observation must be what was observed next.")
+                 f"differing from {name!r} in the row that follows", "the next observation must be what was observed next.")
         )  # fmt: skip
         if column.categories is not None:
             for coded in (name, following):
                 found.append(
                     Rule("C11", coded, ~pl.col(coded).is_between(0, column.categories - 1),
-                         f"hold a category outside 0 to {column.categories - 1}",
+                         f"holding a category outside 0 to {column.categories - 1}",
                          "recode it or raise `categories` in the contract.")
                 )  # fmt: skip
     numbers = [(c.column, c.categories is None) for c in contract.observation]
@@ -108,15 +108,15 @@ def rules(contract: Contract) -> list[Rule]:
     for name, floating in dict(numbers).items():
         found.append(
             Rule("C10", name, _missing_or_infinite(name, floating=floating),
-                 "are missing, NaN or infinite", "fill them at the source or leave their episodes out.")
+                 "missing, NaN or infinite", "fill them at the source or leave their episodes out.")
         )  # fmt: skip
     found.append(
         Rule("C12", reward, ~pl.col(reward).is_between(low, high) & pl.col(reward).is_not_nan(),
-             f"lie outside the reward range [{low:g}, {high:g}]", "correct them or the range in the contract.")
+             f"outside the reward range [{low:g}, {high:g}]", "correct them or the range in the contract.")
     )  # fmt: skip
     in_set = pl.col(action.column).is_between(0, action.values - 1)
     found.append(
-        Rule("C13", action.column, ~in_set, f"hold an action outside 0 to {action.values - 1}",
+        Rule("C13", action.column, ~in_set, f"holding an action outside 0 to {action.values - 1}",
              "recode it or raise `values` in the contract.")
     )  # fmt: skip
     if action.mask:
@@ -125,13 +125,13 @@ def rules(contract: Contract) -> list[Rule]:
         unusable = mask.is_null() | (mask.list.len() != action.values) | mask.list.contains(None)
         found.append(
             Rule("C13", action.mask, unusable | (in_set & ~allowed.fill_null(False)),
-                 f"hold an action that their mask does not allow, or a mask that is not {action.values} booleans",
+                 f"holding an action that the mask does not allow, or a mask that is not {action.values} booleans",
                  "log the mask that was in force at the decision.")
         )  # fmt: skip
     probability = pl.col(contract.action_prob)
     found.append(
         Rule("C14", contract.action_prob, ~((probability > 0) & (probability <= 1)) & probability.is_not_nan(),
-             "hold a propensity outside (0, 1]", "log the probability with which the action was drawn.")
+             "with a propensity outside (0, 1]", "log the probability with which the action was drawn.")
     )  # fmt: skip
     return found
 

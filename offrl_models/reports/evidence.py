@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from offrl_models import storage
+from offrl_models.evaluation import CHAMPION
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
 from offrl_models.policies import OnnxPolicy
@@ -78,9 +79,9 @@ def exact_values(world: str, policies: dict[str, OnnxPolicy], gamma: float) -> d
 
 
 def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """Candidates, then the rungs that are not a candidate themselves."""
+    """The behavior policy, the candidates, then the rungs that are not a candidate themselves."""
     rungs = [rung for rung in evidence["ladder"] if rung["cap"] is not None]
-    return [*evidence["candidates"], *rungs]
+    return [{**evidence["champion"], "policy": CHAMPION}, *evidence["candidates"], *rungs]
 
 
 def write(evidence: dict[str, Any], exact: dict[str, float] | None, folder: Path) -> None:

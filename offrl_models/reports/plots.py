@@ -84,9 +84,13 @@ def forest(
     rows: list[dict[str, Any]], estimators: Sequence[str], reference: float, path: Path, exact: dict[str, float]
 ) -> None:
     """Every estimate with its interval, one panel per policy; the champion's value is the dashed line."""
-    count = len(rows)
-    figure, every = plt.subplots(1, count, figsize=(2.3 * count + 0.8, 2.8), sharey=True, squeeze=False)
-    for axes, row in zip(every[0], rows, strict=True):
+    across = min(len(rows), 4)
+    down = -(-len(rows) // across)
+    figure, grid = plt.subplots(down, across, figsize=(2.3 * across + 0.6, 2.5 * down), sharey=True, squeeze=False)
+    panels = grid.ravel()
+    for axes in panels[len(rows) :]:
+        axes.set_visible(False)
+    for axes, row in zip(panels, rows, strict=False):
         for position, name in enumerate(estimators):
             interval = row["estimates"][name]
             axes.plot([interval["low"], interval["high"]], [position, position], color=BLUE, linewidth=1.6)
@@ -97,8 +101,9 @@ def forest(
         axes.set_title(row["policy"], fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    every[0][0].set_yticks(range(len(estimators)), estimators)
-    every[0][0].invert_yaxis()
+    panels[0].set_yticks(range(len(estimators)), estimators)
+    panels[0].invert_yaxis()
+    figure.tight_layout()
     note = "95% intervals; dashed: champion" + ("; orange: exact value, known in simulation" if exact else "")
-    figure.suptitle(f"Value of each policy ({note})", fontsize=10, x=0.02, ha="left", y=1.04)
+    figure.suptitle(f"Value of each policy ({note})", fontsize=9, x=0.02, ha="left", y=1.02)
     save(figure, path)

@@ -10,14 +10,17 @@ os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 
 import importlib
 import logging
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import polars as pl
 
+from offrl_models import storage
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import FEW_VISITS, Coverage, rules
 
@@ -38,6 +41,29 @@ TITLES = {
 }
 BLOCKING, WARNING, INFO = "critical", "warning", "info"
 SEVERITY = {name: BLOCKING for name in TITLES} | {"C21": INFO, "C24": INFO}
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
+table { border-collapse: collapse; } th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e2e8f0; }
+img { max-width: 48%; } .ok { color: #2f855a; } .no { color: #c53030; } .warn { color: #b7791f; }
+.col-lg-2, .navbar, .modal { display: none; } .text-success { color: #2f855a; } .text-danger { color: #c53030; }
+.fa-check-circle::before { content: "✓"; } .fa-times::before { content: "✗"; } .fa-exclamation-triangle::before { content: "!"; }
+"""
+INDEX = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Coverage checks</title>
+<style>{{ style | safe }}</style></head><body><h1>Coverage checks</h1>
+<table><tr><th>check</th><th></th><th>finding</th><th>details</th></tr>
+{% for r in results %}<tr><td>{{ r.check }}</td>
+<td>{% if r.passed %}<b class="ok">holds</b>{% elif r.blocking %}<b class="no">blocks</b>{% else %}<b class="warn">warns</b>
+{% endif %}</td><td>{{ r.title if r.passed else r.sentence }}</td>
+<td><a href="{{ r.page.removeprefix(prefix) }}">expectations</a></td></tr>{% endfor %}</table>
+<h2>Dataset card</h2><table>{% for name, value in card.items() %}<tr><td>{{ name.replace("_", " ") }}</td>
+<td>{{ "{:,}".format(value) if value is integer else "%.4g" | format(value) }}</td></tr>{% endfor %}</table>
+<p><img src="../visits.png" alt="Visits per state-action cell"> <img src="../actions.png" alt="Action frequencies"></p>
+</body></html>
+"""
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +171,22 @@ def _check(
                 column = config.kwargs["column"]
                 failed = str(one.exception_info.get("exception_message", "")) if one.exception_info else ""
                 outcome[config.meta["check"]].append((bool(one.success), f"{name}.{column} {failed}".strip(), page))
-    return [_result(name, found, coverage) for name, found in outcome.items() if found]
+    for file in docs.rglob("*.html"):
+        storage.write_bytes(file, self_contained(file.read_text()).encode())
+    results = [_result(name, found, coverage) for name, found in outcome.items() if found]
+    page = INDEX.render(results=results, card=coverage.card, prefix=f"{docs.name}/", style=STYLE)
+    storage.write_bytes(docs / "index.html", page.encode())
+    return results
+
+
+def self_contained(page: str) -> str:
+    """A Data Docs page without anything fetched from elsewhere: it works, and stays private, with no network."""
+    page = re.sub(r"<script[^>]*\ssrc=.https?:.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub(r"<link[^>]*https?:[^>]*>", "", page, flags=re.DOTALL)
+    page = re.sub(r"<img[^>]*https?:[^>]*>", "", page, flags=re.DOTALL)
+    page = re.sub(r"<footer.*?</footer>", "", page, flags=re.DOTALL)
+    page = re.sub(r"url\('https?:[^)]*\)", "none", page)
+    return page.replace("</head>", f"<style>{STYLE}</style></head>", 1)
 
 
 def _result(check: str, found: list[tuple[bool, str, str]], coverage: Coverage) -> CheckResult:
@@ -157,7 +198,7 @@ def _result(check: str, found: list[tuple[bool, str, str]], coverage: Coverage) 
     mine = [violation for violation in coverage.violations if violation.check == check]
     if mine:
         rows, batches = sum(v.rows for v in mine), len({v.batch for v in mine})
-        sentence = f"{rows} rows of {batches} batches {mine[0].problem} (column {mine[0].column!r}); {mine[0].remedy}"
+        sentence = f"column {mine[0].column!r}: {rows} rows of {batches} batches, {mine[0].problem}; {mine[0].remedy}"
     elif check == "C15":
         worst = coverage.propensity.sort(pl.col("z").abs(), descending=True).row(0, named=True)
         sentence = (

@@ -21,24 +21,30 @@ from offrl_models.logs.read import BATCH
 from offrl_models.schema import Episodes
 
 SAMPLE_ROWS = 20_000
-CATEGORIES = 20  # the most frequent ones; the rest is one more
+CATEGORIES = 10  # the most frequent ones, each a group of its own
+POOLS = 20  # groups for the other categories
 QUANTILES = 10
 
 
 def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> tuple[pl.Series, pl.Series]:
-    """Both columns cut into the same few groups: frequent categories, or deciles of the reference."""
+    """Both columns cut into the same few groups, the same for both.
+
+    Frequent categories stand alone and the rest is pooled, in order of code, into groups of equal mass in the reference;
+    numbers are cut at the deciles of the reference.
+    """
     if categorical:
-        top = reference.value_counts(sort=True).head(CATEGORIES)[reference.name].to_list()
-        return tuple(
-            pl.Series(column.name, ["other" if v not in keep else str(v) for v in column.to_list()])
-            for keep in [set(top)]
-            for column in (reference, current)
-        )  # pyright: ignore[reportReturnType]
-    edges = np.unique(np.quantile(reference.to_numpy(), np.linspace(0, 1, QUANTILES + 1)[1:-1]))
-    return tuple(
-        pl.Series(column.name, np.searchsorted(edges, column.to_numpy(), side="right").astype(str))
-        for column in (reference, current)
-    )  # pyright: ignore[reportReturnType]
+        counts = reference.value_counts(sort=True, name="count")
+        top = counts.head(CATEGORIES)[reference.name].to_list()
+        rest = counts.slice(CATEGORIES).sort(reference.name)
+        name = {value: str(value) for value in top}
+        mass = rest["count"].cum_sum().to_numpy() / max(int(rest["count"].sum()), 1)
+        for value, reached in zip(rest[reference.name].to_list(), mass, strict=True):
+            name[value] = f"rest {min(int(reached * POOLS), POOLS - 1) + 1:02d}"
+        label = lambda column: [name.get(value, "new") for value in column.to_list()]  # noqa: E731
+    else:
+        edges = np.unique(np.quantile(reference.to_numpy(), np.linspace(0, 1, QUANTILES + 1)[1:-1]))
+        label = lambda column: np.searchsorted(edges, column.to_numpy(), side="right").astype(str)  # noqa: E731
+    return pl.Series(reference.name, label(reference)), pl.Series(current.name, label(current))
 
 
 def stability_index(reference: pl.Series, current: pl.Series) -> float:
@@ -67,7 +73,7 @@ def log_drift(log: pl.DataFrame, contract: Contract) -> tuple[list[dict[str, Any
     columns |= {contract.action.column: True, contract.reward.column: False, contract.action_prob: False}
     rows, left, right = [], {}, {}
     for name, categorical in columns.items():
-        few = log[name].n_unique() <= CATEGORIES
+        few = log[name].n_unique() <= QUANTILES
         before, after = grouped(reference[name], current[name], categorical=categorical or few)
         rows.append({"column": name, "index": stability_index(before, after)})
         left[name], right[name] = (before, after) if categorical or few else (reference[name], current[name])

@@ -1,0 +1,212 @@
+"""Estimators against the sum over every trajectory, and the identities that hold without any tolerance to argue about."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offrl_models.ope.doubly_robust import dr, wdr
+from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
+from offrl_models.ope.sequences import ratios
+from offrl_models.ope.worlds import World, random_world
+from offrl_models.schema import Episodes, InputError
+
+EXACT = 1e-9
+
+
+def random_policy(world: World, seed: int) -> np.ndarray:
+    weights = np.random.default_rng(seed).dirichlet(np.ones(world.n_actions), size=world.n_states) * world.mask
+    return weights / weights.sum(1, keepdims=True)
+
+
+def states(episodes: Episodes) -> np.ndarray:
+    return episodes.observation[:, 0].astype(int)
+
+
+def probs_of(policy: np.ndarray, episodes: Episodes) -> np.ndarray:
+    return policy[states(episodes)]
+
+
+def value_model(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarray) -> tuple[np.ndarray, ...]:
+    """q of the logged action, v and next v for every row, from a table q."""
+    v = (policy * q).sum(1)
+    following = episodes.next_observation[:, 0].astype(int)
+    return q[states(episodes), episodes.action], v[states(episodes)], v[following]
+
+
+def all_terms(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarray) -> dict[str, Terms]:
+    ratio = ratios(episodes, probs_of(policy, episodes))
+    model = value_model(world, policy, episodes, q)
+    return {
+        "TIS": tis(episodes, ratio),
+        "PDIS": pdis(episodes, ratio),
+        "WIS": wis(episodes, ratio),
+        "WPDIS": wpdis(episodes, ratio),
+        "DR": dr(episodes, ratio, *model),
+        "WDR": wdr(episodes, ratio, *model),
+    }
+
+
+WORLDS = [
+    random_world(2, 2, 3, 0.9, seed=1),
+    random_world(2, 3, 3, 1.0, seed=2),
+    random_world(3, 2, 2, 0.5, 3, masked=True),
+]
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=["two-by-two", "three actions", "masked"])
+@pytest.mark.parametrize("name", ["TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR"])
+def test_the_sum_over_every_trajectory_is_the_exact_value(world: World, name: str) -> None:
+    """Unbiased estimators equal the value in expectation; ratios of expectations do too. Any value model will do."""
+    episodes, probability = world.enumerate(3)
+    policy = random_policy(world, 5)
+    wrong_q = np.random.default_rng(0).normal(size=(world.n_states, world.n_actions))
+    wrong_q[world.terminal] = 0.0
+    found = all_terms(world, policy, episodes, wrong_q)[name].estimate(probability)
+    assert found == pytest.approx(world.value(policy), abs=EXACT)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_marginalised_difference_over_every_trajectory_is_the_exact_difference(world: World) -> None:
+    """With exact state ratios any value model is corrected, and with the exact model any ratio is."""
+    episodes, probability = world.enumerate(3)
+    policy = random_policy(world, 6)
+    exact = TabularModel(
+        transition=np.where(world.terminal, 0.0, world.transition) * ~world.terminal[:, None, None],
+        reward=np.einsum("sat,sat->sa", world.transition, world.reward),
+        initial=world.initial,
+        visits=world.behavior,
+        gamma=world.gamma,
+    )
+    x, _ = paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes)))
+    assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
+    broken = dataclasses.replace(exact, reward=exact.reward + np.random.default_rng(1).normal(size=exact.reward.shape))
+    x, _ = paired_differences(broken, policy, episodes, ratios(episodes, probs_of(policy, episodes)))
+    assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
+
+
+@given(st.integers(0, 10_000))
+def test_on_policy_every_estimator_is_the_mean_return(seed: int) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=seed)
+    episodes = world.simulate(25, seed)
+    flat = np.zeros((world.n_states, world.n_actions))
+    for name, terms in all_terms(world, world.behavior, episodes, flat).items():
+        assert terms.estimate() == pytest.approx(episodes.return_.mean(), abs=EXACT), name
+
+
+@given(st.integers(0, 10_000))
+def test_wis_lies_inside_the_observed_returns(seed: int) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=seed)
+    episodes = world.simulate(12, seed)
+    ratio = ratios(episodes, probs_of(random_policy(world, seed + 1), episodes))
+    assert episodes.return_.min() - EXACT <= wis(episodes, ratio).estimate() <= episodes.return_.max() + EXACT
+
+
+def test_dr_without_a_model_is_pdis_and_wdr_is_wpdis(tiny: World) -> None:
+    episodes = tiny.simulate(50, 0)
+    found = all_terms(tiny, random_policy(tiny, 3), episodes, np.zeros((tiny.n_states, 2)))
+    assert found["DR"].estimate() == pytest.approx(found["PDIS"].estimate(), abs=EXACT)
+    assert found["WDR"].estimate() == pytest.approx(found["WPDIS"].estimate(), abs=EXACT)
+
+
+def test_dr_with_the_true_model_has_no_variance_where_the_world_is_deterministic() -> None:
+    world = random_world(2, 2, 3, 0.9, seed=4)
+    deterministic = (world.transition == world.transition.max(2, keepdims=True)).astype(float)
+    initial = np.eye(world.n_states)[0]
+    world = dataclasses.replace(world, transition=deterministic, initial=initial)
+    policy = random_policy(world, 8)
+    episodes = world.simulate(200, 0)
+    terms = all_terms(world, policy, episodes, world.q_values(policy))["DR"]
+    assert terms.numerator.std() < EXACT
+    assert terms.estimate() == pytest.approx(world.value(policy), abs=EXACT)
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 50.0))
+def test_values_scale_with_rewards(seed: int, scale: float) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=seed)
+    episodes = world.simulate(20, seed)
+    policy, q = random_policy(world, 2), np.random.default_rng(seed).normal(size=(world.n_states, 2))
+    scaled = dataclasses.replace(episodes, reward=scale * episodes.reward)
+    before, after = all_terms(world, policy, episodes, q), all_terms(world, policy, scaled, scale * q)
+    for name in before:
+        assert after[name].estimate() == pytest.approx(scale * before[name].estimate(), rel=1e-9, abs=1e-9), name
+
+
+@given(st.integers(0, 10_000))
+def test_the_order_of_episodes_never_matters(seed: int) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=3)
+    episodes = world.simulate(15, seed)
+    order = np.random.default_rng(seed).permutation(15)
+    rows = np.concatenate([np.flatnonzero(episodes.episode_of_row == i) for i in order])
+    names = ("observation", "next_observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
+    shuffled = dataclasses.replace(
+        episodes,
+        **{name: getattr(episodes, name)[rows] for name in names},
+        offsets=np.append(0, episodes.length[order].cumsum()),
+    )
+    policy, q = random_policy(world, 2), np.random.default_rng(1).normal(size=(world.n_states, 2))
+    before, after = all_terms(world, policy, episodes, q), all_terms(world, policy, shuffled, q)
+    for name in before:
+        assert after[name].estimate() == pytest.approx(before[name].estimate(), abs=EXACT), name
+
+
+def test_a_truncated_episode_is_completed_by_the_value_model(tiny: World) -> None:
+    """Cut every episode after its first step: DR with the true values still sums to the exact value."""
+    whole, probability = tiny.enumerate(3)
+    first = whole.offsets[:-1]
+    names = ("observation", "next_observation", "action", "mask", "reward", "action_prob")
+    cut = dataclasses.replace(
+        whole,
+        **{name: getattr(whole, name)[first] for name in names},
+        offsets=np.arange(whole.n_episodes + 1),
+        terminated=whole.terminated[first],
+        truncated=~whole.terminated[first],
+    )
+    policy = random_policy(tiny, 5)
+    for name in ("DR", "WDR"):
+        terms = all_terms(tiny, policy, cut, tiny.q_values(policy))[name]
+        assert terms.estimate(probability) == pytest.approx(tiny.value(policy), abs=EXACT), name
+
+
+def test_weights_have_mean_one_over_every_trajectory(tiny: World) -> None:
+    episodes, probability = tiny.enumerate(3)
+    weight = trajectory_weights(episodes, ratios(episodes, probs_of(random_policy(tiny, 1), episodes)))
+    assert probability @ weight == pytest.approx(1.0, abs=EXACT)
+
+
+def test_a_policy_that_is_no_distribution_or_plays_a_forbidden_action_is_refused() -> None:
+    world = random_world(3, 2, 2, 0.5, 3, masked=True)
+    episodes = world.simulate(50, 0)
+    good = probs_of(random_policy(world, 1), episodes)
+    with pytest.raises(InputError, match="do not sum to 1"):
+        ratios(episodes, good * 0.9)
+    with pytest.raises(InputError, match="NaN"):
+        ratios(episodes, good * np.nan)
+    with pytest.raises(InputError, match="mask forbids"):
+        ratios(episodes, np.tile([0.5, 0.5], (episodes.n_rows, 1)))
+
+
+def test_an_infinite_reward_is_an_error_not_an_estimate(tiny: World) -> None:
+    episodes = tiny.simulate(5, 0)
+    broken = dataclasses.replace(episodes, reward=np.where(np.arange(episodes.n_rows) == 0, np.inf, episodes.reward))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        pdis(broken, np.ones(broken.n_rows))
+
+
+def test_the_tabular_model_of_many_episodes_has_the_worlds_values(tiny: World) -> None:
+    model = TabularModel.fit(tiny.simulate(200_000, 0), tiny.n_states)
+    policy = random_policy(tiny, 5)
+    assert model.initial @ (policy * model.q_values(policy)).sum(1) == pytest.approx(tiny.value(policy), abs=0.01)
+    assert model.state_ratio(model.behavior) == pytest.approx(np.ones(tiny.n_states), abs=1e-9)
+
+
+def test_a_policy_that_differs_within_a_state_has_no_table(tiny: World) -> None:
+    episodes = tiny.simulate(50, 0)
+    probs = probs_of(random_policy(tiny, 1), episodes)
+    assert policy_table([(episodes, probs)], tiny.n_states) is not None
+    other = probs.copy()
+    other[0] = other[0][::-1]
+    assert policy_table([(episodes, other)], tiny.n_states) is None

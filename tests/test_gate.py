@@ -1,0 +1,87 @@
+"""The gate: every objection keeps the champion, the gravest decides, and nothing passes by being unknown."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offrl_models.gate import GateConfig, Measures, Status, decisive_rung, findings, judge, ladder, verdict_from_json
+
+CONFIG = GateConfig()
+GOOD = Measures(
+    episodes=6000,
+    difference=0.02,
+    lower_bound=0.01,
+    upper_bound=0.03,
+    bound="test",
+    fqe_differences=[0.01, 0.02, 0.03],
+    effective_transitions=5000.0,
+    effective_episodes=900.0,
+    mean_ratio_z=0.5,
+    worst_action_z=-1.5,
+    unsupported_mass=0.01,
+)
+BAD = {
+    "mean ratio": ("mean_ratio_z", -4.5, Status.INVALID),
+    "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
+    "support": ("unsupported_mass", 0.2, Status.INVALID),
+    "harm": ("upper_bound", -0.001, Status.FAIL),
+    "episodes": ("episodes", 499, Status.INCONCLUSIVE),
+    "effective transitions": ("effective_transitions", 499.0, Status.INCONCLUSIVE),
+    "effective episodes": ("effective_episodes", 99.0, Status.INCONCLUSIVE),
+    "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
+    "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
+}
+
+
+def test_good_evidence_passes_and_says_by_how_much() -> None:
+    verdict = judge("abc", GOOD, CONFIG)
+    assert verdict.status is Status.PASS
+    assert verdict.policy == "abc"
+    assert "+0.0200" in verdict.reason and "+0.0100" in verdict.reason and "95%" in verdict.reason
+
+
+def test_every_finding_is_exercised_here() -> None:
+    assert [finding.name for finding in findings(GOOD, CONFIG)] == list(BAD)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_objection_alone_refuses_with_its_own_status(name: str) -> None:
+    field, value, status = BAD[name]
+    verdict = judge("abc", dataclasses.replace(GOOD, **{field: value}), CONFIG)
+    assert (verdict.status, verdict.decided_by) == (status, name)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_number_that_is_nan_refuses(name: str) -> None:
+    field, value, _ = BAD[name]
+    unknown = [0.01, math.nan, 0.02] if isinstance(value, list) else math.nan
+    assert judge("abc", dataclasses.replace(GOOD, **{field: unknown}), CONFIG).status is not Status.PASS
+
+
+@given(st.sets(st.sampled_from(sorted(BAD)), min_size=1))
+def test_the_gravest_objection_decides(names: set[str]) -> None:
+    broken = dataclasses.replace(GOOD, **{BAD[name][0]: BAD[name][1] for name in names})
+    order = [Status.INVALID, Status.FAIL, Status.INCONCLUSIVE]
+    assert judge("abc", broken, CONFIG).status is min((BAD[name][2] for name in names), key=order.index)
+
+
+def test_a_margin_must_be_exceeded() -> None:
+    assert judge("abc", GOOD, GateConfig(margin=0.0099)).status is Status.PASS
+    assert judge("abc", GOOD, GateConfig(margin=0.01)).status is Status.INCONCLUSIVE
+
+
+def test_the_ladder_stops_at_the_first_rung_that_does_not_pass() -> None:
+    weak = dataclasses.replace(GOOD, lower_bound=-0.01)
+    verdicts = ladder(["a", "b", "c", "d"], [GOOD, GOOD, weak, GOOD], CONFIG)
+    assert [v.status for v in verdicts] == [Status.PASS, Status.PASS, Status.INCONCLUSIVE, Status.NOT_TESTED]
+    assert decisive_rung(verdicts) == 1
+    assert decisive_rung(ladder(["a", "b"], [weak, GOOD], CONFIG)) == 0
+
+
+def test_a_verdict_survives_json() -> None:
+    verdict = judge("abc", GOOD, CONFIG)
+    assert verdict_from_json(json.loads(json.dumps(verdict.to_json()))) == verdict

@@ -1,0 +1,252 @@
+"""Raw logs: every kind of bad batch is named in one sentence, quarantined whole, and leaves the rest as it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from offrl_models import storage
+from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.coverage import measure, rules
+from offrl_models.logs.ingest import ingest
+from offrl_models.logs.read import batch_files, log_version, read_batches
+from offrl_models.reports import quality
+from offrl_models.schema import InputError
+from tests.conftest import as_table, attributes, chain_world, write_batches
+
+WORLD = chain_world()
+LONG = 3  # steps of the episodes that are broken below
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    write_batches(tmp_path, WORLD.simulate(300, seed=3))
+    return Pipeline(parse_pipeline(attributes(WORLD.n_states, 3), "toy"), tmp_path)
+
+
+def new_batch() -> pl.DataFrame:
+    return pl.DataFrame(as_table(WORLD.simulate(80, seed=9), first_id=1000))
+
+
+def land(pipeline: Pipeline, frame: pl.DataFrame, name: str = "batch-9.parquet") -> Path:
+    path = pipeline.folders.landing / name
+    storage.write_parquet(path, frame.to_arrow())
+    return path
+
+
+def first_row_where(frame: pl.DataFrame, condition: pl.Expr) -> int:
+    return int(frame.with_row_index("i").filter(condition)["i"][0])
+
+
+def put(frame: pl.DataFrame, column: str, value: object, rows: int = 1, *, after: int = 0) -> pl.DataFrame:
+    """The frame with `rows` values of a column replaced, from row `after` on."""
+    index = pl.int_range(pl.len())
+    chosen = index.is_between(after, after + rows - 1)
+    return frame.with_columns(pl.when(chosen).then(pl.lit(value)).otherwise(pl.col(column)).alias(column))
+
+
+def forbid_taken(frame: pl.DataFrame) -> pl.DataFrame:
+    """The mask of row 0 no longer allows the action that was taken there."""
+    masks = [list(mask) for mask in frame["allowed"].to_list()]
+    masks[0][frame["action"][0]] = False
+    return frame.with_columns(pl.Series("allowed", masks, pl.Array(pl.Boolean, 3)))
+
+
+def drop_middle(frame: pl.DataFrame) -> pl.DataFrame:
+    """Without step 1 of an episode of three steps."""
+    episode = frame.filter(pl.col("step") == LONG - 1)["episode"][0]
+    return frame.filter(~((pl.col("episode") == episode) & (pl.col("step") == 1)))
+
+
+def end_twice(frame: pl.DataFrame) -> pl.DataFrame:
+    row = first_row_where(frame, (pl.col("step") == 0) & ~pl.col("terminated"))
+    return put(frame, "terminated", True, after=row)
+
+
+def repeat_row(frame: pl.DataFrame) -> pl.DataFrame:
+    return pl.concat([frame, frame.head(1)])
+
+
+BROKEN: dict[str, tuple[Callable[[pl.DataFrame], pl.DataFrame], str]] = {
+    "missing column": (lambda f: f.drop("reward"), r"column 'reward' is missing in all \d+ rows"),
+    "wrong type": (lambda f: f.with_columns(pl.col("action").cast(pl.String)), "column 'action' is .* in all"),
+    "empty": (lambda f: f.clear(), "the batch has 0 rows"),
+    "NaN rewards": (lambda f: put(f, "reward", float("nan"), 3), r"column 'reward' has 3 rows missing, NaN.*\(C10\)"),
+    "null action": (lambda f: put(f, "action", None), r"column 'action' has 1 row missing, NaN.*\(C10\)"),
+    "propensity 0": (lambda f: put(f, "prob", 0.0, 2), r"column 'prob' has 2 rows with a propensity.*\(C14\)"),
+    "propensity above 1": (lambda f: put(f, "prob", 1.5), r"column 'prob' has 1 row with a propensity.*\(C14\)"),
+    "inadmissible action": (forbid_taken, r"column 'allowed' has 1 row holding an action that the mask.*\(C13\)"),
+    "unknown action": (lambda f: put(f, "action", 7), r"column 'action' has 1 row holding an action outside 0 to 2 \(C13\)"),
+    "gap in the steps": (drop_middle, r"column 'step' has 1 row following a gap.*\(C04\)"),
+    "two terminal rows": (end_twice, r"column 'terminated' has 1 row ending an episode wrongly.*\(C05\)"),
+    "open episode": (lambda f: f.head(f.height - 1), r"\(C0[45]\)"),
+    "repeated decision": (repeat_row, r"column 'step' has 1 row repeat.*\(C03\)"),
+    "wrong next state": (lambda f: put(f, "next_state", 0, after=first_row_where(f, pl.col("step").shift(-1) == 1)),
+                         r"column 'next_state' has 1 row differing from 'state'.*\(C07\)"),
+    "unknown state": (lambda f: put(f, "state", 999), r"column 'state' has 1 row holding a category outside.*\(C11\)"),
+    "reward out of range": (lambda f: put(f, "reward", 5.0), r"column 'reward' has 1 row outside.*\(C12\)"),
+}  # fmt: skip
+
+
+def everything_under(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): storage.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_batch_is_quarantined_whole_with_one_sentence(pipeline: Pipeline, name: str) -> None:
+    spoil, expected = BROKEN[name]
+    landed = land(pipeline, spoil(new_batch()))
+    content, before = storage.sha256_file(landed), everything_under(pipeline.raw)
+    report = ingest(pipeline.folders, pipeline.config.logs)
+    with pytest.raises(InputError, match=expected) as refusal:
+        report.require_clean()
+    sentence = str(refusal.value)
+    assert "landing/batch-9.parquet" in sentence and str(pipeline.root) not in sentence
+    assert sentence.endswith("the batch now lies in data/toy/quarantine/batch-9.parquet.")
+    assert not landed.exists()
+    assert storage.sha256_file(pipeline.folders.quarantine / "batch-9.parquet") == content
+    reason = json.loads((pipeline.folders.quarantine / "batch-9.reason.json").read_text())["reason"]
+    assert reason.rstrip(".").replace(str(pipeline.root) + "/", "") in sentence
+    assert everything_under(pipeline.raw) == before
+    ingest(pipeline.folders, pipeline.config.logs).require_clean()  # and the next run goes on without it
+
+
+def test_a_truncated_file_and_a_flipped_bit_are_refused(pipeline: Pipeline) -> None:
+    landed = land(pipeline, new_batch())
+    whole = landed.read_bytes()
+    landed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="landing/batch-9.parquet cannot be read as Parquet"):
+        ingest(pipeline.folders, pipeline.config.logs).require_clean()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 1
+    land(pipeline, new_batch(), "batch-8.parquet").write_bytes(bytes(flipped))
+    with pytest.raises(InputError, match="landing/batch-8.parquet"):
+        ingest(pipeline.folders, pipeline.config.logs).require_clean()
+
+
+def test_a_good_batch_is_accepted_and_the_same_batch_twice_changes_nothing(pipeline: Pipeline) -> None:
+    land(pipeline, new_batch())
+    first = ingest(pipeline.folders, pipeline.config.logs)
+    assert first.accepted == ["batch-9.parquet"] and first.batches == 3
+    land(pipeline, new_batch())
+    again = ingest(pipeline.folders, pipeline.config.logs)
+    again.require_clean()
+    assert (again.version, again.rows, again.accepted) == (first.version, first.rows, [])
+    assert batch_files(pipeline.folders.landing) == []
+
+
+def test_a_good_batch_is_accepted_beside_a_bad_one(pipeline: Pipeline) -> None:
+    land(pipeline, new_batch())
+    land(pipeline, put(new_batch().with_columns(pl.col("episode") + 500), "prob", 2.0), "batch-8.parquet")
+    report = ingest(pipeline.folders, pipeline.config.logs)
+    assert report.accepted == ["batch-9.parquet"]
+    assert list(report.quarantined) == ["data/toy/quarantine/batch-8.parquet"]
+
+
+def test_episodes_that_an_earlier_batch_has_are_a_conflict_of_the_later_one(pipeline: Pipeline) -> None:
+    earlier = pl.DataFrame(pq.read_table(batch_files(pipeline.raw)[0])).filter(pl.col("episode") < 5)
+    land(pipeline, earlier.with_columns(reward=pl.col("reward") / 2))
+    with pytest.raises(InputError, match=r"landing/batch-9.parquet: .* \(C03\)"):
+        ingest(pipeline.folders, pipeline.config.logs).require_clean()
+    assert len(batch_files(pipeline.raw)) == 2
+
+
+def test_another_batch_of_a_known_name_is_refused(pipeline: Pipeline) -> None:
+    land(pipeline, new_batch(), "batch-1.parquet")
+    with pytest.raises(InputError, match="another batch of this name was accepted before"):
+        ingest(pipeline.folders, pipeline.config.logs).require_clean()
+
+
+def test_no_batch_at_all_says_where_to_put_one(tmp_path: Path) -> None:
+    empty = Pipeline(parse_pipeline(attributes(WORLD.n_states, 3), "toy"), tmp_path)
+    with pytest.raises(InputError, match="no batch lies in data/toy/raw; put Parquet files into data/toy/landing"):
+        ingest(empty.folders, empty.config.logs)
+
+
+def check(contract: Contract, frame: pl.DataFrame, tmp_path: Path) -> dict[str, quality.CheckResult]:
+    storage.write_parquet(tmp_path / "b.parquet", frame.to_arrow())
+    coverage = measure(read_batches([tmp_path / "b.parquet"], contract), contract)
+    found = quality.check(coverage, contract, propensity_z=4.0, few_visits_share=0.5, docs=tmp_path / "coverage")
+    return {result.check: result for result in found}
+
+
+@pytest.fixture
+def contract() -> Contract:
+    return parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
+
+
+def test_a_clean_log_passes_every_check_and_the_pages_need_no_network(contract: Contract, tmp_path: Path) -> None:
+    found = check(contract, pl.DataFrame(as_table(WORLD.simulate(500, seed=3))), tmp_path)
+    assert set(found) == set(quality.TITLES)
+    assert [name for name, result in found.items() if not result.passed] == []
+    assert all((tmp_path / result.page).exists() for result in found.values())
+    for page in (tmp_path / "coverage").rglob("*.html"):
+        assert not any(mark in page.read_text() for mark in ('src="http', "link rel=\"stylesheet\" href=\"http", "url('http"))
+
+
+@pytest.mark.parametrize("name", sorted(set(BROKEN) - {"missing column", "wrong type", "empty"}))
+def test_great_expectations_sees_what_ingestion_sees(contract: Contract, name: str, tmp_path: Path) -> None:
+    """A log that got past ingestion in some other way is still blocked by the suite."""
+    spoil, expected = BROKEN[name]
+    found = check(contract, spoil(new_batch()), tmp_path)
+    blocked = {result.check for result in found.values() if result.blocking and not result.passed}
+    assert any(f"({check})" in expected.replace("\\", "").replace("[45]", "5") for check in blocked), blocked
+
+
+def test_propensities_of_another_policy_fail_the_mean_ratio_test(contract: Contract, tmp_path: Path) -> None:
+    """A logger that writes 1 (the argmax) where it drew with probability 1/3: plausible row by row, wrong together."""
+    log = pl.DataFrame(as_table(WORLD.simulate(500, seed=3)))
+    found = check(contract, log.with_columns(prob=pl.lit(0.5)), tmp_path)
+    assert not found["C15"].passed and found["C15"].blocking
+    assert "mean ratio of policy" in found["C15"].sentence
+
+
+def test_constant_rewards_warn_and_thin_coverage_is_remarked(contract: Contract, tmp_path: Path) -> None:
+    log = pl.DataFrame(as_table(WORLD.simulate(30, seed=3)))
+    found = check(contract, log.with_columns(reward=pl.lit(0.0)), tmp_path)
+    assert not found["C12"].passed and not found["C12"].blocking
+    assert not found["C21"].passed and not found["C21"].blocking
+
+
+def test_measures_do_not_depend_on_the_order_of_rows(contract: Contract, tmp_path: Path) -> None:
+    log = pl.DataFrame(as_table(WORLD.simulate(100, seed=3)))
+    for name, frame in {"sorted": log, "shuffled": log.sample(fraction=1.0, shuffle=True, seed=0)}.items():
+        storage.write_parquet(tmp_path / f"{name}.parquet", frame.to_arrow())
+    first, second = (
+        measure(read_batches([tmp_path / f"{name}.parquet"], contract), contract) for name in ("sorted", "shuffled")
+    )
+    assert first.batches.equals(second.batches) and first.cells.equals(second.cells)
+    assert first.violations == second.violations == ()
+
+
+def test_every_rule_is_tripped_somewhere_above(contract: Contract, tmp_path: Path) -> None:
+    tripped = set()
+    for name in set(BROKEN) - {"missing column", "wrong type", "empty"}:
+        storage.write_parquet(tmp_path / "b.parquet", BROKEN[name][0](new_batch()).to_arrow())
+        log = read_batches([tmp_path / "b.parquet"], contract)
+        tripped |= {violation.check for violation in measure(log, contract).violations}
+    assert tripped == {rule.check for rule in rules(contract)}
+
+
+def test_the_version_is_a_function_of_names_and_bytes(pipeline: Pipeline) -> None:
+    before = log_version(pipeline.raw)
+    path = batch_files(pipeline.raw)[0]
+    path.touch()
+    assert log_version(pipeline.raw) == before
+    path.rename(path.with_name("batch-0.parquet"))
+    assert log_version(pipeline.raw) != before
+
+
+def test_string_ids_and_dictionary_columns_are_read(contract: Contract, tmp_path: Path) -> None:
+    table = as_table(WORLD.simulate(20, seed=3))
+    names = pa.array([f"stay {i}" for i in table["episode"].to_pylist()]).dictionary_encode()
+    storage.write_parquet(tmp_path / "b.parquet", table.set_column(0, "episode", names))
+    log = read_batches([tmp_path / "b.parquet"], contract)
+    assert log["episode"].dtype == pl.String and measure(log, contract).violations == ()
+    assert np.isfinite(log["prob"].to_numpy()).all()

@@ -1,0 +1,136 @@
+"""Policies: the projection is the nearest capped distribution, and an exported graph is the policy it came from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offrl_models import storage
+from offrl_models.algorithms import ALGORITHMS, make_config
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, OnnxPolicy, export_checked, project, weights
+from offrl_models.schema import Episodes, InputError
+from tests.conftest import chain_world
+
+
+def distributions(seed: int, rows: int, actions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random policies and behavior policies, some of them deterministic, some without support on an action."""
+    rng = np.random.default_rng(seed)
+    pi, mu = rng.dirichlet(np.full(actions, 0.3), rows), rng.dirichlet(np.full(actions, 0.5), rows)
+    pi[::3] = np.eye(actions)[rng.integers(0, actions, len(pi[::3]))]
+    mu[::2, 0] = 0.0
+    return torch.as_tensor(pi), torch.as_tensor(mu / mu.sum(1, keepdims=True))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6), st.sampled_from([1.0, 1.2, 1.5, 2.0, 5.0, 1e6]))
+def test_a_projection_is_a_distribution_under_its_cap(seed: int, actions: int, cap: float) -> None:
+    pi, mu = distributions(seed, 12, actions)
+    projected = project(pi, mu, cap)
+    assert projected.sum(-1).numpy() == pytest.approx(np.ones(12), abs=1e-9)
+    assert bool((projected >= 0).all())
+    assert bool((projected <= cap * mu * (1 + 1e-6) + 1e-9).all())
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1.2, 2.0]))
+def test_no_capped_distribution_is_nearer(seed: int, cap: float) -> None:
+    """KL(p | pi) of the projection is at most that of random feasible distributions, mixtures of it with others."""
+    pi, mu = distributions(seed, 1, 4)
+    pi = 0.98 * pi + 0.02 * mu.clamp(min=1e-3) / mu.clamp(min=1e-3).sum()
+    best = project(pi, mu, cap)
+
+    def divergence(p: torch.Tensor) -> float:
+        return float(torch.where(p > 0, p * (p / pi).log(), 0.0).sum())
+
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        direction = project(torch.as_tensor(rng.dirichlet(np.ones(4), 1)), mu, cap)
+        assert divergence(best) <= divergence(0.9 * best + 0.1 * direction) + 1e-6
+
+
+def test_projections_at_the_ends() -> None:
+    pi, mu = distributions(0, 20, 5)
+    assert project(pi, mu, 1.0).numpy() == pytest.approx(mu.numpy(), abs=1e-6)  # only mu itself is under 1 mu
+    inside = 0.5 * pi + 0.5 * mu
+    assert project(inside, inside, 3.0).numpy() == pytest.approx(inside.numpy(), abs=1e-9)
+
+
+def test_the_behavior_table_shares_what_is_left_among_unseen_allowed_actions() -> None:
+    table = BehaviorTable(np.array([[0.5, 0.0, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]]))
+    mask = torch.tensor([[True, True, True, False], [True, True, True, False]])
+    probs = table(torch.tensor([[0.0], [1.0]]), mask)
+    assert probs[0].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.0])
+    assert probs[1].tolist() == pytest.approx([0.6, 0.4, 0.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def episodes() -> Episodes:
+    return chain_world().simulate(200, seed=1)
+
+
+def policy_of(name: str, encoder: Encoder, actions: int) -> Mixture:
+    config = make_config(name, {"hidden": [8]})
+    return Mixture(ALGORITHMS[name][1](config, encoder, actions, range(2)), 2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Episodes, tmp_path: Path) -> None:
+    world = chain_world()
+    policy = policy_of(name, Encoder([world.n_states]), 3)
+    exported = export_checked(policy, episodes, tmp_path)
+    states = np.arange(world.n_states, dtype=np.float32)[:, None]
+    mask = np.random.default_rng(0).random((world.n_states, 3)) < 0.7
+    mask[:, 0] = True
+    with torch.no_grad():
+        wanted = policy(torch.as_tensor(states), torch.as_tensor(mask)).numpy()
+    found = exported.probs(states, mask)
+    assert np.abs(found - wanted).max() <= 1e-6
+    assert found.sum(1) == pytest.approx(np.ones(world.n_states), abs=1e-9)
+    assert float(found[~mask].max()) == 0.0
+
+
+def test_a_capped_policy_exports_with_its_behavior_model_inside(episodes: Episodes, tmp_path: Path) -> None:
+    world = chain_world()
+    capped = CappedPolicy(policy_of("cql", Encoder([world.n_states]), 3), BehaviorTable(world.behavior), 1.2)
+    found = export_checked(capped, episodes, tmp_path).on(episodes)
+    behavior = world.behavior[episodes.observation[:, 0].astype(int)]
+    assert float((found / behavior).max()) <= 1.2 + 1e-6
+    assert "behavior.known" in storage.read_tensors(tmp_path / "policy.safetensors")
+
+
+def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    mixed = chain_world().simulate(50, seed=1)
+    observation = np.stack([rng.normal(5, 3, mixed.n_rows), rng.integers(0, 4, mixed.n_rows)], 1).astype(np.float32)
+    encoder = Encoder([None, 4])
+    encoder.mean.fill_(5.0)
+    encoder.scale.fill_(3.0)
+    policy = policy_of("iql", encoder, 3)
+    import dataclasses
+
+    export_checked(policy, dataclasses.replace(mixed, observation=observation), tmp_path)
+
+
+def test_exporting_twice_gives_the_same_bytes(episodes: Episodes, tmp_path: Path) -> None:
+    policy = policy_of("bcq", Encoder([chain_world().n_states]), 3)
+    export_checked(policy, episodes, tmp_path / "a")
+    export_checked(policy, episodes, tmp_path / "b")
+    for file in ("policy.onnx", "policy.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert b"/offrl" not in (tmp_path / "a" / "policy.onnx").read_bytes()  # no path of the machine it was made on
+
+
+def test_stored_weights_are_exact(episodes: Episodes) -> None:
+    policy = CappedPolicy(policy_of("bc", Encoder([10]), 3), BehaviorTable(np.full((10, 3), 1 / 3)), 2.0)
+    stored, state = weights(policy), policy.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(stored[name].to(tensor.dtype), tensor), name
+    assert stored["behavior.known"].dtype == torch.float64  # a third is not exact in single precision
+
+
+def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "policy.onnx").write_bytes(b"not a graph")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        OnnxPolicy(tmp_path / "policy.onnx")
