@@ -4,9 +4,13 @@ The library knows nothing of the orchestrator. Modules import only from lower ro
 
     cli
     stages
-    training, bundle, reports, selection
-    learner, gate, registry, config
+    reports, selection
+    evaluation
+    training, bundle
+    config
+    learner, gate, registry
     algorithms, ope
+    policies
     losses, nets, datasets, logs
-    schema, storage
+    schema, storage, progress
 """

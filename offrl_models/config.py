@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from offrl_models.algorithms import AlgorithmConfig, make_config
 from offrl_models.gate import GateConfig
@@ -82,8 +82,13 @@ class PipelineConfig(Strict):
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, as plain JSON; it travels with the policy."""
         plain = self.model_dump(mode="json")
-        plain["algorithms"] = {name: dataclasses.asdict(self.algorithm(name)) for name in self.algorithms}
+        plain["algorithms"] = {name: self.resolved_algorithm(name) for name in self.algorithms}
         return plain
+
+    def resolved_algorithm(self, name: str) -> dict[str, Any]:
+        """The config of one algorithm, defaults included, as plain JSON."""
+        config = self.algorithm(name)
+        return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def parse_pipeline(attributes: Any, where: str) -> PipelineConfig:

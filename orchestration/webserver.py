@@ -14,6 +14,7 @@ from pathlib import Path
 import dagster_webserver.app
 from dagster_webserver import cli
 from dagster_webserver.webserver import DagsterWebserver
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import BaseRoute, Mount, Route
@@ -26,7 +27,10 @@ class Reports(StaticFiles):
     """/reports/<dataset>/<file> is data/<dataset>/reports/<file>; nothing else under data is served."""
 
     def get_path(self, scope) -> str:
-        dataset, _, rest = super().get_path(scope).partition(os.sep)
+        path = super().get_path(scope)
+        if ".." in path.split(os.sep):
+            raise HTTPException(status_code=404)
+        dataset, _, rest = path.partition(os.sep)
         return os.path.join(dataset, "reports", rest)
 
 

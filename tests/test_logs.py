@@ -187,7 +187,9 @@ def test_a_clean_log_passes_every_check_and_the_pages_need_no_network(contract: 
     assert [name for name, result in found.items() if not result.passed] == []
     assert all((tmp_path / result.page).exists() for result in found.values())
     for page in (tmp_path / "coverage").rglob("*.html"):
-        assert not any(mark in page.read_text() for mark in ('src="http', "link rel=\"stylesheet\" href=\"http", "url('http"))
+        assert not any(
+            mark in page.read_text() for mark in ('src="http', 'link rel="stylesheet" href="http', "url('http")
+        )
 
 
 @pytest.mark.parametrize("name", sorted(set(BROKEN) - {"missing column", "wrong type", "empty"}))

@@ -160,17 +160,17 @@ def zero_mean_z(error: Float64[np.ndarray, "rows"]) -> float:
 
 def _cells(log: pl.DataFrame, contract: Contract) -> pl.DataFrame:
     """Visits of each state-action cell (C21). Numeric columns are cut at their quartiles to form states."""
-    parts = [
-        pl.col(c.column) if c.categories else pl.col(c.column).qcut(4, allow_duplicates=True).to_physical()
-        for c in contract.observation
-    ]
-    state = (
-        parts[0].cast(pl.String)
-        if len(parts) == 1
-        else pl.concat_str([p.cast(pl.String) for p in parts], separator=",")
-    )
+    parts = []
+    for column in contract.observation:
+        values = log[column.column]
+        if column.categories is None:
+            known = values.drop_nans().drop_nulls().to_numpy()
+            cuts = np.quantile(known, [0.25, 0.5, 0.75]) if len(known) else np.zeros(0)
+            values = pl.Series(column.column, np.searchsorted(cuts, values.to_numpy()))
+        parts.append(values.cast(pl.String))
+    state = parts[0] if len(parts) == 1 else pl.select(pl.concat_str(parts, separator=",")).to_series()
     return (
-        log.group_by(state.alias("state"), pl.col(contract.action.column).alias("action"))
+        log.group_by(pl.lit(state).alias("state"), pl.col(contract.action.column).alias("action"))
         .agg(pl.len().alias("visits"), pl.col(contract.action_prob).mean().alias("mean_action_prob"))
         .sort("state", "action")
     )

@@ -1,0 +1,43 @@
+"""The walk from raw logs to a released policy: one function per step, called alike by the orchestrator and the command line.
+
+Every step owns a folder, re-uses it when nothing that it depends on has changed, and refuses inputs that an earlier step did
+not finish or did not let through.
+"""
+
+from offrl_models import bundle
+from offrl_models.config import Pipeline
+from offrl_models.gate import Status
+from offrl_models.schema import InputError
+from offrl_models.stages.data import behavior_policy, coverage, episodes, ingest
+from offrl_models.stages.judging import evidence, release, shift_report
+from offrl_models.stages.learning import candidates, leaderboard
+from offrl_models.storage import Stage
+
+__all__ = [
+    "behavior_policy",
+    "candidates",
+    "coverage",
+    "episodes",
+    "evidence",
+    "ingest",
+    "leaderboard",
+    "release",
+    "run",
+    "shift_report",
+]
+
+
+def run(pipeline: Pipeline) -> tuple[Stage, bundle.Release | None]:
+    """The whole walk without an orchestrator. Returns the evidence, and the release when the gate let it through."""
+    ingest(pipeline).require_clean()
+    coverage(pipeline)
+    episodes(pipeline)
+    behavior_policy(pipeline)
+    candidates(pipeline)
+    leaderboard(pipeline)
+    judged = evidence(pipeline)
+    drift = shift_report(pipeline)
+    if drift.summary["color"] == "red":
+        raise InputError(f"the newest batch has drifted from the training logs (index {drift.summary['worst']:.2f}); "
+                         f"look at {pipeline.folders.shown(pipeline.reports / 'shift-logs.html')}.")  # fmt: skip
+    return judged, release(pipeline) if judged.summary["status"] == Status.PASS else None

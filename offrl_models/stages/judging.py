@@ -1,0 +1,174 @@
+"""From the best candidate to a verdict, a look at drift, and a release."""
+
+from pathlib import Path
+from typing import Any
+
+from offrl_models import bundle, storage
+from offrl_models.config import Pipeline
+from offrl_models.evaluation import CHAMPION, measure_rungs
+from offrl_models.gate import Status, decisive_rung, ladder
+from offrl_models.logs.read import batch_files, log_version, read_batches
+from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
+from offrl_models.reports import evidence as evidence_report
+from offrl_models.reports import shift
+from offrl_models.schema import InputError
+from offrl_models.stages.data import encoder_of, load_behavior, read_episodes
+from offrl_models.stages.learning import evaluate_policies, load_candidate
+from offrl_models.storage import Stage
+
+
+def _rung_name(candidate: str, cap: float | None) -> str:
+    return candidate if cap is None else f"{candidate} ≤ {cap:g}μ"
+
+
+def evidence(pipeline: Pipeline) -> Stage:
+    """Climb the ladder with the best candidate, on the gate split, and write the evidence and the verdict."""
+    config = pipeline.config
+    board = storage.load_stage(pipeline.folder / "leaderboard")
+    trained = {name: storage.load_stage(pipeline.candidate(name)) for name in config.algorithms}
+    if board.key["candidates"] != {name: stage.digest for name, stage in trained.items()}:
+        raise InputError(
+            "the candidates have changed since the leaderboard was made; materialize the leaderboard first."
+        )
+    made, mu = storage.load_stage(pipeline.folder / "episodes"), storage.load_stage(pipeline.folder / "behavior")
+
+    def build(folder: Path) -> dict[str, Any]:
+        best = board.summary["best"]
+        fitted_on, gate = read_episodes(pipeline, "train", "selection"), read_episodes(pipeline, "gate")
+        encoder = encoder_of(pipeline, read_episodes(pipeline, "train"))
+        champion, candidate = load_behavior(pipeline, encoder), load_candidate(pipeline, best, encoder)
+        policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
+                    for row in board.summary["ranking"]}  # fmt: skip
+        rungs: dict[str, Path] = {}
+        for position, cap in enumerate(config.gate.caps):
+            name, rung = _rung_name(best, cap), folder / f"rung-{position + 1}"
+            if cap is None:
+                for file in (bundle.POLICY, bundle.WEIGHTS):
+                    storage.write_bytes(rung / file, (pipeline.candidate(best) / file).read_bytes())
+                policies[name] = OnnxPolicy(rung / bundle.POLICY)
+            else:
+                policies[name] = export_checked(CappedPolicy(candidate, champion, cap), fitted_on, rung)
+            rungs[name] = rung
+        policies[CHAMPION] = OnnxPolicy(mu.folder / bundle.POLICY)
+        evaluation = evaluate_policies(pipeline, policies, fitted_on, gate, "FQE for the gate")
+        estimates = evaluation.estimates
+        measures = measure_rungs(list(rungs), evaluation, config.gate, config.logs.tabular_states)
+        verdicts = ladder([storage.sha256_file(rung / bundle.POLICY) for rung in rungs.values()], measures, config.gate)
+        final = decisive_rung(verdicts)
+        name, rung = list(rungs.items())[final]
+        ranking = {row["candidate"]: row["rank"] for row in board.summary["ranking"]}
+        found = {
+            "dataset": config.dataset,
+            "raw_logs": made.summary["raw"],
+            "gate_episodes": gate.n_episodes,
+            "champion": {
+                "name": "the behavior policy",
+                "value": float(gate.return_.mean()),
+                **estimates[CHAMPION].to_json(),
+            },
+            "candidates": [
+                {"policy": key, "rank": place, **estimates[key].to_json()} for key, place in ranking.items()
+            ],
+            "ladder": [
+                {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
+                for key, cap, verdict in zip(rungs, config.gate.caps, verdicts, strict=True)
+            ],
+            "verdict": {**verdicts[final].to_json(), "policy_name": name, "cap": config.gate.caps[final]},
+        }  # fmt: skip
+        storage.write_json(folder / "evidence.json", found)
+        storage.write_json(folder / "verdict.json", verdicts[final].to_json())
+        exact = None
+        if config.known_world:
+            exact = evidence_report.exact_values(config.known_world, policies, config.logs.gamma)
+        evidence_report.write(found, exact, pipeline.reports)
+        return {
+            "status": verdicts[final].status,
+            "reason": verdicts[final].reason,
+            "decided_by": verdicts[final].decided_by,
+            "policy_name": name,
+            "rung": str(rung.relative_to(folder)),
+            "algorithm": best,
+            "cap": config.gate.caps[final],
+            "lower_bound": verdicts[final].measures.lower_bound,
+            "episodes": gate.n_episodes,
+            "rows": gate.n_rows,
+        }
+
+    key = {
+        "episodes": made.digest,
+        "leaderboard": board.digest,
+        "candidates": board.key["candidates"],
+        "behavior": mu.digest,
+        "gate": config.gate.model_dump(mode="json"),
+        "fqe": config.fqe.model_dump(mode="json"),
+        "bootstrap": [config.seed, config.bootstrap_samples],
+        "known_world": config.known_world,
+    }
+    pages = tuple(pipeline.reports / f"evidence.{kind}" for kind in ("json", "html", "png"))
+    return storage.build_stage(pipeline.folder / "evidence", key, build, pages)
+
+
+def shift_report(pipeline: Pipeline) -> Stage:
+    """Compare training logs with the newest batch, and the behavior's actions with the best candidate's."""
+    config, contract = pipeline.config, pipeline.config.logs
+    board = storage.load_stage(pipeline.folder / "leaderboard")
+    best = board.summary["best"]
+    pages = (pipeline.reports / "shift-logs.html", pipeline.reports / "shift-actions.html")
+
+    def build(folder: Path) -> dict[str, Any]:
+        log = read_batches(batch_files(pipeline.raw), contract)
+        rows, reference, newest = shift.log_drift(log, contract)
+        if rows:
+            shift.write_report(reference, newest, pages[0], config.seed)
+        else:
+            storage.write_bytes(
+                pages[0], b"<!doctype html><p>One batch only: there is nothing to compare it with yet.</p>"
+            )
+        selection = read_episodes(pipeline, "selection")
+        probs = OnnxPolicy(pipeline.candidate(best) / bundle.POLICY).on(selection)
+        index, logged, drawn = shift.action_shift(selection, probs, config.seed)
+        shift.write_report(logged, drawn, pages[1], config.seed)
+        worst = max((row["index"] for row in rows), default=0.0)
+        color = "red" if worst > config.drift.red else "amber" if worst > config.drift.amber else "green"
+        found = {"columns": rows, "worst": worst, "color": color, "actions_index": index, "candidate": best}
+        storage.write_json(folder / "shift.json", found)
+        return {**found, "training_rows": reference.height, "newest_rows": newest.height}
+
+    key = {
+        "raw": log_version(pipeline.raw),
+        "contract": contract.model_dump(mode="json"),
+        "candidate": board.key["candidates"][best],
+        "episodes": board.key["episodes"],
+        "drift": config.drift.model_dump(),
+        "seed": config.seed,
+    }
+    return storage.build_stage(pipeline.folder / "shift", key, build, pages)
+
+
+def release(pipeline: Pipeline) -> bundle.Release:
+    """Release the rung that the verdict names. Raises ReleaseRefusedError unless the verdict is a PASS of that very policy."""
+    config = pipeline.config
+    judged = storage.load_stage(pipeline.folder / "evidence")
+    found = storage.read_json(judged.folder / "evidence.json")
+    verdict = storage.read_json(judged.folder / "verdict.json")
+    if judged.summary["status"] != Status.PASS:
+        raise bundle.ReleaseRefusedError(
+            f"the verdict on {judged.summary['policy_name']} is {judged.summary['status']}, not PASS: "
+            f"{judged.summary['reason']}; the champion stays."
+        )
+    return bundle.release(
+        judged.folder / judged.summary["rung"],
+        verdict,
+        thresholds=config.gate,
+        evidence=found,
+        config=config.resolved(),
+        lineage={
+            "dataset": config.dataset,
+            "algorithm": judged.summary["algorithm"],
+            "cap": judged.summary["cap"],
+            "champion_before": found["champion"]["name"],
+            "raw_logs": found["raw_logs"],
+            "code": judged.key["code"],
+        },
+        policies=pipeline.folder / "policies",
+    )

@@ -1,0 +1,120 @@
+"""From episodes to ranked candidates."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offrl_models import bundle, storage
+from offrl_models.algorithms import ALGORITHMS
+from offrl_models.config import Pipeline
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.evaluation import CHAMPION, Evaluation, evaluate
+from offrl_models.policies import Mixture, OnnxPolicy, export_checked
+from offrl_models.progress import Update
+from offrl_models.reports import plots
+from offrl_models.schema import Episodes
+from offrl_models.selection import rank
+from offrl_models.stages.data import encoder_of, read_episodes
+from offrl_models.storage import Stage
+from offrl_models.training import fit, run_side_by_side
+
+
+def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, Stage]:
+    """Train the named algorithms (all by default), side by side."""
+    wanted = names or list(pipeline.config.algorithms)
+    stages = run_side_by_side(_train_candidate, [(pipeline, name) for name in wanted])
+    return dict(zip(wanted, stages, strict=True))
+
+
+def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
+    pipeline, name = job
+    config, made = pipeline.config, storage.load_stage(pipeline.folder / "episodes")
+    settings = config.algorithm(name)
+    curve = pipeline.reports / f"candidate-{name}.png"
+    total = config.training.gradient_steps
+
+    def build(folder: Path) -> dict[str, Any]:
+        train = read_episodes(pipeline, "train")
+        seeds = range(config.seed, config.seed + config.seeds)
+
+        def report(steps: int, losses: dict[str, float]) -> None:
+            update(name, steps, total, ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+
+        encoder = encoder_of(pipeline, train)
+        algorithm, history = fit(
+            name, settings, train, encoder, seeds=seeds, **config.training.model_dump(), report=report
+        )
+        export_checked(Mixture(algorithm, config.seeds), train, folder)
+        storage.write_json(folder / "losses.json", history)
+        plots.learning_curves(history, f"{name}, {config.seeds} seeds", curve)
+        last = {key: float(np.mean(value)) for key, value in history[-1].items() if key != "gradient_steps"}
+        return {"algorithm": name, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds, "loss": last}
+
+    key = {
+        "train": made.files["train.parquet"]["sha256"],
+        "contract": config.logs.model_dump(mode="json"),
+        "algorithm": name,
+        "config": config.resolved_algorithm(name),
+        "training": config.training.model_dump(),
+        "seeds": [config.seed, config.seeds],
+    }
+    return storage.build_stage(pipeline.candidate(name), key, build, (curve,))
+
+
+def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
+    seeds = range(pipeline.config.seeds)
+    _, kind = ALGORITHMS[name]
+    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.values, seeds)  # pyright: ignore[reportArgumentType]
+    model = Mixture(algorithm, len(seeds))
+    model.load_state_dict(storage.read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
+    return model
+
+
+def evaluate_policies(
+    pipeline: Pipeline, policies: dict[str, OnnxPolicy], fitted_on: Episodes, evaluated_on: Episodes, task: str
+) -> Evaluation:
+    config, encoder = pipeline.config, encoder_of(pipeline, read_episodes(pipeline, "train"))
+    return evaluate(
+        policies,
+        fitted_on,
+        evaluated_on,
+        encoder,
+        config.fqe,
+        samples=config.bootstrap_samples,
+        seed=config.seed,
+        task=task,
+    )
+
+
+def leaderboard(pipeline: Pipeline) -> Stage:
+    """Rank the candidates on the selection split."""
+    config = pipeline.config
+    trained = {name: storage.load_stage(pipeline.candidate(name)) for name in config.algorithms}
+    made, mu = storage.load_stage(pipeline.folder / "episodes"), storage.load_stage(pipeline.folder / "behavior")
+    picture = pipeline.reports / "leaderboard.png"
+
+    def build(folder: Path) -> dict[str, Any]:
+        policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in trained}
+        policies[CHAMPION] = OnnxPolicy(mu.folder / bundle.POLICY)
+        train, selection = read_episodes(pipeline, "train"), read_episodes(pipeline, "selection")
+        rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
+        storage.write_json(folder / "leaderboard.json", rows)
+        gains = [row["score"] for row in rows]
+        plots.bars(
+            [row["candidate"] for row in rows],
+            gains,
+            "Least gain over behavior by FQE, selection split",
+            "gain",
+            picture,
+        )
+        return {"best": rows[0]["candidate"], "ranking": rows, "episodes": selection.n_episodes}
+
+    key = {
+        "episodes": made.digest,
+        "behavior": mu.digest,
+        "candidates": {name: stage.digest for name, stage in trained.items()},
+        "fqe": config.fqe.model_dump(mode="json"),
+        "bootstrap": [config.seed, config.bootstrap_samples],
+    }
+    return storage.build_stage(pipeline.folder / "leaderboard", key, build, (picture,))

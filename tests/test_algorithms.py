@@ -1,0 +1,226 @@
+"""One contract for every algorithm, and what each is known to find on a small world."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offrl_models.algorithms import ALGORITHMS, make_config
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.learner import Learner, NonFiniteLossError, train
+from offrl_models.ope.fqe import FQE, FQEConfig
+from offrl_models.ope.worlds import World
+from offrl_models.policies import Mixture
+from offrl_models.schema import Episodes
+from offrl_models.training import fit, fit_fqe
+from tests.conftest import chain_world
+
+WORLD = chain_world()
+EPISODES = WORLD.simulate(300, seed=1)
+SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
+
+
+def build(name: str, seeds: list[int], **settings: Any) -> Any:
+    quick = {"target_interval": 3} if "target_interval" in known_fields(name) else {}
+    config = make_config(name, {**SMALL, **quick, **settings})
+    return ALGORITHMS[name][1](config, Encoder([WORLD.n_states]), 3, seeds)  # pyright: ignore[reportArgumentType]
+
+
+def known_fields(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(ALGORITHMS[name][0])]
+
+
+def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
+    transitions = Transitions(episodes)
+    train(algorithm, transitions, Sampler([transitions.rows] * len(seeds), 32, seeds), gradient_steps=steps, chunk=7)
+    return algorithm
+
+
+def outputs(algorithm: Any, seeds: int) -> torch.Tensor:
+    states = torch.arange(float(WORLD.n_states))[None, :, None].expand(seeds, -1, -1)
+    with torch.no_grad():
+        return algorithm.log_probs(states, torch.ones(seeds, WORLD.n_states, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_loss_trains_only_its_own_network(name: str) -> None:
+    algorithm = build(name, [0, 1])
+    transitions = Transitions(EPISODES)
+    batch = transitions.take(Sampler([transitions.rows] * 2, 32, [0, 1]).draw(1)[0])
+    networks = algorithm.learning_rates()
+    assert set(algorithm.losses(batch)) == set(networks)
+    for trained_network, loss in algorithm.losses(batch).items():
+        assert loss.shape == (2,)
+        algorithm.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        for other in [*networks, *algorithm.targets]:
+            touched = any(p.grad is not None and bool(p.grad.any()) for p in getattr(algorithm, other).parameters())
+            assert touched == (other == trained_network), (trained_network, other)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_seeds_trained_together_equal_seeds_trained_alone(name: str) -> None:
+    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 60)
+    for position, seed in enumerate([3, 4, 5]):
+        alone = trained(build(name, [seed]), [seed], 60)
+        for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
+            assert torch.allclose(joint[position], single[0], atol=1e-5), (seed, key)
+
+
+OTHER = {
+    "hidden": (9,), "learning_rate": 0.02, "alpha": 3.0, "target_interval": 5, "temperature": 0.5, "expectile": 0.9,
+    "inverse_temperature": 9.0, "max_weight": 1.1, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n in ALGORITHMS for f in known_fields(n)])
+def test_no_knob_is_dead(name: str, field: str) -> None:
+    base, changed = build(name, [0]), build(name, [0], **{field: OTHER[field]})
+    trained(base, [0], 12)
+    trained(changed, [0], 12)
+    pairs = zip(base.parameters(), changed.parameters(), strict=True)
+    same_weights = all(torch.equal(one, other) for one, other in pairs)
+    assert not (same_weights and torch.equal(outputs(base, 1), outputs(changed, 1)))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_degenerate_logs_stay_finite(name: str) -> None:
+    """Constant rewards, single-step episodes, masks that leave one action."""
+    steps = EPISODES.offsets[:-1]
+    names = ("observation", "next_observation", "action", "reward", "action_prob")
+    single = dataclasses.replace(
+        EPISODES,
+        **{field: getattr(EPISODES, field)[steps] for field in names},
+        offsets=np.arange(len(steps) + 1),
+        mask=np.eye(3, dtype=bool)[EPISODES.action[steps]],
+        terminated=np.ones(len(steps), bool),
+        truncated=np.zeros(len(steps), bool),
+    )
+    constant = dataclasses.replace(single, reward=np.zeros(len(steps)))
+    for episodes in (single, constant):
+        found = outputs(trained(build(name, [0, 1]), [0, 1], 20, episodes), 2)
+        assert bool(torch.isfinite(found).all())
+        assert found.exp().sum(-1).numpy() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_masks_are_honoured(name: str) -> None:
+    algorithm = trained(build(name, [0]), [0], 5)
+    mask = torch.ones(1, WORLD.n_states, 3, dtype=torch.bool)
+    mask[..., 1] = False
+    states = torch.arange(float(WORLD.n_states))[None, :, None]
+    with torch.no_grad():
+        assert float(algorithm.log_probs(states, mask).exp()[..., 1].max()) == 0.0
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_saved_and_loaded_weights_act_alike(name: str) -> None:
+    first = trained(build(name, [0, 1]), [0, 1], 10)
+    second = build(name, [7, 8])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(outputs(first, 2), outputs(second, 2))
+
+
+def test_training_twice_gives_the_same_weights() -> None:
+    first, second = (trained(build("iql", [0, 1]), [0, 1], 30) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_targets_move_by_polyak_and_by_interval() -> None:
+    slow = build("iql", [0], polyak=0.25)
+    before = [p.clone() for p in slow.target_q1.parameters()]
+    trained(slow, [0], 1)
+    for old, target, fast in zip(before, slow.target_q1.parameters(), slow.q1.parameters(), strict=True):
+        assert torch.allclose(target, old + 0.25 * (fast - old), atol=1e-7)
+    hard = trained(build("cql", [0], target_interval=4), [0], 5)
+    assert not torch.equal(hard.q.last_bias(), hard.target_q.last_bias())
+    hard = trained(build("cql", [0], target_interval=5), [0], 5)
+    assert all(torch.equal(a, b) for a, b in zip(hard.q.parameters(), hard.target_q.parameters(), strict=True))
+
+
+def test_one_adam_with_a_group_per_network() -> None:
+    transitions = Transitions(EPISODES)
+    learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]))
+    groups = learner.configure_optimizers().param_groups
+    assert [group["name"] for group in groups] == ["q1", "q2", "value", "policy"]
+
+
+def test_a_loss_that_explodes_names_the_network_and_the_seed() -> None:
+    broken = dataclasses.replace(EPISODES, reward=np.full(EPISODES.n_rows, 1e30))
+    with pytest.raises(NonFiniteLossError, match=r"the (q1|q2|value) loss of seed 0 is not finite after \d+"):
+        trained(build("iql", [0]), [0], 40, broken)
+
+
+def exact(world: World, algorithm: Any, seeds: int) -> float:
+    states = torch.arange(float(world.n_states))[:, None]
+    with torch.no_grad():
+        return world.value(Mixture(algorithm, seeds)(states, torch.as_tensor(world.mask)).numpy())
+
+
+def test_what_each_algorithm_finds_on_a_covered_world() -> None:
+    """BC stays at the behavior; the others come near the optimum, by exact value."""
+    optimum, behavior = WORLD.value(WORLD.optimal()), WORLD.value(WORLD.behavior)
+    episodes = WORLD.simulate(2000, seed=2)
+    settings = {
+        "bc": {},
+        "cql": {"alpha": 0.01, "target_interval": 20},
+        "iql": {"inverse_temperature": 50.0, "expectile": 0.9, "polyak": 0.05},
+        "bcq": {"target_interval": 20, "threshold": 0.1, "logit_penalty": 0.01},
+    }
+    for name, more in settings.items():
+        config = make_config(name, {"hidden": (32,), "learning_rate": 0.005, **more})
+        algorithm, _ = fit(
+            name, config, episodes, Encoder([WORLD.n_states]), seeds=[0, 1], gradient_steps=400, batch_size=128
+        )
+        found = exact(WORLD, algorithm, 2)
+        if name == "bc":
+            assert found == pytest.approx(behavior, abs=0.02)
+        else:
+            assert found >= behavior + 0.9 * (optimum - behavior), name
+
+
+class Tabled:
+    """A policy given as a table, with the interface of an exported one."""
+
+    def __init__(self, table: np.ndarray):
+        self.table = table
+
+    def on(self, episodes: Episodes) -> np.ndarray:
+        return self.table[episodes.observation[:, 0].astype(int)]
+
+    def distinct_probs(self, observation: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.table, observation[:, 0].astype(int)
+
+    def probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.table[observation[:, 0].astype(int)]
+
+
+def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once() -> None:
+    policies: list[Any] = [
+        Tabled(WORLD.behavior),
+        Tabled(WORLD.optimal()),
+        Tabled(0.5 * WORLD.behavior + 0.5 * WORLD.optimal()),
+    ]
+    config = FQEConfig(hidden=(32,), learning_rate=0.005, gradient_steps=600, polyak=0.05, members=2)
+    fitted_on, evaluated_on = WORLD.simulate(3000, seed=1), WORLD.simulate(500, seed=2)
+    found = fit_fqe(config, Encoder([WORLD.n_states]), policies, fitted_on, evaluated_on, seed=0)
+    for position, policy in enumerate(policies):
+        initial = float((policy.table * WORLD.q_values(policy.table)).sum(1)[
+            evaluated_on.observation[evaluated_on.offsets[:-1], 0].astype(int)
+        ].mean())  # fmt: skip
+        assert found.members(position) == pytest.approx([initial] * 2, abs=0.03)
+    alone = fit_fqe(config, Encoder([WORLD.n_states]), policies[1:2], fitted_on, evaluated_on, seed=0)
+    assert alone.members(0) == pytest.approx(found.members(1), abs=1e-4)
+    cut = dataclasses.replace(
+        evaluated_on, terminated=np.zeros(evaluated_on.n_rows, bool), truncated=evaluated_on.terminated
+    )
+    assert np.abs(fit_fqe(config, Encoder([WORLD.n_states]), policies[:1], fitted_on, cut, seed=0).next_v).max() < 1.0
+
+
+def test_fqe_is_trainable_like_an_algorithm() -> None:
+    fqe = FQE(FQEConfig(hidden=(4,)), Encoder([WORLD.n_states]), torch.ones(2, 10, 3) / 3, torch.zeros(5).long(), 1.5)
+    assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
+    assert float(fqe.q.last_bias().detach().min()) > 0.9

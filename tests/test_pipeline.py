@@ -1,0 +1,298 @@
+"""The whole walk under Dagster, headless: what is released, what is refused, what is re-used, and the shape of the graph."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from offrl_models import bundle, registry, stages, storage
+from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
+from offrl_models.schema import InputError
+from orchestration.pipeline import OfflineRLPipeline
+from tests.conftest import attributes, chain_world, write_batches
+
+ROOT = Path(__file__).parent.parent
+SNAPSHOT = Path(__file__).parent / "graph.json"
+WORLD = chain_world()
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
+    pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
+]
+
+
+def run(pipeline: Pipeline, *only: str) -> dg.ExecuteInProcessResult:
+    """Materialize everything, or some assets alone."""
+    job = OfflineRLPipeline(pipeline).build_defs().resolve_job_def(pipeline.config.dataset)
+    selection = [dg.AssetKey([pipeline.config.dataset, *name.split("/")]) for name in only] or None
+    with dg.DagsterInstance.ephemeral() as instance:
+        return job.execute_in_process(instance=instance, raise_on_error=False, asset_selection=selection)
+
+
+def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """Step -> sentence."""
+    found = {}
+    for event in result.all_events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            said = data.user_failure_data.description if data.user_failure_data else None
+            found[event.step_key] = said or (data.error.message if data.error else "")
+    return found
+
+
+def made(result: dg.ExecuteInProcessResult) -> set[str]:
+    events = result.get_asset_materialization_events()
+    return {"/".join(event.asset_key.path[1:]) for event in events if event.asset_key}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dg.ExecuteInProcessResult]:
+    """A world where a better policy is easy to find, and enough episodes for a verdict."""
+    root = tmp_path_factory.mktemp("released")
+    write_batches(root, WORLD.simulate(2600, seed=3), 3)
+    pipeline = Pipeline(parse_pipeline(attributes(WORLD.n_states, 3), "toy"), root)
+    return pipeline, run(pipeline)
+
+
+def test_the_walk_ends_in_a_release_when_the_evidence_is_good(released: tuple[Pipeline, Any]) -> None:
+    pipeline, result = released
+    assert result.success, failures(result)
+    assert made(result) == {
+        "raw_logs", "episodes", "behavior_policy", "candidates/bc", "candidates/cql", "leaderboard", "evidence",
+        "shift_report", "policy",
+    }  # fmt: skip
+    pointer = registry.champion(pipeline.folder / "policies")
+    assert pointer is not None and pointer["verdict"] == "PASS" and pointer["lower_bound"] > 0
+    folder = pipeline.folder / "policies" / str(pointer["version"])
+    manifest = registry.verify(folder)
+    assert manifest["raw_logs"] == stages.ingest(pipeline).version
+    assert storage.read_json(folder / "config.json") == pipeline.config.resolved()
+    from offrl_models.policies import OnnxPolicy
+
+    states = WORLD.simulate(500, seed=5)
+    table = OnnxPolicy(folder / "policy.onnx").on(states)
+    policy = WORLD.behavior.copy()
+    policy[states.observation[:, 0].astype(int)] = table
+    assert WORLD.value(policy) > WORLD.value(WORLD.behavior) + pointer["lower_bound"] / 2
+
+
+def test_every_asset_says_what_it_is_and_links_open(released: tuple[Pipeline, Any]) -> None:
+    pipeline, result = released
+    definitions = OfflineRLPipeline(pipeline).build_defs()
+    for asset in definitions.resolve_all_asset_specs():
+        assert asset.description and asset.kinds and asset.group_name == "toy", asset.key
+    for event in result.get_asset_materialization_events():
+        metadata = event.materialization.metadata
+        for value in metadata.values():
+            text = value.value if isinstance(value, (dg.UrlMetadataValue, dg.MarkdownMetadataValue)) else ""
+            for part in str(text).replace("(", " ").replace(")", " ").split():
+                if part.startswith("/reports/toy/"):
+                    assert (pipeline.reports / part.removeprefix("/reports/toy/")).exists(), part
+        if event.asset_key and event.asset_key.path[-1] != "policy":
+            assert "dagster/row_count" in metadata, event.asset_key
+    assert len(result.get_asset_check_evaluations()) == 15
+    assert all(check.passed for check in result.get_asset_check_evaluations())
+
+
+def test_the_evidence_stands_beside_its_interval(released: tuple[Pipeline, Any]) -> None:
+    pipeline, _ = released
+    shown = storage.read_json(pipeline.reports / "evidence.json")
+    assert shown["verdict"]["status"] == "PASS" and shown["exact"] is None
+    for row in [*shown["candidates"], *shown["ladder"]]:
+        assert set(row["estimates"]) == {"TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE"}
+        for interval in row["estimates"].values():
+            assert interval["low"] <= interval["estimate"] <= interval["high"]
+    page = (pipeline.reports / "evidence.html").read_text()
+    assert "PASS" in page and shown["verdict"]["policy_name"] in page
+
+
+def test_a_second_run_re_uses_everything_and_releases_nothing_new(released: tuple[Pipeline, Any]) -> None:
+    pipeline, _ = released
+    before = storage.read_json(pipeline.folder / "policies" / "champion.json")
+    result = run(pipeline)
+    assert result.success, failures(result)
+    for event in result.get_asset_materialization_events():
+        reused = event.materialization.metadata.get("reused")
+        assert reused is None or reused.value is True, event.asset_key
+    assert storage.read_json(pipeline.folder / "policies" / "champion.json") == before
+    assert registry.versions(pipeline.folder / "policies") == [1]
+
+
+def test_the_same_logs_elsewhere_give_the_same_bundle(released: tuple[Pipeline, Any], tmp_path: Path) -> None:
+    pipeline, _ = released
+    shutil.copytree(pipeline.raw, tmp_path / "data" / "toy" / "raw")
+    elsewhere = Pipeline(pipeline.config, tmp_path)
+    judged, release = stages.run(elsewhere)
+    assert judged.summary["status"] == "PASS" and release is not None
+    mine = storage.read_json(pipeline.folder / "policies" / "champion.json")
+    assert release.manifest_sha256 == mine["manifest_sha256"]
+
+
+def test_release_refuses_what_was_not_judged_also_when_materialized_alone(
+    released: tuple[Pipeline, Any], tmp_path: Path
+) -> None:
+    pipeline, _ = released
+    shutil.copytree(pipeline.folder, tmp_path / "data" / "toy")
+    copy = Pipeline(pipeline.config, tmp_path)
+    rung = copy.folder / "evidence" / storage.load_stage(copy.folder / "evidence").summary["rung"]
+    other = copy.candidate("bc") / "policy.onnx"
+    (rung / "policy.onnx").write_bytes(other.read_bytes())
+    result = run(copy, "policy")
+    assert not result.success
+    assert "policy.onnx differs from what its step wrote" in failures(result)["toy__policy"]
+    stricter = Pipeline(pipeline.config.model_copy(update={"gate": pipeline.config.gate.model_copy(update={"margin": 5.0})}),
+                        pipeline.root)  # fmt: skip
+    with pytest.raises(bundle.ReleaseRefusedError, match="does not follow from its own measures"):
+        stages.release(stricter)
+
+
+def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline) -> None:
+    """600 episodes leave under 500 for the gate: the check blocks, and the release refuses by itself as well."""
+    result = run(toy)
+    assert not result.success
+    assert "policy" not in made(result) and {"evidence", "shift_report"} <= made(result)
+    gate = next(check for check in result.get_asset_check_evaluations() if check.check_name == "gate")
+    assert not gate.passed and gate.description
+    assert "INCONCLUSIVE" in gate.description and "fewer than the 500 of a first look" in gate.description
+    alone = run(toy, "policy")
+    assert "is INCONCLUSIVE, not PASS" in failures(alone)["toy__policy"]
+    assert not (toy.folder / "policies").exists()
+
+
+def test_a_bad_batch_fails_the_run_with_its_sentence_and_the_next_run_goes_on(toy: Pipeline) -> None:
+    import polars as pl
+
+    path = toy.raw / "batch-2.parquet"
+    bad = pl.read_parquet(path).with_columns(reward=pl.lit(float("nan")))
+    storage.write_parquet(toy.folders.landing / "late.parquet", bad.with_columns(pl.col("episode") + 900).to_arrow())
+    result = run(toy, "raw_logs", "episodes")
+    assert list(failures(result)) == ["toy__raw_logs"]
+    sentence = failures(result)["toy__raw_logs"]
+    assert sentence.startswith("data/toy/landing/late.parquet: column 'reward' has ") and "quarantine" in sentence
+    assert (toy.folders.quarantine / "late.parquet").exists() and made(result) == set()
+    assert run(toy, "raw_logs").success
+
+
+def test_a_blocking_coverage_check_stops_the_run_and_the_library(toy: Pipeline) -> None:
+    """Propensities that are wrong together pass every row-level rule, but not the mean-ratio test."""
+    import polars as pl
+
+    for path in list(toy.raw.glob("*.parquet")):
+        storage.write_parquet(path, pl.read_parquet(path).with_columns(prob=pl.lit(0.6)).to_arrow())
+    result = run(toy)
+    assert not result.success and made(result) == {"raw_logs"}
+    with pytest.raises(InputError, match="check C15 blocks the log: the mean ratio of policy"):
+        stages.episodes(toy)
+
+
+def test_numeric_observations_are_judged_by_weighted_doubly_robust(tmp_path: Path) -> None:
+    write_batches(tmp_path, WORLD.simulate(2000, seed=3), numeric=True)
+    configured = attributes(None, 3, algorithms={"cql": {"hidden": [16], "learning_rate": 0.01, "target_interval": 20}})
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    judged, _ = stages.run(pipeline)
+    found = storage.read_json(judged.folder / "evidence.json")
+    assert found["ladder"][0]["measures"]["bound"].startswith("paired WDR difference")
+    assert found["ladder"][0]["measures"]["lower_bound"] <= found["ladder"][0]["measures"]["difference"]
+
+
+def simulator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("simulate", ROOT / "data" / "icu_sepsis" / "simulate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_few_hundred_icu_stays_go_the_whole_way(tmp_path: Path) -> None:
+    """The shipped pipeline, trained for less long; with so few stays the verdict cannot be a PASS."""
+    shipped = read_pipeline(ROOT / "orchestration" / "defs" / "icu_sepsis" / "defs.yaml")
+    quick = {"training": {"gradient_steps": 60, "batch_size": 64}, "seeds": 2, "bootstrap_samples": 100}
+    quick |= {"fqe": {"gradient_steps": 60, "hidden": [16]}, "drift": {"red": 5.0}}
+    config = parse_pipeline({**shipped.model_dump(), **quick}, "icu_sepsis")
+    simulator().write(tmp_path / "data" / "icu_sepsis" / "raw", 400, 2, seed=1)
+    pipeline = Pipeline(config, tmp_path)
+    result = run(pipeline)
+    assert "icu_sepsis__evidence" not in failures(result)
+    shown = storage.read_json(pipeline.reports / "evidence.json")
+    assert shown["verdict"]["status"] == "INCONCLUSIVE"
+    assert shown["exact"]["values"]["behavior"] == pytest.approx(0.7817, abs=0.02)
+    assert set(shown["exact"]["values"]) >= {"bc", "cql", "iql", "bcq"}
+    gated = (pipeline.folder / "evidence" / "evidence.json").read_text()
+    assert "exact" not in json.loads(gated) and "exact" not in gated
+
+
+def graph(definitions: dg.Definitions) -> dict[str, Any]:
+    repository = definitions.get_repository_def()
+    nodes = repository.asset_graph
+    return {
+        "assets": {
+            key.to_user_string(): {
+                "deps": sorted(parent.to_user_string() for parent in nodes.get(key).parent_keys),
+                "kinds": sorted(nodes.get(key).kinds),
+            }
+            for key in sorted(nodes.get_all_asset_keys())
+        },
+        "checks": {
+            f"{key.asset_key.to_user_string()}:{key.name}": nodes.get(key).blocking
+            for key in sorted(nodes.asset_check_keys, key=str)
+        },
+        "jobs": sorted(name for name in repository.job_names if not name.startswith("__")),
+        "schedules": {schedule.name: schedule.cron_schedule for schedule in repository.schedule_defs},
+        "sensors": sorted(sensor.name for sensor in repository.sensor_defs),
+    }
+
+
+def test_the_graph_is_the_one_on_record() -> None:
+    """After a change that is meant, run `python -m tests.test_pipeline` and commit the new record."""
+    from orchestration.definitions import defs
+
+    assert graph(defs()) == json.loads(SNAPSHOT.read_text())
+
+
+def test_the_sensor_asks_for_one_run_per_landing(toy: Pipeline) -> None:
+    repository = OfflineRLPipeline(toy).build_defs().get_repository_def()
+    sensor = repository.get_sensor_def("toy_new_logs")
+    assert "no batch lies in data/toy/landing" in str(sensor(dg.build_sensor_context()))
+    toy.folders.landing.mkdir(parents=True)
+    shutil.copy(toy.raw / "batch-1.parquet", toy.folders.landing / "new.parquet")
+    first, second = sensor(dg.build_sensor_context()), sensor(dg.build_sensor_context())
+    assert isinstance(first, dg.RunRequest) and isinstance(second, dg.RunRequest)
+    assert first.run_key == second.run_key
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"algoritms": {}}, "unknown key 'algoritms': did you mean 'algorithms'?"),
+        ({"gate": {"alpa": 0.05}}, "gate: unknown key 'alpa': did you mean 'alpha'?"),
+        (
+            {"algorithms": {"iql": {"expectle": 0.8}}},
+            "algorithms: unknown key 'expectle' of iql: did you mean 'expectile'?",
+        ),
+        ({"algorithms": {"cqll": {}}}, "algorithms: unknown algorithm 'cqll': did you mean 'cql'?"),
+        ({"gate": {"alpha": 2}}, "gate.alpha: Input should be less than 0.5"),
+        ({"known_world": 3}, "known_world: Input should be a valid string"),
+    ],
+)
+def test_a_mistake_in_the_yaml_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        parse_pipeline(attributes(10, 3, **change), "defs.yaml")
+    assert str(refusal.value) == f"defs.yaml: {sentence}"
+
+
+def test_a_misspelt_column_role_names_the_nearest() -> None:
+    configured = attributes(10, 3)
+    configured["logs"]["action_probability"] = configured["logs"].pop("action_prob")
+    with pytest.raises(InputError, match="logs: unknown key 'action_probability': did you mean 'action_prob'"):
+        parse_pipeline(configured, "defs.yaml")
+
+
+if __name__ == "__main__":
+    from orchestration.definitions import defs
+
+    SNAPSHOT.write_text(json.dumps(graph(defs()), indent=1, sort_keys=True) + "\n")
