@@ -24,6 +24,7 @@ class Release:
     folder: Path
     manifest_sha256: str
     lower_bound: float
+    judged_rows: int  # logged decisions that the verdict rests on
 
 
 def require_pass(policy: Path, verdict: dict[str, Any], thresholds: GateConfig) -> Verdict:
@@ -92,4 +93,4 @@ def release(
     version = registry.publish(draft, policies, facts)
     if draft.exists():
         shutil.rmtree(draft)
-    return Release(version, policies / str(version), digest, passed.measures.lower_bound)
+    return Release(version, policies / str(version), digest, passed.measures.lower_bound, passed.measures.rows)

@@ -91,6 +91,7 @@ def measure_rungs(
         measures.append(
             Measures(
                 episodes=gate.n_episodes,
+                rows=gate.n_rows,
                 difference=difference,
                 lower_bound=lower,
                 upper_bound=upper,

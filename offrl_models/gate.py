@@ -46,6 +46,7 @@ class Measures:
     """What the gate knows of one rung. Differences are against the champion, in units of return."""
 
     episodes: int
+    rows: int
     difference: float
     lower_bound: float  # one-sided, at 1 - alpha
     upper_bound: float  # one-sided, at 1 - alpha

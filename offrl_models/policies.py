@@ -41,7 +41,7 @@ class Mixture(nn.Module):
         log_probs = cast(HasLogProbs, self.algorithm).log_probs(
             observation.double().expand(self.seeds, -1, -1), mask.expand(self.seeds, -1, -1)
         )
-        return log_probs.softmax(-1) * mask
+        return log_probs.softmax(-1)
 
     def forward(
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]

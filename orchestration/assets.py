@@ -38,6 +38,8 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
                 "new batches": ", ".join(taken.accepted) or "none",
                 "DVC digest": taken.version,
                 "recorded in": recorded,
+                "checks": page(pipeline, "coverage/index.html"),
+                "actions": plot(pipeline, "actions.png"),
             },
         )
 
@@ -50,7 +52,12 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         return materialized(
             stage,
             rows=sum(counts["rows"] for counts in splits.values()),
-            metadata={**shown, "mean return": stage.summary["mean_return"], "lengths": plot(pipeline, "lengths.png")},
+            metadata={
+                **shown,
+                "mean return": stage.summary["mean_return"],
+                "checks": page(pipeline, "coverage/index.html"),
+                "lengths": plot(pipeline, "lengths.png"),
+            },
         )
 
     @asset(deps=[episodes], kinds={"onnx"}, description="The policy that wrote the logs, as a distribution.")
@@ -61,7 +68,11 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         return materialized(
             stage,
             rows=sum(row["pairs"] for row in stage.summary["reliability"]),
-            metadata={**facts, "calibration": plot(pipeline, "behavior.png")},
+            metadata={
+                **facts,
+                "checks": page(pipeline, "coverage/index.html"),
+                "calibration": plot(pipeline, "behavior.png"),
+            },
         )
 
     @dg.multi_asset(
@@ -85,8 +96,9 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         with one_sentence():
             trained = stages.candidates(pipeline, wanted)
         for name, stage in trained.items():
-            losses = {f"{network} loss": value for network, value in stage.summary["loss"].items()}
-            shown = {**losses, "gradient steps": stage.summary["gradient_steps"], "seeds": stage.summary["seeds"]}
+            shown: dict[str, Any] = {f"{network} loss": value for network, value in stage.summary["loss"].items()}
+            shown |= {"gradient steps": stage.summary["gradient_steps"], "seeds": stage.summary["seeds"]}
+            shown |= {"evidence": page(pipeline, "evidence.html")}
             curve = plot(pipeline, f"candidate-{name}.png")
             yield materialized(
                 stage, rows=stage.summary["rows"], metadata={**shown, "curves": curve}, key=algorithms[name]
@@ -109,6 +121,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
                 "best": stage.summary["best"],
                 "selection episodes": stage.summary["episodes"],
                 "ranking": dg.MetadataValue.md("\n".join(lines)),
+                "evidence": page(pipeline, "evidence.html"),
                 "picture": plot(pipeline, "leaderboard.png"),
             },
         )
@@ -144,6 +157,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
                 "index of the candidate's actions": stage.summary["actions_index"],
                 "logs": page(pipeline, "shift-logs.html"),
                 "actions": page(pipeline, "shift-actions.html"),
+                "indices": plot(pipeline, "shift.png"),
             },
         )
 
@@ -158,11 +172,13 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(released.manifest_sha256),
             metadata={
+                "dagster/row_count": released.judged_rows,
                 "version": released.version,
                 "folder": dg.MetadataValue.path(str(released.folder)),
                 "manifest sha256": released.manifest_sha256,
                 "lower bound": released.lower_bound,
                 "evidence": page(pipeline, "evidence.html"),
+                "picture": plot(pipeline, "evidence.png"),
             },
         )
 

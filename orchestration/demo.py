@@ -3,12 +3,11 @@
 python -m orchestration.demo icu_sepsis
 """
 
-import contextlib
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 from rich.console import Console
@@ -51,8 +50,33 @@ class StepPrinter(logging.Handler):
             self.console.print(f"[dim]{elapsed:5.0f} s[/]  {what}", highlight=False)
 
 
-def run(pipeline: Pipeline, instance: dg.DagsterInstance, console: Console) -> str | None:
-    """Materialize everything. Returns the sentence of the step that failed, if one did."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: well, refused by the gate (a result, not an error), or with a sentence."""
+
+    refused: bool = False
+    error: str | None = None
+
+
+def outcome(result: dg.ExecuteInProcessResult) -> Outcome:
+    if result.success:
+        return Outcome()
+    for event in result.all_events:
+        if event.is_step_failure:
+            said = event.step_failure_data.user_failure_data
+            if said and said.description:
+                return Outcome(error=said.description)
+    broken = [check for check in result.get_asset_check_evaluations() if check.blocking and not check.passed]
+    if broken and broken[0].check_name != "gate":
+        return Outcome(error=f"check {broken[0].check_name} blocks: {broken[0].description}")
+    if broken:
+        return Outcome(refused=True)
+    errors = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return Outcome(error=errors[0].message.strip() if errors and errors[0] else "the run failed; look at it in the UI.")
+
+
+def run(pipeline: Pipeline, instance: dg.DagsterInstance, console: Console) -> Outcome:
+    """Materialize everything, saying which step begins."""
 
     @dg.logger
     def steps(_: dg.InitLoggerContext) -> logging.Logger:
@@ -64,17 +88,9 @@ def run(pipeline: Pipeline, instance: dg.DagsterInstance, console: Console) -> s
         OfflineRLPipeline(pipeline).build_defs(), dg.Definitions(loggers={"steps": steps})
     )
     job = definitions.resolve_job_def(pipeline.config.dataset)
-    result = job.execute_in_process(instance=instance, raise_on_error=False, run_config={"loggers": {"steps": {}}})
-    if result.success:
-        return None
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            if data.user_failure_data and data.user_failure_data.description:
-                return data.user_failure_data.description
-            if data.error:
-                return data.error.message.strip()
-    return "the run failed; look at it in the UI."
+    return outcome(
+        job.execute_in_process(instance=instance, raise_on_error=False, run_config={"loggers": {"steps": {}}})
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -86,27 +102,26 @@ def main(arguments: list[str]) -> int:
         console.print("[bold red]Error:[/]", Text(str(error)))
         return 1
     with dg.DagsterInstance.get() as instance:
-        failure = run(pipeline, instance, console)
-    return report(pipeline, failure, console)
+        ended = run(pipeline, instance, console)
+    return report(pipeline, ended, console)
 
 
-def report(pipeline: Pipeline, failure: str | None, console: Console) -> int:
-    """Print the table and where everything lies. A refusal by the gate is a result, any other failure an error."""
-    judged: dict[str, Any] = {"status": "", "reason": ""}
-    with contextlib.suppress(InputError):
-        judged = storage.load_stage(pipeline.folder / "evidence").summary
-    refused = failure is not None and judged["status"] not in ("", "PASS") and judged["reason"] in failure
-    if failure is not None and not refused:
-        console.print("[bold red]Error:[/]", Text(failure))
+def report(pipeline: Pipeline, ended: Outcome, console: Console) -> int:
+    """Print the table and where everything lies. Returns the exit status."""
+    if ended.error:
+        console.print("[bold red]Error:[/]", Text(ended.error))
         return 1
     shown = storage.read_json(pipeline.reports / "evidence.json")
     for table in evidence.tables(shown):
         console.print(table)
     if shown["exact"]:
         console.print(f"* {shown['exact']['note']}; the behavior's is {shown['exact']['values']['behavior']:.4f}.")
+    judged = shown["verdict"]
     pointer = registry.champion(pipeline.folder / "policies")
-    if refused or pointer is None:
-        console.print(f"[bold yellow]Not released.[/] {judged['status']}: {judged['policy_name']}: {judged['reason']}.")
+    if ended.refused or pointer is None:
+        console.print(
+            "[bold yellow]Not released.[/]", f"{judged['status']}: {judged['policy_name']}: {judged['reason']}."
+        )
     else:
         folder = pipeline.folders.shown(pipeline.folder / "policies" / str(pointer["version"]))
         console.print(f"[bold green]Released[/] {judged['policy_name']} as version {pointer['version']}: {folder}")

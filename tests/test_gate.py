@@ -13,6 +13,7 @@ from offrl_models.gate import GateConfig, Measures, Status, decisive_rung, findi
 CONFIG = GateConfig()
 GOOD = Measures(
     episodes=6000,
+    rows=50_000,
     difference=0.02,
     lower_bound=0.01,
     upper_bound=0.03,

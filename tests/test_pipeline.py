@@ -1,6 +1,7 @@
 """The whole walk under Dagster, headless: what is released, what is refused, what is re-used, and the shape of the graph."""
 
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from rich.console import Console
 
 from offrl_models import bundle, registry, stages, storage
 from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
 from offrl_models.schema import InputError
+from orchestration import demo
 from orchestration.pipeline import OfflineRLPipeline
 from tests.conftest import attributes, chain_world, write_batches
 
@@ -88,13 +91,14 @@ def test_every_asset_says_what_it_is_and_links_open(released: tuple[Pipeline, An
         assert asset.description and asset.kinds and asset.group_name == "toy", asset.key
     for event in result.get_asset_materialization_events():
         metadata = event.materialization.metadata
+        kinds = {type(value) for value in metadata.values()}
+        assert {dg.UrlMetadataValue, dg.MarkdownMetadataValue} <= kinds, event.asset_key
+        assert "dagster/row_count" in metadata, event.asset_key
         for value in metadata.values():
             text = value.value if isinstance(value, (dg.UrlMetadataValue, dg.MarkdownMetadataValue)) else ""
             for part in str(text).replace("(", " ").replace(")", " ").split():
                 if part.startswith("/reports/toy/"):
                     assert (pipeline.reports / part.removeprefix("/reports/toy/")).exists(), part
-        if event.asset_key and event.asset_key.path[-1] != "policy":
-            assert "dagster/row_count" in metadata, event.asset_key
     assert len(result.get_asset_check_evaluations()) == 15
     assert all(check.passed for check in result.get_asset_check_evaluations())
 
@@ -109,6 +113,20 @@ def test_the_evidence_stands_beside_its_interval(released: tuple[Pipeline, Any])
             assert interval["low"] <= interval["estimate"] <= interval["high"]
     page = (pipeline.reports / "evidence.html").read_text()
     assert "PASS" in page and shown["verdict"]["policy_name"] in page
+
+
+def printed(pipeline: Pipeline, result: dg.ExecuteInProcessResult) -> tuple[int, str]:
+    """Exit status and text of what the demo says about a run."""
+    console = Console(file=io.StringIO(), width=124)
+    status = demo.report(pipeline, demo.outcome(result), console)
+    assert isinstance(console.file, io.StringIO)
+    return status, console.file.getvalue()
+
+
+def test_the_demo_says_what_was_released(released: tuple[Pipeline, Any]) -> None:
+    status, text = printed(*released)
+    assert status == 0 and "Released cql" in text and "data/toy/policies/1" in text and "make ui" in text
+    assert all(name in text for name in ("TIS", "WDR", "FQE", "ESS", "behavior", "PASS"))
 
 
 def test_a_second_run_re_uses_everything_and_releases_nothing_new(released: tuple[Pipeline, Any]) -> None:
@@ -159,6 +177,8 @@ def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline
     gate = next(check for check in result.get_asset_check_evaluations() if check.check_name == "gate")
     assert not gate.passed and gate.description
     assert "INCONCLUSIVE" in gate.description and "fewer than the 500 of a first look" in gate.description
+    status, text = printed(toy, result)
+    assert status == 0 and "Not released. INCONCLUSIVE: " in text
     alone = run(toy, "policy")
     assert "is INCONCLUSIVE, not PASS" in failures(alone)["toy__policy"]
     assert not (toy.folder / "policies").exists()
@@ -174,6 +194,7 @@ def test_a_bad_batch_fails_the_run_with_its_sentence_and_the_next_run_goes_on(to
     assert list(failures(result)) == ["toy__raw_logs"]
     sentence = failures(result)["toy__raw_logs"]
     assert sentence.startswith("data/toy/landing/late.parquet: column 'reward' has ") and "quarantine" in sentence
+    assert printed(toy, result)[0] == 1 and printed(toy, result)[1].startswith("Error: data/toy/landing/late.parquet")
     assert (toy.folders.quarantine / "late.parquet").exists() and made(result) == set()
     assert run(toy, "raw_logs").success
 
@@ -186,6 +207,7 @@ def test_a_blocking_coverage_check_stops_the_run_and_the_library(toy: Pipeline) 
         storage.write_parquet(path, pl.read_parquet(path).with_columns(prob=pl.lit(0.6)).to_arrow())
     result = run(toy)
     assert not result.success and made(result) == {"raw_logs"}
+    assert printed(toy, result)[1].startswith("Error: check C15_mean_importance_ratios_are_1 blocks: the mean ratio of")
     with pytest.raises(InputError, match="check C15 blocks the log: the mean ratio of policy"):
         stages.episodes(toy)
 

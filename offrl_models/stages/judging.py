@@ -10,7 +10,7 @@ from offrl_models.gate import Status, decisive_rung, ladder
 from offrl_models.logs.read import batch_files, log_version, read_batches
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
 from offrl_models.reports import evidence as evidence_report
-from offrl_models.reports import shift
+from offrl_models.reports import plots, shift
 from offrl_models.schema import InputError
 from offrl_models.stages.data import encoder_of, load_behavior, read_episodes
 from offrl_models.stages.learning import evaluate_policies, load_candidate
@@ -113,7 +113,7 @@ def shift_report(pipeline: Pipeline) -> Stage:
     config, contract = pipeline.config, pipeline.config.logs
     board = storage.load_stage(pipeline.folder / "leaderboard")
     best = board.summary["best"]
-    pages = (pipeline.reports / "shift-logs.html", pipeline.reports / "shift-actions.html")
+    pages = tuple(pipeline.reports / name for name in ("shift-logs.html", "shift-actions.html", "shift.png"))
 
     def build(folder: Path) -> dict[str, Any]:
         log = read_batches(batch_files(pipeline.raw), contract)
@@ -128,6 +128,10 @@ def shift_report(pipeline: Pipeline) -> Stage:
         probs = OnnxPolicy(pipeline.candidate(best) / bundle.POLICY).on(selection)
         index, logged, drawn = shift.action_shift(selection, probs, config.seed)
         shift.write_report(logged, drawn, pages[1], config.seed)
+        names = [*(row["column"] for row in rows), f"actions of {best}"]
+        heights = [*(row["index"] for row in rows), index]
+        title = "Newest batch against training logs, and the candidate's actions against the behavior's"
+        plots.bars(names, heights, title, "population stability index", pages[2])
         worst = max((row["index"] for row in rows), default=0.0)
         color = "red" if worst > config.drift.red else "amber" if worst > config.drift.amber else "green"
         found = {"columns": rows, "worst": worst, "color": color, "actions_index": index, "candidate": best}
