@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from offrl_models import bundle, registry, stages, storage
-from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
+from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.schema import InputError
 from orchestration import demo
-from orchestration.pipeline import OfflineRLPipeline
+from orchestration.pipeline import TEMPLATE, OfflineRLPipeline
 from tests.conftest import attributes, chain_world, write_batches
 
 ROOT = Path(__file__).parent.parent
@@ -305,6 +305,13 @@ def test_a_mistake_in_the_yaml_is_one_sentence(change: dict[str, Any], sentence:
     with pytest.raises(InputError) as refusal:
         parse_pipeline(attributes(10, 3, **change), "defs.yaml")
     assert str(refusal.value) == f"defs.yaml: {sentence}"
+
+
+def test_the_scaffolded_pipeline_is_a_valid_one_and_plain_names_are_numbers() -> None:
+    config = parse_pipeline(TEMPLATE, "template")
+    assert [column.categories for column in config.logs.observation] == [None, 12]
+    schema = json.dumps(PipelineConfig.model_json_schema())
+    assert 'additionalProperties": false' not in schema  # unknown keys reach the validator that names the nearest one
 
 
 def test_a_misspelt_column_role_names_the_nearest() -> None:

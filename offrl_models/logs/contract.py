@@ -1,10 +1,10 @@
 """The contract: which column of a raw log plays which role, with its range. It lives in the pipeline's YAML."""
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from offrl_models.schema import InputError
 
@@ -15,10 +15,15 @@ def nearest_key_hint(key: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
 
 
+def _open_schema(schema: dict[str, Any]) -> None:
+    """Leave unknown keys to the validator of `Strict`, which says more than that they are not allowed."""
+    schema.pop("additionalProperties", None)
+
+
 class Strict(BaseModel):
     """A frozen model that refuses unknown keys and names the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_open_schema)
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +48,15 @@ class ObservationColumn(Strict):
 
     column: str
     categories: int | None = Field(default=None, ge=1)
+
+
+def _plain_name_is_numeric(value: Any) -> Any:
+    return {"column": value} if isinstance(value, str) else value
+
+
+Observed = Annotated[
+    ObservationColumn, BeforeValidator(_plain_name_is_numeric, json_schema_input_type=ObservationColumn | str)
+]
 
 
 class ActionColumn(Strict):
@@ -72,7 +86,7 @@ class Contract(Strict):
     episode_id: str
     entity: str | None = None  # patient or user, where one entity can have several episodes
     step: str
-    observation: list[ObservationColumn] = Field(min_length=1)
+    observation: list[Observed] = Field(min_length=1)
     next_observation: list[str]
     action: ActionColumn
     action_prob: str  # behavior probability of the logged action
@@ -82,14 +96,6 @@ class Contract(Strict):
     policy_version: str | None = None
     decided_at: str | None = None
     gamma: float = Field(gt=0, le=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_names_are_numeric_columns(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("observation"), list):
-            columns = [{"column": item} if isinstance(item, str) else item for item in data["observation"]]
-            return {**data, "observation": columns}
-        return data
 
     @model_validator(mode="after")
     def _next_matches_observation(self) -> "Contract":
