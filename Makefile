@@ -12,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test lint logs clean
+.PHONY: help install logs demo ui new check test clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ demo: logs  ## from raw ICU logs to a gated policy, then one table
 
 ui: install  ## the Dagster UI with the reports, on 127.0.0.1:3000
 	@python -m orchestration.webserver --port $(PORT)
+
+new: install  ## a pipeline for your own logs: make new NAME=my_logs
+	@dg scaffold defs orchestration.pipeline.OfflineRLPipeline $(NAME)
+
+check: install  ## is every pipeline's YAML right?
+	@dg check defs
 
 test: install  ## style, types and every test
 	ruff check .

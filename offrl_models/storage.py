@@ -191,10 +191,10 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def load_stage(folder: Path) -> Stage:
+def load_stage(folder: Path, key: dict[str, Any] | None = None) -> Stage:
     """The finished stage in `folder`, every file verified against its sha256.
 
-    Raises InputError when the stage was never finished or a file has changed since.
+    Raises InputError when the stage was never finished, a file has changed since, or it was made from another `key`.
     """
     if not (folder / STAGE).exists():
         raise InputError(f"{folder} holds no finished result; materialize that step first.")
@@ -204,6 +204,11 @@ def load_stage(folder: Path) -> Stage:
         names = sorted(set(found) | set(record["files"]))
         changed = [name for name in names if found.get(name) != record["files"].get(name)]
         raise InputError(f"{folder / changed[0]} differs from what its step wrote; materialize that step again.")
+    made_from = {name: value for name, value in record["key"].items() if name != "code"}
+    if key is not None and made_from != key:
+        raise InputError(
+            f"{folder} was made from other logs or settings than the present ones; materialize that step first."
+        )
     return Stage(folder, record["key"], record["files"], record["summary"])
 
 

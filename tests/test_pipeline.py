@@ -141,6 +141,32 @@ def test_a_second_run_re_uses_everything_and_releases_nothing_new(released: tupl
     assert registry.versions(pipeline.folder / "policies") == [1]
 
 
+def test_another_discount_is_another_dataset(released: tuple[Pipeline, Any], tmp_path: Path) -> None:
+    """Gamma is in no row of the log, and must still reach every later step."""
+    pipeline, _ = released
+    shutil.copytree(pipeline.folder, tmp_path / "data" / "toy")
+    logs = pipeline.config.logs.model_copy(update={"gamma": 0.5})
+    other = Pipeline(pipeline.config.model_copy(update={"logs": logs}), tmp_path)
+    with pytest.raises(InputError, match="coverage was made from other logs or settings"):
+        stages.episodes(other)
+    stages.coverage(other)
+    assert stages.episodes(other).digest != storage.load_stage(pipeline.folder / "episodes").digest
+    with pytest.raises(InputError, match="behavior was made from other logs or settings"):
+        stages.leaderboard(other)
+    stages.behavior_policy(other)
+    with pytest.raises(InputError, match="candidates/bc was made from other logs or settings"):
+        stages.evidence(other)
+
+
+def test_another_setting_must_be_trained_before_it_is_judged(released: tuple[Pipeline, Any]) -> None:
+    """A rung is built from the weights on disk and the settings in the YAML; they must belong together."""
+    pipeline, _ = released
+    hotter = {**pipeline.config.algorithms, "cql": {**pipeline.config.algorithms["cql"], "temperature": 0.5}}
+    other = Pipeline(pipeline.config.model_copy(update={"algorithms": hotter}), pipeline.root)
+    with pytest.raises(InputError, match="candidates/cql was made from other logs or settings"):
+        stages.evidence(other)
+
+
 def test_the_same_logs_elsewhere_give_the_same_bundle(released: tuple[Pipeline, Any], tmp_path: Path) -> None:
     pipeline, _ = released
     shutil.copytree(pipeline.raw, tmp_path / "data" / "toy" / "raw")

@@ -29,6 +29,14 @@ def ingest(pipeline: Pipeline) -> log_ingest.Ingested:
     return log_ingest.ingest(pipeline.folders, pipeline.config.logs)
 
 
+def _coverage_key(pipeline: Pipeline) -> dict[str, Any]:
+    return {
+        "raw": log_version(pipeline.raw),
+        "contract": pipeline.config.logs.model_dump(mode="json"),
+        "thresholds": pipeline.config.coverage.model_dump(mode="json"),
+    }
+
+
 def coverage(pipeline: Pipeline) -> tuple[Stage, list[quality.CheckResult]]:
     """Run every coverage check on the accepted log and write Data Docs."""
     config, contract = pipeline.config, pipeline.config.logs
@@ -49,22 +57,24 @@ def coverage(pipeline: Pipeline) -> tuple[Stage, list[quality.CheckResult]]:
         plots.bars(labels, share, "How often each action was taken", "share of rows", pipeline.reports / "actions.png")
         return {"card": measured.card, "checks": [result.to_json() for result in results]}
 
-    key = {
-        "raw": log_version(pipeline.raw),
-        "contract": contract.model_dump(mode="json"),
-        "thresholds": config.coverage.model_dump(mode="json"),
-    }
     pages = (docs / "index.html", pipeline.reports / "visits.png", pipeline.reports / "actions.png")
-    stage = storage.build_stage(pipeline.folder / "coverage", key, build, pages)
+    stage = storage.build_stage(pipeline.folder / "coverage", _coverage_key(pipeline), build, pages)
     return stage, [quality.CheckResult(**result) for result in stage.summary["checks"]]
+
+
+def _episodes_key(pipeline: Pipeline, version: str) -> dict[str, Any]:
+    return {"raw": version, "contract": pipeline.config.logs.model_dump(mode="json"), "salt": pipeline.config.salt}
+
+
+def current_episodes(pipeline: Pipeline) -> Stage:
+    """The episodes of the accepted log under the present contract. Raises InputError when they are of another one."""
+    return storage.load_stage(pipeline.folder / "episodes", _episodes_key(pipeline, log_version(pipeline.raw)))
 
 
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
-    checked = storage.load_stage(pipeline.folder / "coverage")
-    if checked.key["raw"] != version:
-        raise InputError(f"the coverage checks have not seen the batches in {contract.source}; run them first.")
+    checked = storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline))
     for result in checked.summary["checks"]:
         if result["blocking"] and not result["passed"]:
             raise InputError(f"check {result['check']} blocks the log: {result['sentence']}")
@@ -72,6 +82,10 @@ def episodes(pipeline: Pipeline) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         log = read_batches(batch_files(pipeline.raw), contract)
         counts = write_splits(log, contract, config.salt, folder)
+        # Part of the digest: what the columns mean, and gamma with it, is part of what later steps depend on.
+        storage.write_json(
+            folder / "contract.json", {"contract": contract.model_dump(mode="json"), "salt": config.salt}
+        )
         train = read_splits(folder, "train", salt=config.salt, gamma=contract.gamma)
         plots.histogram(
             train.length, "Length of the training episodes", "steps", pipeline.reports / "lengths.png", log=True
@@ -83,8 +97,9 @@ def episodes(pipeline: Pipeline) -> Stage:
             "truncated_episodes": int(train.truncated.sum()),
         }
 
-    key = {"raw": version, "contract": contract.model_dump(mode="json"), "salt": config.salt}
-    return storage.build_stage(pipeline.folder / "episodes", key, build, (pipeline.reports / "lengths.png",))
+    return storage.build_stage(
+        pipeline.folder / "episodes", _episodes_key(pipeline, version), build, (pipeline.reports / "lengths.png",)
+    )
 
 
 def read_episodes(pipeline: Pipeline, *splits: str) -> Episodes:
@@ -97,9 +112,23 @@ def encoder_of(pipeline: Pipeline, train: Episodes) -> Encoder:
     return Encoder.fit(pipeline.config.logs, train)
 
 
+def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
+    config = pipeline.config
+    return {
+        "episodes": made.digest,
+        "training": None if config.logs.tabular_states else config.training.model_dump(),
+        "seeds": [config.seed, config.seeds],
+    }
+
+
+def current_behavior(pipeline: Pipeline) -> Stage:
+    """The behavior policy of the present episodes. Raises InputError when it is of others."""
+    return storage.load_stage(pipeline.folder / "behavior", _behavior_key(pipeline, current_episodes(pipeline)))
+
+
 def behavior_policy(pipeline: Pipeline) -> Stage:
     """The whole behavior policy, fitted on train and held against the selection split."""
-    config, made = pipeline.config, storage.load_stage(pipeline.folder / "episodes")
+    config, made = pipeline.config, current_episodes(pipeline)
     states = config.logs.tabular_states
 
     def build(folder: Path) -> dict[str, Any]:
@@ -117,12 +146,9 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
         plots.reliability(found["reliability"], found["ece"], pipeline.reports / "behavior.png")
         return {"kind": "table of logged propensities" if states else "behavior cloning", **found}
 
-    key = {
-        "episodes": made.digest,
-        "training": None if states else config.training.model_dump(),
-        "seeds": [config.seed, config.seeds],
-    }
-    return storage.build_stage(pipeline.folder / "behavior", key, build, (pipeline.reports / "behavior.png",))
+    return storage.build_stage(
+        pipeline.folder / "behavior", _behavior_key(pipeline, made), build, (pipeline.reports / "behavior.png",)
+    )
 
 
 def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:

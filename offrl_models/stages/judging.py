@@ -11,9 +11,8 @@ from offrl_models.logs.read import batch_files, log_version, read_batches
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports import plots, shift
-from offrl_models.schema import InputError
-from offrl_models.stages.data import encoder_of, load_behavior, read_episodes
-from offrl_models.stages.learning import evaluate_policies, load_candidate
+from offrl_models.stages.data import current_episodes, encoder_of, load_behavior, read_episodes
+from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
 from offrl_models.storage import Stage
 
 
@@ -24,13 +23,7 @@ def _rung_name(candidate: str, cap: float | None) -> str:
 def evidence(pipeline: Pipeline) -> Stage:
     """Climb the ladder with the best candidate, on the gate split, and write the evidence and the verdict."""
     config = pipeline.config
-    board = storage.load_stage(pipeline.folder / "leaderboard")
-    trained = {name: storage.load_stage(pipeline.candidate(name)) for name in config.algorithms}
-    if board.key["candidates"] != {name: stage.digest for name, stage in trained.items()}:
-        raise InputError(
-            "the candidates have changed since the leaderboard was made; materialize the leaderboard first."
-        )
-    made, mu = storage.load_stage(pipeline.folder / "episodes"), storage.load_stage(pipeline.folder / "behavior")
+    board, made = current_leaderboard(pipeline), current_episodes(pipeline)
 
     def build(folder: Path) -> dict[str, Any]:
         best = board.summary["best"]
@@ -49,7 +42,7 @@ def evidence(pipeline: Pipeline) -> Stage:
             else:
                 policies[name] = export_checked(CappedPolicy(candidate, champion, cap), fitted_on, rung)
             rungs[name] = rung
-        policies[CHAMPION] = OnnxPolicy(mu.folder / bundle.POLICY)
+        policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
         evaluation = evaluate_policies(pipeline, policies, fitted_on, gate, "FQE for the gate")
         estimates = evaluation.estimates
         measures = measure_rungs(list(rungs), evaluation, config.gate, config.logs.tabular_states)
@@ -95,13 +88,9 @@ def evidence(pipeline: Pipeline) -> Stage:
         }
 
     key = {
-        "episodes": made.digest,
+        **{name: value for name, value in board.key.items() if name != "code"},
         "leaderboard": board.digest,
-        "candidates": board.key["candidates"],
-        "behavior": mu.digest,
         "gate": config.gate.model_dump(mode="json"),
-        "fqe": config.fqe.model_dump(mode="json"),
-        "bootstrap": [config.seed, config.bootstrap_samples],
         "known_world": config.known_world,
     }
     pages = tuple(pipeline.reports / f"evidence.{kind}" for kind in ("json", "html", "png"))
@@ -111,7 +100,7 @@ def evidence(pipeline: Pipeline) -> Stage:
 def shift_report(pipeline: Pipeline) -> Stage:
     """Compare training logs with the newest batch, and the behavior's actions with the best candidate's."""
     config, contract = pipeline.config, pipeline.config.logs
-    board = storage.load_stage(pipeline.folder / "leaderboard")
+    board = current_leaderboard(pipeline)
     best = board.summary["best"]
     pages = tuple(pipeline.reports / name for name in ("shift-logs.html", "shift-actions.html", "shift.png"))
 

@@ -15,7 +15,7 @@ from offrl_models.progress import Update
 from offrl_models.reports import plots
 from offrl_models.schema import Episodes
 from offrl_models.selection import rank
-from offrl_models.stages.data import encoder_of, read_episodes
+from offrl_models.stages.data import current_behavior, current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
 from offrl_models.training import fit, run_side_by_side
 
@@ -29,7 +29,7 @@ def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, 
 
 def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
     pipeline, name = job
-    config, made = pipeline.config, storage.load_stage(pipeline.folder / "episodes")
+    config, made = pipeline.config, current_episodes(pipeline)
     settings = config.algorithm(name)
     curve = pipeline.reports / f"candidate-{name}.png"
     total = config.training.gradient_steps
@@ -51,15 +51,27 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         last = {key: float(np.mean(value)) for key, value in history[-1].items() if key != "gradient_steps"}
         return {"algorithm": name, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds, "loss": last}
 
-    key = {
-        "train": made.files["train.parquet"]["sha256"],
-        "contract": config.logs.model_dump(mode="json"),
+    return storage.build_stage(pipeline.candidate(name), _candidate_key(pipeline, name, made), build, (curve,))
+
+
+def _candidate_key(pipeline: Pipeline, name: str, made: Stage) -> dict[str, Any]:
+    config = pipeline.config
+    return {
+        "episodes": made.digest,
         "algorithm": name,
         "config": config.resolved_algorithm(name),
         "training": config.training.model_dump(),
         "seeds": [config.seed, config.seeds],
     }
-    return storage.build_stage(pipeline.candidate(name), key, build, (curve,))
+
+
+def current_candidates(pipeline: Pipeline) -> dict[str, Stage]:
+    """Every candidate, trained on the present episodes with the present settings. Raises InputError when one was not."""
+    made = current_episodes(pipeline)
+    return {
+        name: storage.load_stage(pipeline.candidate(name), _candidate_key(pipeline, name, made))
+        for name in pipeline.config.algorithms
+    }
 
 
 def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
@@ -87,16 +99,29 @@ def evaluate_policies(
     )
 
 
+def _leaderboard_key(pipeline: Pipeline) -> dict[str, Any]:
+    config = pipeline.config
+    return {
+        "episodes": current_episodes(pipeline).digest,
+        "behavior": current_behavior(pipeline).digest,
+        "candidates": {name: stage.digest for name, stage in current_candidates(pipeline).items()},
+        "fqe": config.fqe.model_dump(mode="json"),
+        "bootstrap": [config.seed, config.bootstrap_samples],
+    }
+
+
+def current_leaderboard(pipeline: Pipeline) -> Stage:
+    """The ranking of the present candidates. Raises InputError when it is of others."""
+    return storage.load_stage(pipeline.folder / "leaderboard", _leaderboard_key(pipeline))
+
+
 def leaderboard(pipeline: Pipeline) -> Stage:
     """Rank the candidates on the selection split."""
-    config = pipeline.config
-    trained = {name: storage.load_stage(pipeline.candidate(name)) for name in config.algorithms}
-    made, mu = storage.load_stage(pipeline.folder / "episodes"), storage.load_stage(pipeline.folder / "behavior")
     picture = pipeline.reports / "leaderboard.png"
 
     def build(folder: Path) -> dict[str, Any]:
-        policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in trained}
-        policies[CHAMPION] = OnnxPolicy(mu.folder / bundle.POLICY)
+        policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
+        policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
         train, selection = read_episodes(pipeline, "train"), read_episodes(pipeline, "selection")
         rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
         storage.write_json(folder / "leaderboard.json", rows)
@@ -110,11 +135,4 @@ def leaderboard(pipeline: Pipeline) -> Stage:
         )
         return {"best": rows[0]["candidate"], "ranking": rows, "episodes": selection.n_episodes}
 
-    key = {
-        "episodes": made.digest,
-        "behavior": mu.digest,
-        "candidates": {name: stage.digest for name, stage in trained.items()},
-        "fqe": config.fqe.model_dump(mode="json"),
-        "bootstrap": [config.seed, config.bootstrap_samples],
-    }
-    return storage.build_stage(pipeline.folder / "leaderboard", key, build, (picture,))
+    return storage.build_stage(pipeline.folder / "leaderboard", _leaderboard_key(pipeline), build, (picture,))
