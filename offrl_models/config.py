@@ -103,8 +103,10 @@ def read_pipeline(path: Path) -> PipelineConfig:
     """The pipeline that a defs.yaml declares. Raises InputError with one sentence naming the file and the key."""
     try:
         document = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; give the path of a pipeline's defs.yaml.") from error
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); give the path of a pipeline's defs.yaml."
+        ) from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(document, dict) or "attributes" not in document:
@@ -130,7 +132,7 @@ class Pipeline:
 
     @property
     def folders(self) -> Folders:
-        return Folders(self.root, self.raw)
+        return Folders(self.root, self.raw, self.folder)
 
     @property
     def reports(self) -> Path:

@@ -15,7 +15,7 @@ from offrl_models.ope.fqe import FQEConfig, FQEValues
 from offrl_models.ope.importance import Terms, trajectory_weights
 from offrl_models.ope.intervals import bootstrap_lower_bound, bootstrap_shares, confidence_sequence_lower_bound
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
-from offrl_models.ope.sequences import ratios
+from offrl_models.ope.sequences import completed, ratios
 from offrl_models.policies import OnnxPolicy
 from offrl_models.progress import progress
 from offrl_models.schema import Episodes
@@ -37,6 +37,11 @@ class Evaluation:
     fqe: FQEValues
     shares: Float64[np.ndarray, "samples episodes"]
     estimates: dict[str, Estimates]
+
+    @property
+    def champion_returns(self) -> Float64[np.ndarray, "episodes"]:
+        """Realised returns, with the champion's fitted value past a truncation."""
+        return completed(self.episodes, self.fqe.next_v[self.names.index(CHAMPION)]).return_
 
     def fqe_gains(self, name: str) -> list[float]:
         """Each FQE member's value of a policy minus its value of the champion; both saw the same resample."""
@@ -92,6 +97,7 @@ def measure_rungs(
             Measures(
                 episodes=gate.n_episodes,
                 rows=gate.n_rows,
+                alpha=thresholds.alpha,
                 difference=difference,
                 lower_bound=lower,
                 upper_bound=upper,
@@ -111,14 +117,17 @@ Bounds = tuple[float, float, float, Float64[np.ndarray, "rows"], str]  # differe
 
 
 def _marginalised(name: str, found: Evaluation, model: TabularModel, thresholds: GateConfig) -> Bounds | None:
-    """Leg A. None where the policy is no function of the state."""
+    """Leg A. None where the policy is no function of the state, or never ends an episode in the model."""
     gate, n_star = found.episodes, thresholds.planned_episodes
     table = policy_table(
         [(found.fitted_on, found.policies[name].on(found.fitted_on)), (gate, found.probs[name])], len(model.initial)
     )
     if table is None:
         return None
-    x, weight = paired_differences(model, table, gate, found.ratio[name])
+    paired = paired_differences(model, table, gate, found.ratio[name])
+    if paired is None:
+        return None
+    x, weight = paired
     lower = confidence_sequence_lower_bound(x, alpha=thresholds.alpha, planned=n_star)
     upper = -confidence_sequence_lower_bound(-x, alpha=thresholds.alpha, planned=n_star)
     method = "marginalised doubly robust paired difference, one-sided asymptotic confidence sequence"
@@ -129,8 +138,8 @@ def _weighted_doubly_robust(name: str, found: Evaluation, thresholds: GateConfig
     """The stand-in for leg A where observations are not one category."""
     position, ratio = found.names.index(name), found.ratio[name]
     fqe = found.fqe
-    mine = wdr(found.episodes, ratio, fqe.q[position], fqe.v[position], fqe.next_v[position])
-    base = Terms(found.episodes.return_[:, None])
+    mine = wdr(completed(found.episodes, fqe.next_v[position]), ratio, fqe.q[position], fqe.v[position])
+    base = Terms(found.champion_returns[:, None])
     difference, lower = bootstrap_lower_bound(mine, base, found.shares, 1 - thresholds.alpha)
     upper = -bootstrap_lower_bound(base, mine, found.shares, 1 - thresholds.alpha)[1]
     return difference, lower, upper, ratio, "paired WDR difference, one-sided percentile bootstrap over episodes"

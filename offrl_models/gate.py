@@ -4,11 +4,13 @@ A rung of the ladder passes when no finding objects. Thresholds live in the pipe
 way around them.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from offrl_models.logs.contract import Strict
 
@@ -32,6 +34,15 @@ class GateConfig(Strict):
         2.0,
         None,
     )  # ratio caps of the ladder, in the order tested; None is uncapped
+
+    @field_validator("caps")
+    @classmethod
+    def _caps_climb(cls, caps: tuple[float | None, ...]) -> tuple[float | None, ...]:
+        numbers = [math.inf if cap is None else cap for cap in caps]
+        if not numbers or min(numbers) <= 1 or any(not low < high for low, high in pairwise(numbers)):
+            raise ValueError(f"caps {list(caps)} must be above 1 and rise from rung to rung, null (no cap) only last")
+        return caps
+
     planned_episodes: int = Field(default=5000, ge=500)  # gate episodes at which the bound is to be tightest
     first_look: int = Field(default=500, ge=2)  # fewest gate episodes for a verdict
     effective_transitions: float = Field(default=500, ge=0)  # floor, marginal weights
@@ -47,6 +58,7 @@ class Measures:
 
     episodes: int
     rows: int
+    alpha: float  # error rate of each of the two bounds
     difference: float
     lower_bound: float  # one-sided, at 1 - alpha
     upper_bound: float  # one-sided, at 1 - alpha
@@ -91,6 +103,8 @@ def findings(m: Measures, config: GateConfig) -> list[Finding]:
     level = f"{1 - config.alpha:.0%}"
     smallest = min(m.fqe_differences)
     return [
+        Finding("error rate", m.alpha <= config.alpha, Status.INVALID, m.alpha, config.alpha,
+                f"the bounds were made at an error rate of {m.alpha:g}, above the {config.alpha:g} that is asked"),
         Finding("mean ratio", abs(m.mean_ratio_z) < config.mean_ratio_z, Status.INVALID, m.mean_ratio_z,
                 config.mean_ratio_z, f"the mean importance ratio has z = {m.mean_ratio_z:.1f} against 1: the logged "
                 "propensities are not those of the policy that acted"),

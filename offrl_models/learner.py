@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.schema import TransitionBatch
+from offrl_models.schema import InputError, TransitionBatch
 
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
 
@@ -27,7 +27,7 @@ class Trainable(Protocol):
     def learning_rates(self) -> dict[str, float]: ...
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(InputError):
     """A loss became NaN or infinite; nothing was kept of the chunk in which it did."""
 
 

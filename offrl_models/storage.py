@@ -6,6 +6,7 @@ folder without one, or with a file that differs, is not a result: readers refuse
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from torch import Tensor
 from offrl_models.schema import InputError
 
 STAGE = "stage.json"
+COMPUTES = ("lightning", "numpy", "onnx", "onnxruntime", "onnxscript", "polars", "scipy", "torch")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -47,9 +49,10 @@ def digest(value: Any) -> str:
 
 @cache
 def code_digest() -> str:
-    """sha256 over the library's own source: results of other code are never re-used."""
+    """sha256 over the library's own source and the versions of what computes: results of other code are never re-used."""
     root = Path(__file__).parent
-    return digest({str(path.relative_to(root)): sha256_file(path) for path in sorted(root.rglob("*.py"))})
+    sources = {str(path.relative_to(root)): sha256_file(path) for path in sorted(root.rglob("*.py"))}
+    return digest({**sources, **{name: importlib.metadata.version(name) for name in COMPUTES}})
 
 
 def _sync_folder(folder: Path) -> None:
@@ -217,7 +220,8 @@ def build_stage(
 ) -> Stage:
     """Re-use the stage in `folder` when it was made from the same `key` and is intact; otherwise build it anew.
 
-    `build` fills the folder and returns the summary. A crash leaves a folder without `stage.json`, which nothing reads.
+    `build` fills a folder beside it and returns the summary; only a complete one takes the name, and until then the
+    previous result stands.
     `reports` are pages for people that `build` writes elsewhere: when one is gone, the stage is built again.
     """
     key = {**key, "code": code_digest()}
@@ -226,11 +230,17 @@ def build_stage(
             found = load_stage(folder)
             if found.key == key and all(page.exists() for page in reports):
                 return Stage(found.folder, found.key, found.files, found.summary, reused=True)
+        fresh, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+        for left_over in (fresh, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        summary = parse_json(canonical_json(build(fresh)), str(folder))  # the same plain types as when re-used
+        files = list_files(fresh)
+        write_json(fresh / STAGE, {"files": files, "key": key, "summary": summary})
+        sync_tree(fresh)
         if folder.exists():
-            (folder / STAGE).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        summary = parse_json(canonical_json(build(folder)), str(folder))  # the same plain types as when re-used
-        files = list_files(folder)
-        write_json(folder / STAGE, {"files": files, "key": key, "summary": summary})
+            folder.rename(old)
+        fresh.rename(folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     return Stage(folder, key, files, summary)

@@ -103,7 +103,11 @@ def main(arguments: list[str]) -> int:
         return 1
     with dg.DagsterInstance.get() as instance:
         ended = run(pipeline, instance, console)
-    return report(pipeline, ended, console)
+    try:
+        return report(pipeline, ended, console)
+    except InputError as error:
+        console.print("[bold red]Error:[/]", Text(str(error)))
+        return 1
 
 
 def report(pipeline: Pipeline, ended: Outcome, console: Console) -> int:

@@ -1,6 +1,7 @@
 """Estimators against the sum over every trajectory, and the identities that hold without any tolerance to argue about."""
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from offrl_models.ope.doubly_robust import dr, wdr
 from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope.intervals import bootstrap, bootstrap_shares
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
-from offrl_models.ope.sequences import ratios
+from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
 
@@ -39,7 +41,8 @@ def value_model(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndar
 
 def all_terms(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarray) -> dict[str, Terms]:
     ratio = ratios(episodes, probs_of(policy, episodes))
-    model = value_model(world, policy, episodes, q)
+    *model, next_v = value_model(world, policy, episodes, q)
+    episodes = completed(episodes, next_v)
     return {
         "TIS": tis(episodes, ratio),
         "PDIS": pdis(episodes, ratio),
@@ -48,6 +51,14 @@ def all_terms(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarra
         "DR": dr(episodes, ratio, *model),
         "WDR": wdr(episodes, ratio, *model),
     }
+
+
+T = TypeVar("T")
+
+
+def required(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 WORLDS = [
@@ -81,10 +92,10 @@ def test_the_marginalised_difference_over_every_trajectory_is_the_exact_differen
         visits=world.behavior,
         gamma=world.gamma,
     )
-    x, _ = paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes)))
+    x, _ = required(paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
     broken = dataclasses.replace(exact, reward=exact.reward + np.random.default_rng(1).normal(size=exact.reward.shape))
-    x, _ = paired_differences(broken, policy, episodes, ratios(episodes, probs_of(policy, episodes)))
+    x, _ = required(paired_differences(broken, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
 
 
@@ -154,7 +165,7 @@ def test_the_order_of_episodes_never_matters(seed: int) -> None:
 
 
 def test_a_truncated_episode_is_completed_by_the_value_model(tiny: World) -> None:
-    """Cut every episode after its first step: DR with the true values still sums to the exact value."""
+    """Cut every episode after its first step: with the true values every estimator still sums to the exact value."""
     whole, probability = tiny.enumerate(3)
     first = whole.offsets[:-1]
     names = ("observation", "next_observation", "action", "mask", "reward", "action_prob")
@@ -166,8 +177,7 @@ def test_a_truncated_episode_is_completed_by_the_value_model(tiny: World) -> Non
         truncated=~whole.terminated[first],
     )
     policy = random_policy(tiny, 5)
-    for name in ("DR", "WDR"):
-        terms = all_terms(tiny, policy, cut, tiny.q_values(policy))[name]
+    for name, terms in all_terms(tiny, policy, cut, tiny.q_values(policy)).items():
         assert terms.estimate(probability) == pytest.approx(tiny.value(policy), abs=EXACT), name
 
 
@@ -197,7 +207,7 @@ def test_an_infinite_reward_is_an_error_not_an_estimate(tiny: World) -> None:
 
 
 def test_the_tabular_model_of_many_episodes_has_the_worlds_values(tiny: World) -> None:
-    model = TabularModel.fit(tiny.simulate(200_000, 0), tiny.n_states)
+    model = required(TabularModel.fit(tiny.simulate(200_000, 0), tiny.n_states))
     policy = random_policy(tiny, 5)
     assert model.initial @ (policy * model.q_values(policy)).sum(1) == pytest.approx(tiny.value(policy), abs=0.01)
     assert model.state_ratio(model.behavior) == pytest.approx(np.ones(tiny.n_states), abs=1e-9)
@@ -210,3 +220,59 @@ def test_a_policy_that_differs_within_a_state_has_no_table(tiny: World) -> None:
     other = probs.copy()
     other[0] = other[0][::-1]
     assert policy_table([(episodes, other)], tiny.n_states) is None
+
+
+def test_a_policy_that_never_ends_has_no_marginalised_difference() -> None:
+    """Two states and an action that leads back: at gamma 1 the model of that policy is singular."""
+    world = random_world(1, 2, 2, 1.0, seed=0)
+    transition = world.transition.copy()
+    transition[1, 1] = [1.0, 0.0, 0.0]
+    transition[0, 1] = [0.0, 1.0, 0.0]
+    world = dataclasses.replace(world, transition=transition)
+    episodes = world.simulate(300, 0)
+    model = TabularModel.fit(episodes, 3)
+    assert model is not None
+    circling = np.array([[0.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
+    assert paired_differences(model, circling, episodes, np.ones(episodes.n_rows)) is None
+    assert TabularModel.fit(episodes, 100_000) is None
+
+
+def cut_after(world: World, episodes: Episodes, steps: int) -> Episodes:
+    """The recording stops after some steps."""
+    keep = episodes.step < steps
+    names = ("observation", "next_observation", "action", "mask", "reward", "action_prob")
+    terminated = episodes.terminated[keep]
+    length = np.minimum(episodes.length, steps)
+    last = np.zeros(len(terminated), bool)
+    last[np.cumsum(length) - 1] = True
+    return dataclasses.replace(
+        episodes,
+        **{name: getattr(episodes, name)[keep] for name in names},
+        offsets=np.append(0, np.cumsum(length)),
+        terminated=terminated,
+        truncated=last & ~terminated,
+    )
+
+
+def test_the_behavior_gains_nothing_on_itself_when_recordings_stop(tiny: World) -> None:
+    """With exact values, and with a tabular model fitted elsewhere: truncation must not look like an improvement."""
+    cut = cut_after(tiny, tiny.simulate(20_000, 1), 1)
+    q = tiny.q_values(tiny.behavior)
+    *_, next_v = value_model(tiny, tiny.behavior, cut, q)
+    whole = completed(cut, next_v)
+    mine = all_terms(tiny, tiny.behavior, cut, q)["WDR"]
+    noise = 4 * whole.return_.std() / np.sqrt(cut.n_episodes)
+    assert abs(mine.estimate() - whole.return_.mean()) < noise
+    assert whole.return_.mean() == pytest.approx(tiny.value(tiny.behavior), abs=noise)
+    model = TabularModel.fit(tiny.simulate(20_000, 2), tiny.n_states)
+    assert model is not None
+    paired = paired_differences(model, tiny.behavior, cut, np.ones(cut.n_rows))
+    assert paired is not None and abs(paired[0].mean()) < noise
+
+
+def test_no_overlap_is_no_estimate(tiny: World) -> None:
+    """Weights that are all 0 leave nothing to normalise; that is not an estimate of 0."""
+    episodes = tiny.simulate(10, 0)
+    found = wis(episodes, np.zeros(episodes.n_rows))
+    assert np.isnan(found.estimate())
+    assert bootstrap(found, bootstrap_shares(10, 100, 0), 0.95).to_json()["estimate"] is None

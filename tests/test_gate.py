@@ -14,6 +14,7 @@ CONFIG = GateConfig()
 GOOD = Measures(
     episodes=6000,
     rows=50_000,
+    alpha=0.05,
     difference=0.02,
     lower_bound=0.01,
     upper_bound=0.03,
@@ -26,6 +27,7 @@ GOOD = Measures(
     unsupported_mass=0.01,
 )
 BAD = {
+    "error rate": ("alpha", 0.0501, Status.INVALID),
     "mean ratio": ("mean_ratio_z", -4.5, Status.INVALID),
     "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
     "support": ("unsupported_mass", 0.2, Status.INVALID),
@@ -86,3 +88,9 @@ def test_the_ladder_stops_at_the_first_rung_that_does_not_pass() -> None:
 def test_a_verdict_survives_json() -> None:
     verdict = judge("abc", GOOD, CONFIG)
     assert verdict_from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+
+
+@pytest.mark.parametrize("caps", [[], [1.0], [-1], [0.5, 2.0], [2.0, 1.2], [1.2, 1.2], [None, 2.0]])
+def test_a_ladder_must_climb(caps: list[float | None]) -> None:
+    with pytest.raises(ValueError, match="must be above 1 and rise"):
+        GateConfig(caps=tuple(caps))

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from offrl_models import bundle, registry, stages, storage
-from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_pipeline
+from offrl_models.config import DriftConfig, Pipeline, PipelineConfig, parse_pipeline, read_pipeline
+from offrl_models.reports import shift
 from offrl_models.schema import InputError
 from orchestration import demo
 from orchestration.pipeline import TEMPLATE, OfflineRLPipeline
@@ -99,7 +100,7 @@ def test_every_asset_says_what_it_is_and_links_open(released: tuple[Pipeline, An
             for part in str(text).replace("(", " ").replace(")", " ").split():
                 if part.startswith("/reports/toy/"):
                     assert (pipeline.reports / part.removeprefix("/reports/toy/")).exists(), part
-    assert len(result.get_asset_check_evaluations()) == 15
+    assert len(result.get_asset_check_evaluations()) == 16
     assert all(check.passed for check in result.get_asset_check_evaluations())
 
 
@@ -191,8 +192,23 @@ def test_release_refuses_what_was_not_judged_also_when_materialized_alone(
     assert "policy.onnx differs from what its step wrote" in failures(result)["toy__policy"]
     stricter = Pipeline(pipeline.config.model_copy(update={"gate": pipeline.config.gate.model_copy(update={"margin": 5.0})}),
                         pipeline.root)  # fmt: skip
-    with pytest.raises(bundle.ReleaseRefusedError, match="does not follow from its own measures"):
+    with pytest.raises(InputError, match="evidence was made from other logs or settings"):
         stages.release(stricter)
+
+
+def test_drift_keeps_the_champion(
+    released: tuple[Pipeline, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, _ = released
+    shutil.copytree(pipeline.folder, tmp_path / "data" / "toy")
+    touchy = pipeline.config.model_copy(update={"drift": DriftConfig(red=0.9)})
+    copy = Pipeline(touchy, tmp_path)
+    with pytest.raises(InputError, match="shift was made from other logs or settings"):
+        stages.release(copy)
+    monkeypatch.setattr(shift, "stability_index", lambda *_: 1.0)
+    assert stages.shift_report(copy).summary["color"] == "red"
+    with pytest.raises(bundle.ReleaseRefusedError, match="has drifted from the training logs"):
+        stages.release(copy)
 
 
 def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline) -> None:

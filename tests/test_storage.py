@@ -92,7 +92,7 @@ def test_a_stage_is_reused_until_its_key_its_files_or_its_reports_change(tmp_pat
     assert not run(2).reused
 
 
-def test_a_stage_that_crashed_is_no_result_and_is_built_again(tmp_path: Path) -> None:
+def test_a_stage_that_crashes_leaves_the_previous_one(tmp_path: Path) -> None:
     def crash(folder: Path) -> dict[str, int]:
         storage.write_json(folder / "half.json", {})
         raise RuntimeError("power cut")
@@ -101,7 +101,11 @@ def test_a_stage_that_crashed_is_no_result_and_is_built_again(tmp_path: Path) ->
     storage.build_stage(tmp_path / "stage", {}, build)
     with pytest.raises(RuntimeError, match="power cut"):
         storage.build_stage(tmp_path / "stage", {"new": 1}, crash)
-    with pytest.raises(InputError, match="holds no finished result"):
-        storage.load_stage(tmp_path / "stage")
-    stage = storage.build_stage(tmp_path / "stage", {}, build)
+    assert storage.load_stage(tmp_path / "stage").files.keys() == {"out.json"}  # the previous result stands
+    assert storage.build_stage(tmp_path / "stage", {}, build).reused
+    stage = storage.build_stage(tmp_path / "stage", {"new": 1}, build)
     assert not stage.reused and list(stage.files) == ["out.json"]
+    with pytest.raises(InputError, match="was made from other logs or settings"):
+        storage.load_stage(tmp_path / "stage", {"new": 2})
+    with pytest.raises(InputError, match="holds no finished result"):
+        storage.load_stage(tmp_path / "never")

@@ -49,6 +49,12 @@ def write_splits(log: pl.DataFrame, contract: Contract, salt: str, folder: Path)
     entities = rows["entity"].unique()
     side = pl.DataFrame({"entity": entities, "bucket": buckets(entities.to_numpy(), salt)})
     rows = rows.join(side, on="entity", how="left", maintain_order="left")
+    sides = rows.group_by("episode_id").agg(pl.col("entity").n_unique()).filter(pl.col("entity") > 1)
+    if sides.height:
+        raise InputError(
+            f"{sides.height} episodes, the first of them {sides['episode_id'][0]!r}, have several entities in column "
+            f"{contract.entity_column!r}; an episode belongs to one, or it would be cut up between splits."
+        )
     counts = {}
     for name, wanted in SPLITS.items():
         part = rows.filter(pl.col("bucket").is_between(wanted.start, wanted.stop - 1)).drop("bucket")

@@ -1,10 +1,11 @@
 """The contract: which column of a raw log plays which role, with its range. It lives in the pipeline's YAML."""
 
 import difflib
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from offrl_models.schema import InputError
 
@@ -96,6 +97,14 @@ class Contract(Strict):
     policy_version: str | None = None
     decided_at: str | None = None
     gamma: float = Field(gt=0, le=1)
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_inside(cls, source: str) -> str:
+        path = PurePosixPath(source)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"{source!r} must be a folder inside the project, relative to it")
+        return source
 
     @model_validator(mode="after")
     def _next_matches_observation(self) -> "Contract":

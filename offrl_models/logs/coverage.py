@@ -75,8 +75,10 @@ def rules(contract: Contract) -> list[Rule]:
     terminated = pl.col(contract.terminated).fill_null(False)
     truncated = pl.col(contract.truncated).fill_null(False) if contract.truncated else pl.lit(False)
     found = [
-        Rule("C03", contract.step, earlier_batch | (~first & (pl.col(contract.step) == step_before)),
-             "repeating an episode and step that the log already has", "keep one row for each decision."),
+        Rule("C03", contract.step, ~first & (pl.col(contract.step) == step_before),
+             "repeating a step that its episode already has", "keep one row for each decision."),
+        Rule("C03", contract.episode_id, earlier_batch,
+             "of episodes that an earlier batch has", "a batch holds whole episodes, and each of them once."),
         Rule("C04", contract.step,
              pl.when(first).then(pl.col(contract.step) != 0).otherwise((pl.col(contract.step) - step_before) > 1),
              "following a gap in the steps of its episode", "steps must run 0, 1, 2, ...: add the missing decisions or "
@@ -86,6 +88,11 @@ def rules(contract: Contract) -> list[Rule]:
              "ending an episode wrongly", "the last row of an episode, and no other, must be either terminated or "
              "truncated: correct the flags."),
     ]  # fmt: skip
+    entity = pl.col(contract.entity_column)
+    found.append(
+        Rule("C27", contract.entity_column, ~first & entity.ne_missing(entity.shift(1)),
+             "belonging to another entity than the row before", "an episode belongs to one entity: correct its id.")
+    )  # fmt: skip
     for column, following in zip(contract.observation, contract.next_observation, strict=True):
         name = column.column
         found.append(
@@ -155,7 +162,7 @@ def measure(log: pl.DataFrame, contract: Contract) -> Coverage:
 def zero_mean_z(error: Float64[np.ndarray, "rows"]) -> float:
     """z-score of a mean whose expectation is 0. A constant that is not 0 gets a huge score, not none."""
     center, spread = float(error.mean()), float(error.std())
-    return float(center / (max(spread, 1e-12) / np.sqrt(len(error)))) if abs(center) > 1e-12 else 0.0
+    return 0.0 if abs(center) <= 1e-12 else float(center / (max(spread, 1e-12) / np.sqrt(len(error))))
 
 
 def _cells(log: pl.DataFrame, contract: Contract) -> pl.DataFrame:
@@ -234,10 +241,16 @@ def _card(log: pl.DataFrame, contract: Contract) -> dict[str, Any]:
     }
 
 
-def screen(coverage: Coverage, files: list[Path]) -> dict[Path, str]:
-    """Batches that break a row-level rule -> one sentence about the first rule broken."""
+def screen(coverage: Coverage, contract: Contract, files: list[Path]) -> dict[Path, str]:
+    """Batches that break a row-level rule -> one sentence about the first rule broken.
+
+    An episode of an earlier batch is held against a batch only where no batch breaks another rule: the earlier one may
+    itself be refused.
+    """
+    repeated = next(rule.name for rule in rules(contract) if rule.check == "C03" and rule.column == contract.episode_id)
+    own = [violation for violation in coverage.violations if f"{violation.check}_{violation.column}" != repeated]
     reasons: dict[Path, str] = {}
-    for violation in coverage.violations:
+    for violation in own or coverage.violations:
         file = files[violation.batch]
         reasons.setdefault(file, violation.sentence(str(file)))
     return reasons

@@ -11,6 +11,7 @@ from offrl_models.ope.doubly_robust import dr, wdr
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import Interval, bootstrap, ensemble
+from offrl_models.ope.sequences import completed
 from offrl_models.schema import Episodes
 
 LEVEL = 0.95  # of the two-sided intervals in reports
@@ -38,8 +39,12 @@ def estimate(
     policy: int,
     shares: Float64[np.ndarray, "samples episodes"],
 ) -> Estimates:
-    """All estimators of the value of policy number `policy` of `fqe`, on the same bootstrap samples."""
-    values = fqe.q[policy], fqe.v[policy], fqe.next_v[policy]
+    """All estimators of the value of policy number `policy` of `fqe`, on the same bootstrap samples.
+
+    What lies past a truncation is the policy's fitted value in all of them.
+    """
+    values = fqe.q[policy], fqe.v[policy]
+    episodes = completed(episodes, fqe.next_v[policy])
     terms: dict[str, Terms] = {
         "TIS": tis(episodes, ratio),
         "PDIS": pdis(episodes, ratio),

@@ -28,12 +28,12 @@ class Terms:
         return float(self.resampled(weight[None, :])[0])
 
     def resampled(self, share: Float64[np.ndarray, "samples episodes"]) -> Float64[np.ndarray, "samples"]:
-        """One estimate per row of shares. A step at which every weight is 0 contributes nothing."""
+        """One estimate per row of shares; NaN where every weight of some step is 0, since then there is no estimate."""
         top = share @ self.numerator
         if self.denominator is None:
             return top.sum(1)
         bottom = share @ self.denominator
-        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), 0.0).sum(1)
+        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan).sum(1)
 
 
 def discounted_rewards(episodes: Episodes) -> Float64[np.ndarray, "episodes steps"]:

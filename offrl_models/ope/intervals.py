@@ -21,8 +21,10 @@ class Interval:
     level: float
     method: str
 
-    def to_json(self) -> dict[str, float | str]:
-        return asdict(self)
+    def to_json(self) -> dict[str, float | str | None]:
+        """Plain JSON; what could not be estimated is null."""
+        numbers = {key: value if value == value else None for key, value in asdict(self).items()}
+        return numbers
 
 
 def bootstrap_shares(episodes: int, samples: int, seed: int) -> Float64[np.ndarray, "samples episodes"]:
@@ -43,8 +45,13 @@ def bootstrap(terms: Terms, shares: Float64[np.ndarray, "samples episodes"], lev
 def bootstrap_lower_bound(
     minuend: Terms, subtrahend: Terms, shares: Float64[np.ndarray, "samples episodes"], level: float
 ) -> tuple[float, float]:
-    """The difference of two estimates on the same episodes, and its one-sided lower percentile bound."""
+    """The difference of two estimates on the same episodes, and its one-sided lower percentile bound.
+
+    Raises InputError where there is no overlap to estimate from.
+    """
     difference = minuend.resampled(shares) - subtrahend.resampled(shares)
+    if np.isnan(difference).any():
+        raise InputError("a policy does not overlap with the log: at some step every importance weight is 0.")
     return minuend.estimate() - subtrahend.estimate(), float(np.quantile(difference, 1 - level))
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Float64
 
 from offrl_models.schema import Episodes
 
+LARGEST_TABLE = 150_000_000  # states x actions x states
+LONGEST_STAY = 1e7  # expected visits to a state beyond which a policy counts as never ending
 RATIO_LIMIT = 20.0  # of the state ratio; what is cut off there is left to the value model
 
 
@@ -30,7 +32,10 @@ class TabularModel:
     gamma: float
 
     @classmethod
-    def fit(cls, episodes: Episodes, states: int) -> "TabularModel":
+    def fit(cls, episodes: Episodes, states: int) -> "TabularModel | None":
+        """The model of some episodes, or None where its table would have over LARGEST_TABLE entries."""
+        if states**2 * episodes.n_actions > LARGEST_TABLE:
+            return None
         state, following = states_of(episodes)
         visits, reward = np.zeros((states, episodes.n_actions)), np.zeros((states, episodes.n_actions))
         transition = np.zeros((states, episodes.n_actions, states))
@@ -64,8 +69,17 @@ class TabularModel:
 
     @property
     def behavior(self) -> Float64[np.ndarray, "states actions"]:
-        """Empirical behavior policy; zero in states that were never seen."""
-        return self.visits / np.maximum(self.visits.sum(1, keepdims=True), 1.0)
+        """Empirical behavior policy; uniform in states that were never seen."""
+        visits = np.where(self.visits.sum(1, keepdims=True) > 0, self.visits, 1.0)
+        return visits / visits.sum(1, keepdims=True)
+
+    def ends(self, policy: Float64[np.ndarray, "states actions"]) -> bool:
+        """Whether the policy's values exist: a policy that circles for ever has none at gamma 1."""
+        try:
+            visits = np.linalg.solve(np.eye(len(policy)) - self._onward(policy), np.ones(len(policy)))
+        except np.linalg.LinAlgError:
+            return False
+        return bool(np.isfinite(visits).all() and visits.min() > 0 and visits.max() < LONGEST_STAY)
 
     def state_ratio(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
         """omega(s): visits under the policy over visits under the behavior, at most RATIO_LIMIT; 1 where neither is known."""
@@ -98,12 +112,16 @@ def paired_differences(
     policy: Float64[np.ndarray, "states actions"],
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
-) -> tuple[Float64[np.ndarray, "episodes"], Float64[np.ndarray, "rows"]]:
+) -> tuple[Float64[np.ndarray, "episodes"], Float64[np.ndarray, "rows"]] | None:
     """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior), and the weight of every transition.
+
+    None where the policy never ends an episode in the model, so that its values do not exist (gamma 1 only).
 
     X_i = V(s_0) + sum_t gamma^t omega(s_t) rho_t [r_t + gamma V(s_{t+1}) - Q(s_t, a_t)] - G_i, where a truncated episode
     counts the value of its last next state in G_i as well. The model must be fitted on other episodes than these.
     """
+    if not (model.ends(policy) and model.ends(model.behavior)):
+        return None
     state, following = states_of(episodes)
     q = model.q_values(policy)
     v = (policy * q).sum(1)

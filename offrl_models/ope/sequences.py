@@ -1,5 +1,7 @@
 """Ragged rows to one row per episode and one column per step, and the products of ratios along an episode."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float64
 
@@ -27,6 +29,17 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
     if forbidden.any():
         raise InputError(f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows.")
     return finite("the ratio", probs[np.arange(len(probs)), episodes.action] / episodes.action_prob)
+
+
+def completed(episodes: Episodes, next_v: Float64[np.ndarray, "rows"]) -> Episodes:
+    """The episodes with the value past a truncation counted as part of the last reward.
+
+    Estimators then all speak of the same thing, the value of going on; a terminated episode is left as it is.
+    """
+    if not episodes.truncated.any():
+        return episodes
+    past = np.where(episodes.truncated, episodes.discount * finite("the next value", next_v), 0.0)
+    return dataclasses.replace(episodes, reward=episodes.reward + past)
 
 
 def by_step(

@@ -45,8 +45,8 @@ small { color: #718096; display: block; } img { max-width: 100%; } .exact { back
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
 {% if e.exact %}<th class="exact">exact*</th>{% endif %}</tr>
 {% for row in rows %}<tr><td>{{ row.policy }}</td>
-{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ "%.3f" | format(i.estimate) }}
-<small>{{ "%.3f" | format(i.low) }} to {{ "%.3f" | format(i.high) }}</small></td>{% endfor %}
+{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate) }}
+<small>{{ number(i.low) }} to {{ number(i.high) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
 {% if e.exact %}<td class="exact">{{ "%.4f" | format(e.exact["values"][row.policy]) }}</td>{% endif %}</tr>{% endfor %}
 </table>
@@ -89,7 +89,7 @@ def write(evidence: dict[str, Any], exact: dict[str, float] | None, folder: Path
     shown = {**evidence, "statement": STATEMENT, "exact": {"note": EXACT_NOTE, "values": exact} if exact else None}
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
-    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS)
+    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS, number=_number)
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
 
@@ -107,7 +107,7 @@ def tables(shown: dict[str, Any]) -> list[Table]:
         estimates.add_column("exact*", justify="right", style="yellow", no_wrap=True)
     for row in policy_rows(shown):
         intervals = [row["estimates"][name] for name in ESTIMATORS]
-        cells = [f"{i['estimate']:.3f}\n[dim]{_short(i['low'])}–{_short(i['high'])}[/]" for i in intervals]
+        cells = [f"{_number(i['estimate'])}\n[dim]{_short(i['low'])}–{_short(i['high'])}[/]" for i in intervals]
         truth = [f"{exact[row['policy']]:.4f}"] if exact else []
         estimates.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
     ladder = Table(title="The gate, rung by rung", title_justify="left")
@@ -125,5 +125,11 @@ def tables(shown: dict[str, Any]) -> list[Table]:
     return [estimates, ladder]
 
 
-def _short(value: float) -> str:
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "?"
     return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"

@@ -93,6 +93,8 @@ def forest(
     for axes, row in zip(panels, rows, strict=False):
         for position, name in enumerate(estimators):
             interval = row["estimates"][name]
+            if interval["estimate"] is None or interval["low"] is None:
+                continue  # no overlap, nothing to draw
             axes.plot([interval["low"], interval["high"]], [position, position], color=BLUE, linewidth=1.6)
             axes.plot(interval["estimate"], position, "o", color=BLUE, markersize=3.5)
         axes.axvline(reference, color=GRAY, linestyle="--", linewidth=1)

@@ -38,6 +38,7 @@ TITLES = {
     "C15": "mean importance ratios are 1",
     "C21": f"few state-action cells have under {FEW_VISITS} visits",
     "C24": "dataset card",
+    "C27": "an episode belongs to one entity",
 }
 BLOCKING, WARNING, INFO = "critical", "warning", "info"
 SEVERITY = {name: BLOCKING for name in TITLES} | {"C21": INFO, "C24": INFO}

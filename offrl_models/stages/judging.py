@@ -7,7 +7,7 @@ from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import CHAMPION, measure_rungs
 from offrl_models.gate import Status, decisive_rung, ladder
-from offrl_models.logs.read import batch_files, log_version, read_batches
+from offrl_models.logs.read import batch_files, read_batches
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports import plots, shift
@@ -18,6 +18,16 @@ from offrl_models.storage import Stage
 
 def _rung_name(candidate: str, cap: float | None) -> str:
     return candidate if cap is None else f"{candidate} ≤ {cap:g}μ"
+
+
+def _evidence_key(pipeline: Pipeline) -> dict[str, Any]:
+    board = current_leaderboard(pipeline)
+    return {
+        **{name: value for name, value in board.key.items() if name != "code"},
+        "leaderboard": board.digest,
+        "gate": pipeline.config.gate.model_dump(mode="json"),
+        "known_world": pipeline.config.known_world,
+    }
 
 
 def evidence(pipeline: Pipeline) -> Stage:
@@ -56,7 +66,7 @@ def evidence(pipeline: Pipeline) -> Stage:
             "gate_episodes": gate.n_episodes,
             "champion": {
                 "name": "the behavior policy",
-                "value": float(gate.return_.mean()),
+                "value": float(evaluation.champion_returns.mean()),
                 **estimates[CHAMPION].to_json(),
             },
             "candidates": [
@@ -87,14 +97,8 @@ def evidence(pipeline: Pipeline) -> Stage:
             "rows": gate.n_rows,
         }
 
-    key = {
-        **{name: value for name, value in board.key.items() if name != "code"},
-        "leaderboard": board.digest,
-        "gate": config.gate.model_dump(mode="json"),
-        "known_world": config.known_world,
-    }
     pages = tuple(pipeline.reports / f"evidence.{kind}" for kind in ("json", "html", "png"))
-    return storage.build_stage(pipeline.folder / "evidence", key, build, pages)
+    return storage.build_stage(pipeline.folder / "evidence", _evidence_key(pipeline), build, pages)
 
 
 def shift_report(pipeline: Pipeline) -> Stage:
@@ -127,21 +131,34 @@ def shift_report(pipeline: Pipeline) -> Stage:
         storage.write_json(folder / "shift.json", found)
         return {**found, "training_rows": reference.height, "newest_rows": newest.height}
 
-    key = {
-        "raw": log_version(pipeline.raw),
-        "contract": contract.model_dump(mode="json"),
-        "candidate": board.key["candidates"][best],
+    return storage.build_stage(pipeline.folder / "shift", _shift_key(pipeline), build, pages)
+
+
+def _shift_key(pipeline: Pipeline) -> dict[str, Any]:
+    board = current_leaderboard(pipeline)
+    return {
         "episodes": board.key["episodes"],
-        "drift": config.drift.model_dump(),
-        "seed": config.seed,
+        "candidate": board.key["candidates"][board.summary["best"]],
+        "drift": pipeline.config.drift.model_dump(),
+        "seed": pipeline.config.seed,
     }
-    return storage.build_stage(pipeline.folder / "shift", key, build, pages)
 
 
 def release(pipeline: Pipeline) -> bundle.Release:
-    """Release the rung that the verdict names. Raises ReleaseRefusedError unless the verdict is a PASS of that very policy."""
+    """Release the rung that the verdict names.
+
+    Raises ReleaseRefusedError unless the verdict is a PASS of that very policy and the newest batch has not drifted, and
+    InputError when evidence or shift report are of other logs or settings than the present ones, so that the configuration
+    in the bundle is the one that was trained and judged.
+    """
     config = pipeline.config
-    judged = storage.load_stage(pipeline.folder / "evidence")
+    judged = storage.load_stage(pipeline.folder / "evidence", _evidence_key(pipeline))
+    drift = storage.load_stage(pipeline.folder / "shift", _shift_key(pipeline))
+    if drift.summary["color"] == "red":
+        raise bundle.ReleaseRefusedError(
+            f"the newest batch has drifted from the training logs (index {drift.summary['worst']:.2f}); look at "
+            f"{pipeline.folders.shown(pipeline.reports / 'shift-logs.html')}; the champion stays."
+        )
     found = storage.read_json(judged.folder / "evidence.json")
     verdict = storage.read_json(judged.folder / "verdict.json")
     if judged.summary["status"] != Status.PASS:
@@ -159,7 +176,7 @@ def release(pipeline: Pipeline) -> bundle.Release:
             "dataset": config.dataset,
             "algorithm": judged.summary["algorithm"],
             "cap": judged.summary["cap"],
-            "champion_before": found["champion"]["name"],
+            "compared_with": found["champion"]["name"],
             "raw_logs": found["raw_logs"],
             "code": judged.key["code"],
         },
