@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models.ope.doubly_robust import dr, wdr
-from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope import estimates
+from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
 from offrl_models.ope.intervals import bootstrap, bootstrap_shares
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
 from offrl_models.ope.sequences import completed, ratios
@@ -40,17 +40,10 @@ def value_model(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndar
 
 
 def all_terms(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarray) -> dict[str, Terms]:
+    """Every estimator of a policy's value, with a value model given as a table."""
     ratio = ratios(episodes, probs_of(policy, episodes))
-    *model, next_v = value_model(world, policy, episodes, q)
-    episodes = completed(episodes, next_v)
-    return {
-        "TIS": tis(episodes, ratio),
-        "PDIS": pdis(episodes, ratio),
-        "WIS": wis(episodes, ratio),
-        "WPDIS": wpdis(episodes, ratio),
-        "DR": dr(episodes, ratio, *model),
-        "WDR": wdr(episodes, ratio, *model),
-    }
+    q_taken, v, next_v = value_model(world, policy, episodes, q)
+    return estimates.all_terms(completed(episodes, next_v), ratio, q_taken, v)
 
 
 T = TypeVar("T")

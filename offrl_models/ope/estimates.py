@@ -32,6 +32,23 @@ class Estimates:
         }
 
 
+def all_terms(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+) -> dict[str, Terms]:
+    """Every estimator that is a sum of ratios of means over episodes."""
+    return {
+        "TIS": tis(episodes, ratio),
+        "PDIS": pdis(episodes, ratio),
+        "WIS": wis(episodes, ratio),
+        "WPDIS": wpdis(episodes, ratio),
+        "DR": dr(episodes, ratio, q, v),
+        "WDR": wdr(episodes, ratio, q, v),
+    }
+
+
 def estimate(
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
@@ -43,16 +60,8 @@ def estimate(
 
     What lies past a truncation is the policy's fitted value in all of them.
     """
-    values = fqe.q[policy], fqe.v[policy]
     episodes = completed(episodes, fqe.next_v[policy])
-    terms: dict[str, Terms] = {
-        "TIS": tis(episodes, ratio),
-        "PDIS": pdis(episodes, ratio),
-        "WIS": wis(episodes, ratio),
-        "WPDIS": wpdis(episodes, ratio),
-        "DR": dr(episodes, ratio, *values),
-        "WDR": wdr(episodes, ratio, *values),
-    }
+    terms = all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy])
     intervals = {name: bootstrap(term, shares, LEVEL) for name, term in terms.items()}
     intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
     return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -78,10 +78,14 @@ class World:
             running, state = running[live], next_state[live]
         rows = np.concatenate(steps)
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        who, state, action, next_state = rows.T
+        return self._logged(rows[:, 1:], np.bincount(rows[:, 0], minlength=episodes))
+
+    def _logged(self, rows: Int64[np.ndarray, "rows 3"], length: Int64[np.ndarray, "episodes"]) -> Episodes:
+        """Episodes from their (state, action, next state) in order, and the number of steps of each."""
+        state, action, next_state = rows.T
         return Episodes(
-            episode_id=np.arange(episodes),
-            offsets=np.append(0, np.bincount(who, minlength=episodes).cumsum()),
+            episode_id=np.arange(len(length)),
+            offsets=np.append(0, length.cumsum()),
             observation=state[:, None].astype(np.float32),
             next_observation=next_state[:, None].astype(np.float32),
             action=action,
@@ -105,20 +109,7 @@ class World:
                 f"trajectories of at most {longest} steps have probability {probability.sum():.12f}, not 1"
             )
         rows = np.array([row for _, path in found for row in path])
-        state, action, next_state = rows.T
-        return Episodes(
-            episode_id=np.arange(len(found)),
-            offsets=np.append(0, np.cumsum([len(path) for _, path in found])),
-            observation=state[:, None].astype(np.float32),
-            next_observation=next_state[:, None].astype(np.float32),
-            action=action,
-            mask=self.mask[state],
-            reward=self.reward[state, action, next_state],
-            terminated=self.terminal[next_state],
-            truncated=np.zeros(len(rows), bool),
-            action_prob=self.behavior[state, action],
-            gamma=self.gamma,
-        ), probability
+        return self._logged(rows, np.array([len(path) for _, path in found])), probability
 
     def _trajectories(self, longest: int) -> Iterator[tuple[float, list[tuple[int, int, int]]]]:
         open_paths = [(float(p), [], s) for s, p in enumerate(self.initial) if p > 0]
