@@ -105,7 +105,7 @@ class TransitionBatch(NamedTuple):
     """Transitions for all seeds at once; the seed axis always leads."""
 
     observation: Float[Tensor, "seed batch columns"]
-    action: Float[Tensor, "seed batch"]
+    action: Int64[Tensor, "seed batch"]
     reward: Float[Tensor, "seed batch"]
     discount: Float[Tensor, "seed batch"]  # gamma * (1 - terminated)
     next_observation: Float[Tensor, "seed batch columns"]

@@ -6,6 +6,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401  the hook looks it up by name
+
+# Shapes and types in annotations are checked in every test.
+install_import_hook("offrl_models", "tests.typechecker.check")
+
 import numpy as np
 import pyarrow as pa
 import pytest

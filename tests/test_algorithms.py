@@ -13,7 +13,7 @@ from offrl_models.datasets.transitions import Sampler, Transitions
 from offrl_models.learner import Learner, NonFiniteLossError, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
-from offrl_models.policies import Mixture
+from offrl_models.policies import Mixture, OnnxPolicy
 from offrl_models.schema import Episodes
 from offrl_models.training import fit, fit_fqe
 from tests.conftest import chain_world
@@ -182,8 +182,8 @@ def test_what_each_algorithm_finds_on_a_covered_world() -> None:
             assert found >= behavior + 0.9 * (optimum - behavior), name
 
 
-class Tabled:
-    """A policy given as a table, with the interface of an exported one."""
+class Tabled(OnnxPolicy):
+    """A policy given as a table, in place of an exported one."""
 
     def __init__(self, table: np.ndarray):
         self.table = table

@@ -134,13 +134,3 @@ def test_the_readme_names_targets_and_files_that_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("http") or (ROOT / link).exists(), link
-
-
-def test_the_product_speaks_of_itself_alone() -> None:
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.split():
-        path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt"} and path.exists() and path != Path(__file__):
-            assert "../shared" not in path.read_text() and "/work/" not in path.read_text(), name

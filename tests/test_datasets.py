@@ -79,6 +79,18 @@ def test_an_entity_with_several_episodes_stays_on_one_side(tmp_path: Path) -> No
     require_split(np.array(sorted(sides["gate"])), "offrl", "gate")
 
 
+def test_an_episode_of_several_entities_is_not_cut_up(tmp_path: Path) -> None:
+    configured = attributes(WORLD.n_states, 3)
+    configured["logs"]["entity"] = "patient"
+    contract = parse_pipeline(configured, "toy").logs
+    log = pl.DataFrame(as_table(WORLD.simulate(100, seed=3))).with_columns(patient=pl.col("step"))
+    storage.write_parquet(tmp_path / "b.parquet", log.to_arrow())
+    with pytest.raises(
+        InputError, match=r"\d+ episodes, the first of them .* have several entities in column 'patient'"
+    ):
+        write_splits(read_batches([tmp_path / "b.parquet"], contract), contract, "offrl", tmp_path)
+
+
 def test_a_split_that_would_be_empty_says_so(tmp_path: Path) -> None:
     contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
     storage.write_parquet(tmp_path / "b.parquet", as_table(WORLD.simulate(2, seed=3)))
@@ -92,7 +104,7 @@ def test_the_encoder_standardises_with_the_train_split_and_one_hot_is_a_table() 
     observation = np.stack([rng.normal(50, 7, episodes.n_rows), np.full(episodes.n_rows, 3.0)], 1).astype(np.float32)
     configured = attributes(None, 3)
     configured["logs"] |= {"observation": ["a", "b"], "next_observation": ["x", "y"]}
-    train = dataclasses.replace(episodes, observation=observation)
+    train = dataclasses.replace(episodes, observation=observation, next_observation=observation)
     encoder = Encoder.fit(parse_pipeline(configured, "toy").logs, train)
     numeric = encoder(torch.as_tensor(observation)).numeric
     assert numeric[:, 0].mean().item() == pytest.approx(0.0, abs=1e-5)

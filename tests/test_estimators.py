@@ -228,7 +228,8 @@ def test_a_policy_that_never_ends_has_no_marginalised_difference() -> None:
     circling = np.array([[0.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
     assert paired_differences(model, circling, episodes, np.ones(episodes.n_rows)) is None
     assert TabularModel.fit(episodes, 100_000) is None
-    hardly_ends = dataclasses.replace(model, transition=np.array([[[1 - 1e-9]]]), initial=np.ones(1))
+    one = np.ones((1, 1))
+    hardly_ends = TabularModel(np.array([[[1 - 1e-9]]]), one, np.ones(1), one, 1.0)
     assert not hardly_ends.ends(np.ones((1, 1)))
 
 

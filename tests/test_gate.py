@@ -58,7 +58,7 @@ def test_each_objection_alone_refuses_with_its_own_status(name: str) -> None:
     assert (verdict.status, verdict.decided_by) == (status, name)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", sorted(set(BAD) - {"episodes"}))  # a count is never NaN
 def test_a_number_that_is_nan_refuses(name: str) -> None:
     field, value, _ = BAD[name]
     unknown = [0.01, math.nan, 0.02] if isinstance(value, list) else math.nan

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from offrl_models.ope.diagnostics import effective_sample_size, largest_share, mean_ratio_z
+from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import (
     bootstrap,
@@ -105,7 +105,6 @@ def test_effective_sample_sizes() -> None:
     assert effective_sample_size(np.full(7, 0.3)) == pytest.approx(7.0)
     assert effective_sample_size(np.array([1.0, 0.0, 0.0])) == pytest.approx(1.0)
     assert effective_sample_size(np.zeros(3)) == 0.0
-    assert largest_share(np.array([-3.0, 1.0])) == 0.75
 
 
 def test_the_mean_ratio_test_sees_a_constant_error() -> None:

@@ -110,7 +110,7 @@ def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None
     policy = policy_of("iql", encoder, 3)
     import dataclasses
 
-    export_checked(policy, dataclasses.replace(mixed, observation=observation), tmp_path)
+    export_checked(policy, dataclasses.replace(mixed, observation=observation, next_observation=observation), tmp_path)
 
 
 def test_exporting_twice_gives_the_same_bytes(episodes: Episodes, tmp_path: Path) -> None:

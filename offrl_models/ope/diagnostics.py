@@ -1,4 +1,4 @@
-"""How much an off-policy estimate can be believed: effective sample sizes, the mean-ratio test, the share of the largest."""
+"""How much an off-policy estimate can be believed: effective sample sizes and the mean-ratio test."""
 
 import numpy as np
 from jaxtyping import Float64
@@ -27,9 +27,3 @@ def worst_action_z(
     """The mean-ratio test of each single action: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score furthest from 0."""
     scores = [zero_mean_z((episodes.action == a) * ratio - probs[:, a]) for a in range(episodes.n_actions)]
     return max(scores, key=abs)
-
-
-def largest_share(values: Float64[np.ndarray, "n"]) -> float:
-    """Share of the largest absolute value in the sum of absolute values."""
-    total = float(np.abs(values).sum())
-    return float(np.abs(values).max()) / total if total > 0 else 0.0

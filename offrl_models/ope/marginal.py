@@ -94,7 +94,7 @@ def states_of(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy_table(
-    seen: Sequence[tuple[Episodes, Float64[np.ndarray, "rows actions"]]], states: int
+    seen: Sequence[tuple[Episodes, Float64[np.ndarray, "_ actions"]]], states: int
 ) -> Float64[np.ndarray, "states actions"] | None:
     """pi(a|s) of every state that occurs in some episodes, zero elsewhere. None when it differs between rows of a state.
 
