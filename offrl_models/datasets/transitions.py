@@ -20,7 +20,10 @@ class Transitions:
                 "no row can be trained on: every episode is truncated after one step and masks are logged."
             )
         self.rows = torch.as_tensor(usable, device=device)
-        as_tensor = lambda array, dtype: torch.as_tensor(array, dtype=dtype, device=device)  # noqa: E731
+
+        def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype, device=device)
+
         self.observation = as_tensor(episodes.observation, torch.float32)
         self.next_observation = as_tensor(episodes.next_observation, torch.float32)
         self.action = as_tensor(episodes.action, torch.long)

@@ -63,7 +63,10 @@ class World:
     def simulate(self, episodes: int, seed: int) -> Episodes:
         """Episodes drawn under the behavior policy, all of them at once, one step at a time. Seeded."""
         rng = np.random.default_rng(seed)
-        draw = lambda table, at: (rng.random(len(at))[:, None] > table[at]).sum(1)  # noqa: E731
+
+        def draw(cumulative: np.ndarray, at: np.ndarray) -> np.ndarray:
+            return (rng.random(len(at))[:, None] > cumulative[at]).sum(1)
+
         behavior, following = self.behavior.cumsum(1), self.transition.cumsum(2).reshape(-1, self.n_states)
         behavior[:, -1] = following[:, -1] = np.inf  # rounding must not run past the last entry
         initial = np.append(self.initial.cumsum()[:-1], np.inf)

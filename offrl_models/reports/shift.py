@@ -40,11 +40,17 @@ def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> t
         mass = rest["count"].cum_sum().to_numpy() / max(int(rest["count"].sum()), 1)
         for value, reached in zip(rest[reference.name].to_list(), mass, strict=True):
             name[value] = f"rest {min(int(reached * POOLS), POOLS - 1) + 1:02d}"
-        label = lambda column: [name.get(value, "new") for value in column.to_list()]  # noqa: E731
+
+        def label(column: pl.Series) -> pl.Series:
+            return pl.Series(column.name, [name.get(value, "new") for value in column.to_list()])
+
     else:
         edges = np.unique(np.quantile(reference.to_numpy(), np.linspace(0, 1, QUANTILES + 1)[1:-1]))
-        label = lambda column: np.searchsorted(edges, column.to_numpy(), side="right").astype(str)  # noqa: E731
-    return pl.Series(reference.name, label(reference)), pl.Series(current.name, label(current))
+
+        def label(column: pl.Series) -> pl.Series:
+            return pl.Series(column.name, np.searchsorted(edges, column.to_numpy(), side="right").astype(str))
+
+    return label(reference), label(current)
 
 
 def stability_index(reference: pl.Series, current: pl.Series) -> float:
