@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from offrl_models.algorithms import AlgorithmConfig, make_config
 from offrl_models.gate import GateConfig
-from offrl_models.logs.contract import Contract, Strict, one_sentence
+from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.schema import InputError
@@ -26,10 +26,22 @@ class TrainingConfig(Strict):
 class CoverageConfig(Strict):
     """Thresholds of the coverage checks that are not zero by nature."""
 
-    propensity_z: float = Field(default=4.0, gt=0)  # C15
-    few_visits_share: float = Field(
-        default=0.5, ge=0, le=1
-    )  # C21: share of cells under 5 visits that is worth a remark
+    open_share: float = Field(default=0.02, ge=0, le=1)  # C06: most episodes that may be open
+    leakage_auc: float = Field(default=0.99, ge=0.5, le=1)  # C09
+    outlier_share: float = Field(default=0.001, ge=0, le=1)  # C11: most values beyond 6 MAD
+    propensity_z: float = Field(default=4.0, gt=0)  # C15: after Holm's correction
+    propensity_ece: float = Field(default=0.02, ge=0, le=1)  # C16
+    sure_share: float = Field(default=0.2, ge=0, le=1)  # C18: most rows with a propensity over .999
+    few_visits_share: float = Field(default=0.5, ge=0, le=1)  # C21: share of cells under 5 visits worth a remark
+    concentrability: float = Field(default=20.0, gt=0)  # C22: largest 99% quantile of the state-action ratio
+    outside_support: float = Field(default=0.02, ge=0, le=1)  # C26
+    near_duplicates: float = Field(default=0.001, ge=0, le=1)  # C28
+    confounding_z: float = Field(default=4.0, gt=0)  # C29
+    markov_gain: float = Field(default=0.01, ge=0, le=1)  # C30
+    late_share: float = Field(default=0.01, ge=0, le=1)  # C31: most rewards that may come after their window
+    clock_skew_minutes: float = Field(default=5.0, gt=0)  # C32
+    volume_ratio: float = Field(default=5.0, gt=1)  # C33: between a day and those before it
+    subgroup_episodes: int = Field(default=200, ge=1)  # C36
 
 
 class DriftConfig(Strict):
@@ -42,6 +54,35 @@ class DriftConfig(Strict):
 class RetrainConfig(Strict):
     cron: str | None = "0 3 * * 1"
     on_new_logs: bool = True
+
+
+class ComparisonConfig(Strict):
+    """Another policy that left a log of its own, from which what it earned is known. It is reported on and decides nothing."""
+
+    name: str = Field(min_length=1)
+    log: str  # one batch with the columns of the contract that are used, relative to the project
+    cells: tuple[str, ...] = Field(min_length=1)  # observed columns in whose cells its actions are counted
+
+    def contract(self, logs: Contract) -> Contract:
+        """The little of a contract that the comparison reads: cells, action and reward, every row an episode.
+
+        Raises ValueError where the pipeline's logs are not of that kind, or a cell is no observed category.
+        """
+        if logs.horizon != 1 or logs.action.continuous:
+            raise ValueError("compare_with needs `horizon: 1` and discrete actions; leave it out")
+        kinds = {column.column: column for column in logs.observation if column.categories or column.ordered}
+        for name in self.cells:
+            if name not in kinds:
+                raise ValueError(f"compare_with: {name!r} is no observed category: {nearest_key_hint(name, list(kinds))}")
+        return Contract(
+            source=self.log,
+            format=logs.format,
+            horizon=1,
+            observation=[kinds[name] for name in self.cells],
+            action=logs.action.model_copy(update={"mask": None, "candidates": None}),
+            reward=logs.reward.model_copy(update={"window_hours": None, "arrived_at": None}),
+            gamma=logs.gamma,
+        )
 
 
 class PipelineConfig(Strict):
@@ -63,6 +104,7 @@ class PipelineConfig(Strict):
     gate: GateConfig = GateConfig()
     retrain: RetrainConfig = RetrainConfig()
     known_world: str | None = None  # name of a simulated world whose exact values the report shows beside the estimates
+    compare_with: tuple[ComparisonConfig, ...] = ()
 
     @field_validator("algorithms", mode="before")
     @classmethod
@@ -75,6 +117,12 @@ class PipelineConfig(Strict):
         for name, settings in value.items():
             make_config(name, settings)
         return value
+
+    @model_validator(mode="after")
+    def _comparisons_can_be_made(self) -> "PipelineConfig":
+        for comparison in self.compare_with:
+            comparison.contract(self.logs)
+        return self
 
     def algorithm(self, name: str) -> AlgorithmConfig:
         return make_config(name, self.algorithms[name])

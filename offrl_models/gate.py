@@ -69,6 +69,21 @@ class Measures:
     mean_ratio_z: float
     worst_action_z: float
     unsupported_mass: float
+    ratio_q99: float  # 99% quantile, largest value and chi-squared of the state-action ratios
+    ratio_max: float
+    chi_squared: float
+    without_top: float  # the difference without its 0.5% most influential episodes
+    propensities: str  # "logged" or "estimated"
+
+    @property
+    def influence(self) -> float:
+        """Below 0 where the sign of the difference hangs on a few episodes."""
+        return self.without_top * (1.0 if self.difference >= 0 else -1.0)
+
+    @property
+    def error_rate_share(self) -> float:
+        """What is left of the error rate: estimating the propensities costs half of it."""
+        return 1.0 if self.propensities == "logged" else 0.5
 
 
 @dataclass(frozen=True)
@@ -94,17 +109,23 @@ class Verdict:
     measures: Measures
     findings: list[Finding]
 
+    @property
+    def certificate(self) -> str:
+        """GREEN where the propensities were logged; AMBER where the verdict rests on estimates of them."""
+        return "GREEN" if self.measures.propensities == "logged" else "AMBER"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def findings(m: Measures, config: GateConfig) -> list[Finding]:
     """Every check of one rung, in the order in which they decide."""
-    level = f"{1 - config.alpha:.0%}"
+    alpha = config.alpha * m.error_rate_share
+    level = f"{1 - alpha:.1%}".replace(".0%", "%")
     smallest = min(m.fqe_differences)
     return [
-        Finding("error rate", m.alpha <= config.alpha, Status.INVALID, m.alpha, config.alpha,
-                f"the bounds were made at an error rate of {m.alpha:g}, above the {config.alpha:g} that is asked"),
+        Finding("error rate", m.alpha <= alpha, Status.INVALID, m.alpha, alpha,
+                f"the bounds were made at an error rate of {m.alpha:g}, above the {alpha:g} that is asked"),
         Finding("mean ratio", abs(m.mean_ratio_z) < config.mean_ratio_z, Status.INVALID, m.mean_ratio_z,
                 config.mean_ratio_z, f"the mean importance ratio has z = {m.mean_ratio_z:.1f} against 1: the logged "
                 "propensities are not those of the policy that acted"),
@@ -124,6 +145,8 @@ def findings(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("effective episodes", m.effective_episodes >= config.effective_episodes, Status.INCONCLUSIVE,
                 m.effective_episodes, config.effective_episodes, f"{m.effective_episodes:.0f} effective episodes are "
                 f"fewer than {config.effective_episodes:.0f}"),
+        Finding("influence", m.influence >= 0, Status.INCONCLUSIVE, m.without_top, 0.0,
+                f"without its 0.5% most influential episodes the difference is {m.without_top:+.4f}, of another sign"),
         Finding("fitted Q evaluation", all(d > 0.0 for d in m.fqe_differences), Status.INCONCLUSIVE, smallest, 0.0,
                 f"a member of the FQE ensemble puts the difference at {smallest:+.4f}"),
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,
@@ -138,7 +161,7 @@ def judge(policy: str, measures: Measures, config: GateConfig) -> Verdict:
     if not objections:
         reason = (
             f"the difference to the champion is {measures.difference:+.4f}, at least {measures.lower_bound:+.4f} at "
-            f"{1 - config.alpha:.0%} confidence"
+            f"{1 - measures.alpha:.1%} confidence".replace(".0%", "%")
         )
         return Verdict(Status.PASS, policy, "lower bound", reason, measures, found)
     # The gravest objection decides; within a kind, the first.

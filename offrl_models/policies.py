@@ -112,6 +112,7 @@ def weights(policy: nn.Module) -> dict[str, Tensor]:
     return stored
 
 
+ROWS_AT_A_TIME = 65_536
 PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
 
 
@@ -123,14 +124,23 @@ def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Onnx
     export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
     storage.write_tensors(folder / "policy.safetensors", weights(policy))
     exported = OnnxPolicy(folder / "policy.onnx")
-    with torch.no_grad():
-        wanted = policy(torch.as_tensor(episodes.observation), torch.as_tensor(episodes.mask)).double().numpy()
-    difference = float(np.abs(exported.on(episodes) - wanted).max())
+    difference = float(np.abs(exported.on(episodes) - probs_of(policy, episodes)).max())
     if not difference <= PARITY:
         raise RuntimeError(
             f"{folder / 'policy.onnx'} differs from the trained policy by {difference:.2e} in probability."
         )
     return exported
+
+
+def probs_of(policy: nn.Module, episodes: Episodes) -> Float64[np.ndarray, "rows actions"]:
+    """Action probabilities of a module at every logged observation."""
+    found = []
+    with torch.no_grad():
+        for start in range(0, episodes.n_rows, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            mask = torch.as_tensor(np.array(episodes.mask[rows]))
+            found.append(policy(torch.as_tensor(np.array(episodes.observation[rows])), mask).double().numpy())
+    return np.concatenate(found)
 
 
 def export(policy: nn.Module, columns: int, actions: int, path: Path) -> None:

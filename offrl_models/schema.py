@@ -1,8 +1,9 @@
 """The vocabulary every other module speaks: episodes, transition batches, and errors that a user can act on."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
@@ -13,25 +14,43 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one sentence: which file, column, how many rows, what to do."""
 
 
+@dataclass(frozen=True)
+class Feature:
+    """One column of an observation matrix: a number, or the code of a category."""
+
+    name: str
+    categories: int | None = None  # codes 0 to categories - 1; a missing category has a code of its own among them
+    missing: float | Literal["mean"] | None = (
+        None  # what stands for a missing number (NaN); None where none may be missing
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Episodes:
     """Logged episodes of any length, as flat arrays plus offsets: episode i owns rows offsets[i] to offsets[i + 1].
 
     `terminated` says that the task ended, `truncated` that the recording did; they meet only in `discount`.
-    A bandit log is a set of episodes of length 1.
+    A bandit log is a set of episodes of length 1. The arrays may lie in memory-mapped files; nothing writes into them.
     """
 
     episode_id: Shaped[np.ndarray, "episodes"]
     offsets: Int64[np.ndarray, "episodes+1"]
-    observation: Float[np.ndarray, "rows columns"]  # raw values in contract order; categories are their codes
-    next_observation: Float[np.ndarray, "rows columns"]
-    action: Int64[np.ndarray, "rows"]
-    mask: Bool[np.ndarray, "rows actions"]  # True where the action was allowed
+    observation: Float[np.ndarray, "rows columns"]  # one column per feature; categories are their codes, NaN is missing
+    final_observation: Float[np.ndarray, "episodes columns"]  # observed after the last row; any where that terminated
+    action: Int64[np.ndarray, "rows"] | Float[np.ndarray, "rows dimensions"]  # discrete code or continuous vector
+    mask: Bool[np.ndarray, "rows actions"]  # True where the action was allowed; no columns for continuous actions
     reward: Float64[np.ndarray, "rows"]
     terminated: Bool[np.ndarray, "rows"]
     truncated: Bool[np.ndarray, "rows"]
-    action_prob: Float64[np.ndarray, "rows"]  # behavior probability of the logged action
-    gamma: float  # discount per step
+    action_prob: Float64[np.ndarray, "rows"]  # behavior probability or density of the logged action; NaN if not logged
+    gamma: float  # discount per step, or per unit of `interval`
+    interval: Float64[np.ndarray, "rows"] | None = None  # time until the next decision
+    features: tuple[Feature, ...] = ()  # of the columns of `observation`
+    entity: Shaped[np.ndarray, "episodes"] | None = None  # patient or user; the episode itself when left out
+    costs: Mapping[str, Float64[np.ndarray, "rows"]] = field(default_factory=dict)  # by column
+    labels: Mapping[str, Shaped[np.ndarray, "episodes"]] = field(
+        default_factory=dict
+    )  # subgroups and policy version, by column
 
     @property
     def n_rows(self) -> int:
@@ -58,14 +77,35 @@ class Episodes:
         return np.arange(self.n_rows) - self.offsets[:-1][self.episode_of_row]
 
     @cached_property
+    def next_observation(self) -> Float[np.ndarray, "rows columns"]:
+        """The following row's observation; the final one after the last row."""
+        following = np.empty_like(self.observation)
+        following[:-1] = self.observation[1:]
+        following[self.offsets[1:] - 1] = self.final_observation
+        return following
+
+    @cached_property
+    def step_discount(self) -> Float64[np.ndarray, "rows"]:
+        """What one step costs in time: gamma, or gamma ** interval where decisions are not equally far apart."""
+        return np.full(self.n_rows, self.gamma) if self.interval is None else self.gamma**self.interval
+
+    @cached_property
     def discount(self) -> Float64[np.ndarray, "rows"]:
         """What the value of the next observation is worth: gamma * (1 - terminated)."""
-        return self.gamma * (1.0 - self.terminated)
+        return self.step_discount * (1.0 - self.terminated)
+
+    @cached_property
+    def time_discount(self) -> Float64[np.ndarray, "rows"]:
+        """What a reward of each row is worth at the start of its episode: gamma ** step, or gamma ** (time since then)."""
+        if self.interval is None:
+            return self.gamma**self.step
+        elapsed = np.append(0.0, self.interval.cumsum())[:-1]
+        return self.gamma ** (elapsed - elapsed[self.offsets[:-1]][self.episode_of_row])
 
     @cached_property
     def return_(self) -> Float64[np.ndarray, "episodes"]:
         """Realised discounted return of each episode."""
-        return self.sum_per_episode(self.gamma**self.step * self.reward)
+        return self.sum_per_episode(self.time_discount * self.reward)
 
     @cached_property
     def return_to_go(self) -> Float64[np.ndarray, "rows"]:
@@ -75,13 +115,29 @@ class Episodes:
         for step in range(int(self.length.max()) - 1, -1, -1):
             here = self.length > step
             row = self.offsets[:-1][here] + step
-            carried[here] = self.reward[row] + self.gamma * carried[here]
+            carried[here] = self.reward[row] + self.step_discount[row] * carried[here]
             remaining[row] = carried[here]
         return remaining
 
     def sum_per_episode(self, values: Float[np.ndarray, "rows *rest"]) -> Float[np.ndarray, "episodes *rest"]:
         """Sum of `values` over the rows of each episode; every episode has at least one row."""
         return np.add.reduceat(values, self.offsets[:-1], axis=0)
+
+    def take(self, chosen: Bool[np.ndarray, "episodes"]) -> "Episodes":
+        """The chosen episodes."""
+        rows, episodes = chosen[self.episode_of_row], np.flatnonzero(chosen)
+        per_row = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob", "interval")
+        per_episode = ("episode_id", "final_observation", "entity")
+        found: dict[str, Any] = {name: getattr(self, name) for name in (*per_row, *per_episode)}
+        found |= {name: found[name][rows] for name in per_row if found[name] is not None}
+        found |= {name: found[name][episodes] for name in per_episode if found[name] is not None}
+        return replace(
+            self,
+            **found,
+            offsets=np.append(0, self.length[episodes].cumsum()),
+            costs={name: values[rows] for name, values in self.costs.items()},
+            labels={name: values[episodes] for name, values in self.labels.items()},
+        )
 
     @cached_property
     def next_mask(self) -> Bool[np.ndarray, "rows actions"]:
@@ -90,6 +146,8 @@ class Episodes:
         After the last recorded step no mask was logged. All actions stand in for it where every logged mask allows
         everything; otherwise the row is all False, and `bootstrappable` leaves it out of temporal-difference targets.
         """
+        if 0 in self.mask.strides:  # one value for all rows
+            return self.mask
         following = np.empty_like(self.mask)
         following[:-1] = self.mask[1:]
         following[self.offsets[1:] - 1] = bool(self.mask.all())
@@ -98,7 +156,7 @@ class Episodes:
     @cached_property
     def bootstrappable(self) -> Bool[np.ndarray, "rows"]:
         """Rows whose target can be formed: the task ended there, or the actions allowed next are known."""
-        return self.terminated | self.next_mask.any(1)
+        return self.terminated | self.next_mask.any(1) if self.n_actions else np.ones(self.n_rows, bool)
 
 
 class TransitionBatch(NamedTuple):

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,15 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(path: Path) -> str:
+    """sha256 of a file, or over the names and contents of all files of a folder."""
+    return (
+        digest({name: facts["sha256"] for name, facts in list_files(path).items()})
+        if path.is_dir()
+        else sha256_file(path)
+    )
 
 
 def digest(value: Any) -> str:
@@ -97,6 +106,17 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, canonical_json(value))
 
 
+def write_blocks(path: Path, blocks: Iterable[bytes], verify: Callable[[Path], None]) -> None:
+    """A file too large for memory, from its blocks in order; `verify` sees it complete, and may raise, before it has its name."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(blocks)
+        verify(temporary)
+
+    _write_atomically(path, write)
+
+
 def parse_json(data: bytes, name: str) -> Any:
     """Strict JSON: duplicate keys, NaN and Infinity are errors, as they are everywhere else.
 
@@ -150,11 +170,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load(path.read_bytes())
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def move(source: Path, target: Path) -> None:
-    """Rename within one file system, synced, never over an existing file."""
+    """Rename a file or a folder within one file system, synced, never over an existing one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.link(source, target)  # fails where the name is taken, as rename would not
-    source.unlink()
+    if source.is_dir():
+        source.rename(target)  # fails where a folder that is not empty has the name
+    else:
+        os.link(source, target)  # fails where the name is taken, as rename would not
+        source.unlink()
     _sync_folder(target.parent)
     _sync_folder(source.parent)
 

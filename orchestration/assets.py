@@ -64,7 +64,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
     def behavior_policy() -> dg.MaterializeResult:
         with one_sentence():
             stage = stages.behavior_policy(pipeline)
-        facts = {name: stage.summary[name] for name in ("kind", "ece", "mean_absolute_error_to_logged")}
+        facts = {name: stage.summary[name] for name in ("kind", "propensities", "ece", "brier")}
         return materialized(
             stage,
             rows=sum(row["pairs"] for row in stage.summary["reliability"]),

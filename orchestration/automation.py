@@ -24,10 +24,10 @@ def build_automation(pipeline: Pipeline) -> dg.Definitions:
         job=job,
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description=f"Runs the pipeline when a Parquet batch lands in {pipeline.folders.shown(pipeline.folders.landing)}.",
+        description=f"Runs the pipeline when a batch lands in {pipeline.folders.shown(pipeline.folders.landing)}.",
     )
     def new_logs() -> dg.RunRequest | dg.SkipReason:
-        landed = batch_files(pipeline.folders.landing)
+        landed = batch_files(pipeline.folders.landing, pipeline.config.logs.format)
         if not landed:
             return dg.SkipReason(f"no batch lies in {pipeline.folders.shown(pipeline.folders.landing)}")
         listing = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in landed])

@@ -1,50 +1,70 @@
 """The checks that stand between assets. The library refuses on its own as well; these say so in the UI and stop a run."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import dagster as dg
 
 from offrl_models import stages, storage
 from offrl_models.config import Pipeline
-from offrl_models.reports.quality import BLOCKING, SEVERITY, TITLES
+from offrl_models.reports.quality import BLOCKING, CHECKS, CheckResult
 from orchestration.results import one_sentence, page, plot
+
+PICTURES = {
+    "C15": ("overlap.png",),
+    "C16": ("behavior.png",),
+    "C21": ("cells.png",),
+    "C24": ("actions.png", "returns.png"),
+}
 
 
 def check_name(check: str) -> str:
-    return f"{check}_{re.sub('[^a-z0-9]+', '_', TITLES[check].lower()).strip('_')}"
+    return f"{check}_{re.sub('[^a-z0-9]+', '_', CHECKS[check].title.lower()).strip('_')}"
 
 
 def build_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
     def key(name: str) -> dg.AssetKey:
         return dg.AssetKey([pipeline.config.dataset, name])
 
-    @dg.multi_asset_check(
-        name=f"{pipeline.config.dataset}_coverage",
-        specs=[
+    def of_asset(asset: str, run: Callable[[], tuple[storage.Stage, list[CheckResult]]]) -> dg.AssetChecksDefinition:
+        """Every coverage check of one asset, run together."""
+        specs = [
             dg.AssetCheckSpec(
-                check_name(check), asset=key("raw_logs"), description=title, blocking=SEVERITY[check] == BLOCKING
+                check_name(name), asset=key(asset), description=check.title, blocking=check.severity == BLOCKING
             )
-            for check, title in TITLES.items()
-        ],
-    )
-    def coverage() -> Iterator[dg.AssetCheckResult]:
-        with one_sentence():
-            stage, results = stages.coverage(pipeline)
-        card = {name: value for name, value in stage.summary["card"].items() if value is not None}
-        extra = {
-            "C21": {"visits": plot(pipeline, "visits.png")},
-            "C24": {**card, "actions": plot(pipeline, "actions.png")},
-        }
-        for result in results:
-            yield dg.AssetCheckResult(
-                check_name=check_name(result.check),
-                asset_key=key("raw_logs"),
-                passed=result.passed,
-                severity=dg.AssetCheckSeverity.ERROR if result.blocking else dg.AssetCheckSeverity.WARN,
-                description=result.sentence,
-                metadata={"page": page(pipeline, result.page), **extra.get(result.check, {})},
-            )
+            for name, check in CHECKS.items()
+            if check.asset == asset
+        ]
+
+        @dg.multi_asset_check(name=f"{pipeline.config.dataset}_{asset}_checks", specs=specs)
+        def checks() -> Iterator[dg.AssetCheckResult]:
+            with one_sentence():
+                stage, results = run()
+            for result in results:
+                shown: dict[str, Any] = {"page": page(pipeline, result.page)}
+                shown |= {name: plot(pipeline, name) for name in PICTURES.get(result.check, ())}
+                if result.check == "C24":
+                    shown |= {name: value for name, value in stage.summary["card"].items() if value is not None}
+                yield dg.AssetCheckResult(
+                    check_name=check_name(result.check),
+                    asset_key=key(asset),
+                    passed=result.passed,
+                    severity=dg.AssetCheckSeverity.ERROR if result.blocking else dg.AssetCheckSeverity.WARN,
+                    description=result.sentence,
+                    metadata=shown,
+                )
+
+        return checks
+
+    def made_by(folder: str) -> Callable[[], tuple[storage.Stage, list[CheckResult]]]:
+        """The checks that a step ran when it made its asset."""
+
+        def run() -> tuple[storage.Stage, list[CheckResult]]:
+            stage = storage.load_stage(pipeline.folder / folder)
+            return stage, stages.check_results(stage)
+
+        return run
 
     @dg.asset_check(
         asset=key("evidence"), blocking=True, description="The verdict is PASS; anything else keeps the champion."
@@ -58,21 +78,17 @@ def build_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
             description=f"{judged['status']}: {judged['policy_name']}: {judged['reason']}",
             metadata={
                 "decided by": judged["decided_by"],
+                "certificate": judged["certificate"],
                 "lower bound": judged["lower_bound"],
                 "page": page(pipeline, "evidence.html"),
             },
         )
 
-    @dg.asset_check(asset=key("shift_report"), blocking=True, description="The newest batch is like the training logs.")
-    def drift() -> dg.AssetCheckResult:
-        with one_sentence():
-            found = storage.load_stage(pipeline.folder / "shift").summary
-        red = found["color"] == "red"
-        return dg.AssetCheckResult(
-            passed=found["color"] == "green",
-            severity=dg.AssetCheckSeverity.ERROR if red else dg.AssetCheckSeverity.WARN,
-            description=f"{found['color']}: the largest population stability index is {found['worst']:.3f}",
-            metadata={"page": page(pipeline, "shift-logs.html")},
-        )
-
-    return [coverage, gate, drift]
+    return [
+        of_asset("raw_logs", lambda: stages.coverage(pipeline)),
+        of_asset("episodes", made_by("episodes")),
+        of_asset("behavior_policy", made_by("behavior")),
+        of_asset("evidence", made_by("evidence")),
+        gate,
+        of_asset("shift_report", made_by("shift")),
+    ]

@@ -22,7 +22,7 @@ from hypothesis import settings
 from offrl_models import storage
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.ope.worlds import World, random_world
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, Feature
 
 torch.set_num_threads(1)
 settings.register_profile("offrl", deadline=None, derandomize=True, max_examples=40)
@@ -53,6 +53,11 @@ def chain_world(gamma: float = 1.0) -> World:
         gamma=gamma,
         behavior=behavior,
     )
+
+
+def codes(*categories: int | None) -> list[Feature]:
+    """Columns of an observation: so many categories each, None for a number."""
+    return [Feature(f"column {i}", n) for i, n in enumerate(categories)]
 
 
 def as_table(episodes: Episodes, *, first_id: int = 0, numeric: bool = False) -> pa.Table:

@@ -16,7 +16,7 @@ from offrl_models.ope.worlds import World
 from offrl_models.policies import Mixture, OnnxPolicy
 from offrl_models.schema import Episodes
 from offrl_models.training import fit, fit_fqe
-from tests.conftest import chain_world
+from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
 EPISODES = WORLD.simulate(300, seed=1)
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
 def build(name: str, seeds: list[int], **settings: Any) -> Any:
     quick = {"target_interval": 3} if "target_interval" in known_fields(name) else {}
     config = make_config(name, {**SMALL, **quick, **settings})
-    return ALGORITHMS[name][1](config, Encoder([WORLD.n_states]), 3, seeds)  # pyright: ignore[reportArgumentType]
+    return ALGORITHMS[name][1](config, Encoder(codes(WORLD.n_states)), 3, seeds)  # pyright: ignore[reportArgumentType]
 
 
 def known_fields(name: str) -> list[str]:
@@ -90,9 +90,10 @@ def test_no_knob_is_dead(name: str, field: str) -> None:
 def test_degenerate_logs_stay_finite(name: str) -> None:
     """Constant rewards, single-step episodes, masks that leave one action."""
     steps = EPISODES.offsets[:-1]
-    names = ("observation", "next_observation", "action", "reward", "action_prob")
+    names = ("observation", "action", "reward", "action_prob")
     single = dataclasses.replace(
         EPISODES,
+        final_observation=EPISODES.next_observation[steps],
         **{field: getattr(EPISODES, field)[steps] for field in names},
         offsets=np.arange(len(steps) + 1),
         mask=np.eye(3, dtype=bool)[EPISODES.action[steps]],
@@ -173,7 +174,7 @@ def test_what_each_algorithm_finds_on_a_covered_world() -> None:
     for name, more in settings.items():
         config = make_config(name, {"hidden": (32,), "learning_rate": 0.005, **more})
         algorithm, _ = fit(
-            name, config, episodes, Encoder([WORLD.n_states]), seeds=[0, 1], gradient_steps=400, batch_size=128
+            name, config, episodes, Encoder(codes(WORLD.n_states)), seeds=[0, 1], gradient_steps=400, batch_size=128
         )
         found = exact(WORLD, algorithm, 2)
         if name == "bc":
@@ -206,21 +207,25 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
     ]
     config = FQEConfig(hidden=(32,), learning_rate=0.005, gradient_steps=600, polyak=0.05, members=2)
     fitted_on, evaluated_on = WORLD.simulate(3000, seed=1), WORLD.simulate(500, seed=2)
-    found = fit_fqe(config, Encoder([WORLD.n_states]), policies, fitted_on, evaluated_on, seed=0)
+    found = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies, fitted_on, evaluated_on, seed=0)
     for position, policy in enumerate(policies):
         initial = float((policy.table * WORLD.q_values(policy.table)).sum(1)[
             evaluated_on.observation[evaluated_on.offsets[:-1], 0].astype(int)
         ].mean())  # fmt: skip
         assert found.members(position) == pytest.approx([initial] * 2, abs=0.03)
-    alone = fit_fqe(config, Encoder([WORLD.n_states]), policies[1:2], fitted_on, evaluated_on, seed=0)
+    alone = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[1:2], fitted_on, evaluated_on, seed=0)
     assert alone.members(0) == pytest.approx(found.members(1), abs=1e-4)
     cut = dataclasses.replace(
         evaluated_on, terminated=np.zeros(evaluated_on.n_rows, bool), truncated=evaluated_on.terminated
     )
-    assert np.abs(fit_fqe(config, Encoder([WORLD.n_states]), policies[:1], fitted_on, cut, seed=0).next_v).max() < 1.0
+    assert (
+        np.abs(fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[:1], fitted_on, cut, seed=0).next_v).max() < 1.0
+    )
 
 
 def test_fqe_is_trainable_like_an_algorithm() -> None:
-    fqe = FQE(FQEConfig(hidden=(4,)), Encoder([WORLD.n_states]), torch.ones(2, 10, 3) / 3, torch.zeros(5).long(), 1.5)
+    fqe = FQE(
+        FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), torch.ones(2, 10, 3) / 3, torch.zeros(5).long(), 1.5
+    )
     assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
     assert float(fqe.q.last_bias().detach().min()) > 0.9

@@ -1,24 +1,31 @@
 """Splits, episodes, encoder and batches: nothing changes sides, and nothing leaks past the end of an episode."""
 
 import dataclasses
+import mmap
+import tempfile
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offrl_models import storage
 from offrl_models.config import parse_pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import read_splits, write_splits
+from offrl_models.datasets.moments import Moments
 from offrl_models.datasets.split import SPLITS, bucket, buckets, require_split
 from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.logs.read import read_batches
-from offrl_models.schema import InputError
-from tests.conftest import as_table, attributes, chain_world
+from offrl_models.logs.read import Log
+from offrl_models.mapped import Columns, read_table, write_table
+from offrl_models.schema import Episodes, Feature, InputError
+from tests.conftest import as_table, attributes, chain_world, codes
 
 WORLD = chain_world()
 
@@ -40,79 +47,147 @@ def test_buckets_are_spread_evenly() -> None:
     assert sorted(number for numbers in SPLITS.values() for number in numbers) == list(range(100))
 
 
+def log_of(folder: Path, table: pa.Table, **roles: object) -> Log:
+    configured = attributes(WORLD.n_states, 3)
+    configured["logs"] |= roles
+    storage.write_parquet(folder / "b.parquet", table)
+    return Log.open([folder / "b.parquet"], parse_pipeline(configured, "toy").logs)
+
+
 @pytest.fixture
-def split(tmp_path: Path) -> Path:
-    contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
-    storage.write_parquet(tmp_path / "b.parquet", as_table(WORLD.simulate(400, seed=3)))
-    write_splits(read_batches([tmp_path / "b.parquet"], contract), contract, "offrl", tmp_path / "episodes")
+def log(tmp_path: Path) -> Log:
+    return log_of(tmp_path, as_table(WORLD.simulate(400, seed=3)))
+
+
+@pytest.fixture
+def split(log: Log, tmp_path: Path) -> Path:
+    write_splits(log, "offrl", tmp_path / "episodes")
     return tmp_path / "episodes"
 
 
-def test_every_row_is_in_exactly_one_episode_of_one_split(split: Path) -> None:
+def read(split: Path, log: Log, *names: str) -> Episodes:
+    return read_splits(split, *names, salt="offrl", contract=log.contract)
+
+
+def test_every_row_is_in_exactly_one_episode_of_one_split(split: Path, log: Log) -> None:
     whole = WORLD.simulate(400, seed=3)
-    parts = [read_splits(split, name, salt="offrl", gamma=1.0) for name in SPLITS]
+    parts = [read(split, log, name) for name in SPLITS]
     assert sum(part.n_rows for part in parts) == whole.n_rows
     assert sorted(int(i) for part in parts for i in part.episode_id) == list(range(400))
-    assert sum(float(part.return_.sum()) for part in parts) == pytest.approx(float(whole.return_.sum()))
-    both = read_splits(split, "train", "selection", salt="offrl", gamma=1.0)
+    for part in parts:
+        for place, number in enumerate(part.episode_id):
+            mine, rows = slice(*part.offsets[place : place + 2]), slice(*whole.offsets[number : number + 2])
+            for name in ("observation", "next_observation", "action", "mask", "reward", "terminated", "action_prob"):
+                assert np.array_equal(getattr(part, name)[mine], getattr(whole, name)[rows]), name
+    both = read(split, log, "train", "selection")
     assert both.n_rows == parts[0].n_rows + parts[1].n_rows
+    assert np.array_equal(both.observation, np.concatenate([part.observation for part in parts[:2]]))
 
 
-def test_a_gate_row_inside_a_training_file_is_a_hard_error(split: Path) -> None:
-    mixed = pl.concat([pl.read_parquet(split / "train.parquet"), pl.read_parquet(split / "gate.parquet").head(1)])
-    storage.write_parquet(split / "train.parquet", mixed.to_arrow())
-    with pytest.raises(InputError, match="1 episodes, the first of entity .* do not belong to the split train"):
-        read_splits(split, "train", salt="offrl", gamma=1.0)
+def test_one_split_is_mapped_and_writing_into_it_changes_no_file(split: Path, log: Log) -> None:
+    before = storage.sha256_file(split / "train.arrow")
+    train = read(split, log, "train")
+    base = train.observation
+    while not isinstance(base, np.memmap) and base.base is not None:
+        base = base.base
+    assert isinstance(base, np.memmap | mmap.mmap)
+    train.observation[:] = -1.0
+    assert storage.sha256_file(split / "train.arrow") == before
+    assert read(split, log, "train").observation.min() >= 0.0
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 5))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_of_rows_and_batches_never_matters(tmp_path: Path, random: Random, batches: int) -> None:
+    """Shuffled rows, cut into batches anywhere, give the same files, bit for bit; so do small chunks."""
+    table = pl.DataFrame(as_table(WORLD.simulate(60, seed=3)))
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    write_splits(log_of(folder / "ordered", table.to_arrow()), "offrl", folder / "ordered")
+    order = list(range(table.height))
+    random.shuffle(order)
+    cuts = sorted(random.sample(range(1, table.height), batches - 1))
+    paths = []
+    for number, (start, end) in enumerate(pairwise([0, *cuts, table.height])):
+        paths.append(folder / f"{number}.parquet")
+        storage.write_parquet(paths[-1], table[order[start:end]].to_arrow())
+    shuffled = Log.open(paths, log_of(folder / "ordered", table.to_arrow()).contract)
+    write_splits(shuffled, "offrl", folder / "shuffled")
+    for name in SPLITS:
+        for kind in ("arrow", "episodes.arrow", "finals.arrow"):
+            one, other = folder / "ordered" / f"{name}.{kind}", folder / "shuffled" / f"{name}.{kind}"
+            assert one.read_bytes() == other.read_bytes(), (name, kind)
+
+
+def test_a_gate_row_inside_a_training_file_is_a_hard_error(split: Path, log: Log) -> None:
+    gate, train = (read_table(split / f"{name}.episodes.arrow") for name in ("gate", "train"))
+    write_table(split / "train.episodes.arrow", pa.concat_tables([train.slice(1), gate.slice(0, 1)]))
+    with pytest.raises(InputError, match="1 entities, the first .* do not belong to the split train"):
+        read(split, log, "train")
+
+
+@pytest.mark.parametrize("file", ["train.arrow", "train.episodes.arrow", "train.finals.arrow"])
+def test_a_damaged_file_says_so(split: Path, log: Log, file: str) -> None:
+    whole = (split / file).read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"junk" * 100):
+        (split / file).write_bytes(content)
+        with pytest.raises(InputError, match=f"{file} cannot be read as Arrow"):
+            read(split, log, "train")
 
 
 def test_an_entity_with_several_episodes_stays_on_one_side(tmp_path: Path) -> None:
-    configured = attributes(WORLD.n_states, 3)
-    configured["logs"]["entity"] = "patient"
-    contract = parse_pipeline(configured, "toy").logs
-    table = as_table(WORLD.simulate(400, seed=3))
-    storage.write_parquet(
-        tmp_path / "b.parquet", pl.DataFrame(table).with_columns(patient=pl.col("episode") // 4).to_arrow()
-    )
-    write_splits(read_batches([tmp_path / "b.parquet"], contract), contract, "offrl", tmp_path)
-    sides = {name: set(pl.read_parquet(tmp_path / f"{name}.parquet")["entity"]) for name in SPLITS}
+    table = pl.DataFrame(as_table(WORLD.simulate(400, seed=3))).with_columns(patient=pl.col("episode") // 4)
+    log = log_of(tmp_path, table.to_arrow(), entity="patient")
+    write_splits(log, "offrl", tmp_path)
+    sides = {name: set(read_table(tmp_path / f"{name}.episodes.arrow")["entity"].to_pylist()) for name in SPLITS}
     assert sum(len(side) for side in sides.values()) == 100
     require_split(np.array(sorted(sides["gate"])), "offrl", "gate")
 
 
-def test_an_episode_of_several_entities_is_not_cut_up(tmp_path: Path) -> None:
-    configured = attributes(WORLD.n_states, 3)
-    configured["logs"]["entity"] = "patient"
-    contract = parse_pipeline(configured, "toy").logs
-    log = pl.DataFrame(as_table(WORLD.simulate(100, seed=3))).with_columns(patient=pl.col("step"))
-    storage.write_parquet(tmp_path / "b.parquet", log.to_arrow())
-    with pytest.raises(
-        InputError, match=r"\d+ episodes, the first of them .* have several entities in column 'patient'"
-    ):
-        write_splits(read_batches([tmp_path / "b.parquet"], contract), contract, "offrl", tmp_path)
-
-
 def test_a_split_that_would_be_empty_says_so(tmp_path: Path) -> None:
-    contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
-    storage.write_parquet(tmp_path / "b.parquet", as_table(WORLD.simulate(2, seed=3)))
     with pytest.raises(InputError, match="the log has 2 episodes and none falls into the .* split"):
-        write_splits(read_batches([tmp_path / "b.parquet"], contract), contract, "offrl", tmp_path)
+        write_splits(log_of(tmp_path, as_table(WORLD.simulate(2, seed=3))), "offrl", tmp_path)
+
+
+def test_a_crash_while_writing_leaves_no_file_behind(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Columns, "write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        write_splits(log, "offrl", tmp_path / "episodes")
+    assert list((tmp_path / "episodes").iterdir()) == []
 
 
 def test_the_encoder_standardises_with_the_train_split_and_one_hot_is_a_table() -> None:
     episodes = WORLD.simulate(200, seed=1)
     rng = np.random.default_rng(0)
     observation = np.stack([rng.normal(50, 7, episodes.n_rows), np.full(episodes.n_rows, 3.0)], 1).astype(np.float32)
-    configured = attributes(None, 3)
-    configured["logs"] |= {"observation": ["a", "b"], "next_observation": ["x", "y"]}
-    train = dataclasses.replace(episodes, observation=observation, next_observation=observation)
-    encoder = Encoder.fit(parse_pipeline(configured, "toy").logs, train)
+    train = dataclasses.replace(
+        episodes, observation=observation, final_observation=observation[:200], features=tuple(codes(None, None))
+    )
+    encoder = Encoder.fit(train)
     numeric = encoder(torch.as_tensor(observation)).numeric
     assert numeric[:, 0].mean().item() == pytest.approx(0.0, abs=1e-5)
     assert numeric[:, 0].std(unbiased=False).item() == pytest.approx(1.0, abs=1e-5)
     assert numeric[:, 1].abs().max().item() == 0.0  # a constant column is centered, not divided by zero
-    mixed = Encoder([None, 4, 3])
-    codes = mixed(torch.tensor([[0.5, 3.0, 2.0]])).codes
-    assert codes.tolist() == [[3, 6]]
+    mixed = Encoder(codes(None, 4, 3))
+    assert mixed(torch.tensor([[0.5, 3.0, 2.0]])).codes.tolist() == [[3, 6]]
+
+
+def test_a_missing_number_is_replaced_and_told() -> None:
+    features = [Feature("a", missing="mean"), Feature("b"), Feature("c", missing=7.0)]
+    moments = [{"name": name, "mean": mean, "std": 2.0} for name, mean in zip("abc", (1.0, 2.0, 3.0), strict=True)]
+    numeric = Encoder.from_moments(features, moments)(torch.tensor([[float("nan"), 4.0, float("nan")]])).numeric
+    assert numeric.tolist() == [[0.0, 1.0, 2.0, 1.0, 1.0]]
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 100))
+def test_moments_do_not_depend_on_the_pieces(cuts: list[int], seed: int) -> None:
+    values = np.random.default_rng(seed).normal(1e4, 3.0, (40, 2)).astype(np.float32)
+    values[np.random.default_rng(seed + 1).random(40) < 0.2, 1] = np.nan
+    moments = Moments(2)
+    for start, end in pairwise([0, *sorted(cuts), 40]):
+        moments.add(values[start:end])
+    exact = values.astype(np.float64)
+    assert moments.mean == pytest.approx(np.nanmean(exact, 0), rel=1e-12)
+    assert moments.std == pytest.approx(np.nanstd(exact, 0), rel=1e-9)
 
 
 def test_discount_is_zero_only_where_the_task_ended() -> None:

@@ -79,11 +79,10 @@ def test_the_marginalised_difference_over_every_trajectory_is_the_exact_differen
     episodes, probability = world.enumerate(3)
     policy = random_policy(world, 6)
     exact = TabularModel(
-        transition=np.where(world.terminal, 0.0, world.transition) * ~world.terminal[:, None, None],
+        transition=world.gamma * np.where(world.terminal, 0.0, world.transition) * ~world.terminal[:, None, None],
         reward=np.einsum("sat,sat->sa", world.transition, world.reward),
         initial=world.initial,
         visits=world.behavior,
-        gamma=world.gamma,
     )
     x, _ = required(paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
@@ -145,9 +144,10 @@ def test_the_order_of_episodes_never_matters(seed: int) -> None:
     episodes = world.simulate(15, seed)
     order = np.random.default_rng(seed).permutation(15)
     rows = np.concatenate([np.flatnonzero(episodes.episode_of_row == i) for i in order])
-    names = ("observation", "next_observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
+    names = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
     shuffled = dataclasses.replace(
         episodes,
+        final_observation=episodes.final_observation[order],
         **{name: getattr(episodes, name)[rows] for name in names},
         offsets=np.append(0, episodes.length[order].cumsum()),
     )
@@ -161,9 +161,10 @@ def test_a_truncated_episode_is_completed_by_the_value_model(tiny: World) -> Non
     """Cut every episode after its first step: with the true values every estimator still sums to the exact value."""
     whole, probability = tiny.enumerate(3)
     first = whole.offsets[:-1]
-    names = ("observation", "next_observation", "action", "mask", "reward", "action_prob")
+    names = ("observation", "action", "mask", "reward", "action_prob")
     cut = dataclasses.replace(
         whole,
+        final_observation=whole.next_observation[first],
         **{name: getattr(whole, name)[first] for name in names},
         offsets=np.arange(whole.n_episodes + 1),
         terminated=whole.terminated[first],
@@ -229,20 +230,21 @@ def test_a_policy_that_never_ends_has_no_marginalised_difference() -> None:
     assert paired_differences(model, circling, episodes, np.ones(episodes.n_rows)) is None
     assert TabularModel.fit(episodes, 100_000) is None
     one = np.ones((1, 1))
-    hardly_ends = TabularModel(np.array([[[1 - 1e-9]]]), one, np.ones(1), one, 1.0)
+    hardly_ends = TabularModel(np.array([[[1 - 1e-9]]]), one, np.ones(1), one)
     assert not hardly_ends.ends(np.ones((1, 1)))
 
 
 def cut_after(world: World, episodes: Episodes, steps: int) -> Episodes:
     """The recording stops after some steps."""
     keep = episodes.step < steps
-    names = ("observation", "next_observation", "action", "mask", "reward", "action_prob")
+    names = ("observation", "action", "mask", "reward", "action_prob")
     terminated = episodes.terminated[keep]
     length = np.minimum(episodes.length, steps)
     last = np.zeros(len(terminated), bool)
     last[np.cumsum(length) - 1] = True
     return dataclasses.replace(
         episodes,
+        final_observation=episodes.next_observation[keep][last],
         **{name: getattr(episodes, name)[keep] for name in names},
         offsets=np.append(0, np.cumsum(length)),
         terminated=terminated,

@@ -25,6 +25,11 @@ GOOD = Measures(
     mean_ratio_z=0.5,
     worst_action_z=-1.5,
     unsupported_mass=0.01,
+    ratio_q99=3.0,
+    ratio_max=9.0,
+    chi_squared=1.0,
+    without_top=0.015,
+    propensities="logged",
 )
 BAD = {
     "error rate": ("alpha", 0.0501, Status.INVALID),
@@ -35,6 +40,7 @@ BAD = {
     "episodes": ("episodes", 499, Status.INCONCLUSIVE),
     "effective transitions": ("effective_transitions", 499.0, Status.INCONCLUSIVE),
     "effective episodes": ("effective_episodes", 99.0, Status.INCONCLUSIVE),
+    "influence": ("without_top", -0.001, Status.INCONCLUSIVE),
     "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
     "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
 }

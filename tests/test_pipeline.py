@@ -15,6 +15,7 @@ from rich.console import Console
 from offrl_models import bundle, registry, stages, storage
 from offrl_models.config import DriftConfig, Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.reports import shift
+from offrl_models.reports.quality import CHECKS
 from offrl_models.schema import InputError
 from orchestration import demo
 from orchestration.pipeline import TEMPLATE, OfflineRLPipeline
@@ -100,7 +101,7 @@ def test_every_asset_says_what_it_is_and_links_open(released: tuple[Pipeline, An
             for part in str(text).replace("(", " ").replace(")", " ").split():
                 if part.startswith("/reports/toy/"):
                     assert (pipeline.reports / part.removeprefix("/reports/toy/")).exists(), part
-    assert len(result.get_asset_check_evaluations()) == 16
+    assert len(result.get_asset_check_evaluations()) == len(CHECKS) + 1  # and the gate
     assert all(check.passed for check in result.get_asset_check_evaluations())
 
 

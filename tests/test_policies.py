@@ -13,7 +13,7 @@ from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, OnnxPolicy, export_checked, project, weights
 from offrl_models.schema import Episodes, InputError
-from tests.conftest import chain_world
+from tests.conftest import chain_world, codes
 
 
 def distributions(seed: int, rows: int, actions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def policy_of(name: str, encoder: Encoder, actions: int) -> Mixture:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Episodes, tmp_path: Path) -> None:
     world = chain_world()
-    policy = policy_of(name, Encoder([world.n_states]), 3)
+    policy = policy_of(name, Encoder(codes(world.n_states)), 3)
     exported = export_checked(policy, episodes, tmp_path)
     states = np.arange(world.n_states, dtype=np.float32)[:, None]
     mask = np.random.default_rng(0).random((world.n_states, 3)) < 0.7
@@ -93,7 +93,7 @@ def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Epi
 
 def test_a_capped_policy_exports_with_its_behavior_model_inside(episodes: Episodes, tmp_path: Path) -> None:
     world = chain_world()
-    capped = CappedPolicy(policy_of("cql", Encoder([world.n_states]), 3), BehaviorTable(world.behavior), 1.2)
+    capped = CappedPolicy(policy_of("cql", Encoder(codes(world.n_states)), 3), BehaviorTable(world.behavior), 1.2)
     found = export_checked(capped, episodes, tmp_path).on(episodes)
     behavior = world.behavior[episodes.observation[:, 0].astype(int)]
     assert float((found / behavior).max()) <= 1.2 + 1e-6
@@ -104,17 +104,21 @@ def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None
     rng = np.random.default_rng(0)
     mixed = chain_world().simulate(50, seed=1)
     observation = np.stack([rng.normal(5, 3, mixed.n_rows), rng.integers(0, 4, mixed.n_rows)], 1).astype(np.float32)
-    encoder = Encoder([None, 4])
+    encoder = Encoder(codes(None, 4))
     encoder.mean.fill_(5.0)
     encoder.scale.fill_(3.0)
     policy = policy_of("iql", encoder, 3)
     import dataclasses
 
-    export_checked(policy, dataclasses.replace(mixed, observation=observation, next_observation=observation), tmp_path)
+    export_checked(
+        policy,
+        dataclasses.replace(mixed, observation=observation, final_observation=observation[: mixed.n_episodes]),
+        tmp_path,
+    )
 
 
 def test_exporting_twice_gives_the_same_bytes(episodes: Episodes, tmp_path: Path) -> None:
-    policy = policy_of("bcq", Encoder([chain_world().n_states]), 3)
+    policy = policy_of("bcq", Encoder(codes(chain_world().n_states)), 3)
     export_checked(policy, episodes, tmp_path / "a")
     export_checked(policy, episodes, tmp_path / "b")
     for file in ("policy.onnx", "policy.safetensors"):
@@ -123,7 +127,7 @@ def test_exporting_twice_gives_the_same_bytes(episodes: Episodes, tmp_path: Path
 
 
 def test_stored_weights_are_exact(episodes: Episodes) -> None:
-    policy = CappedPolicy(policy_of("bc", Encoder([10]), 3), BehaviorTable(np.full((10, 3), 1 / 3)), 2.0)
+    policy = CappedPolicy(policy_of("bc", Encoder(codes(10)), 3), BehaviorTable(np.full((10, 3), 1 / 3)), 2.0)
     stored, state = weights(policy), policy.state_dict()
     for name, tensor in state.items():
         assert torch.equal(stored[name].to(tensor.dtype), tensor), name

@@ -8,7 +8,7 @@ from offrl_models.schema import Episodes, InputError, TransitionBatch
 
 
 class Transitions:
-    """All usable rows of some episodes as tensors.
+    """All usable rows of some episodes as tensors, which share the memory of the episodes where the device allows.
 
     A seed draws its own rows from its own generator, so its batches do not depend on which seeds train beside it.
     """
@@ -20,30 +20,37 @@ class Transitions:
                 "no row can be trained on: every episode is truncated after one step and masks are logged."
             )
         self.rows = torch.as_tensor(usable, device=device)
+        self.n_rows = episodes.n_rows
 
         def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            if array.ndim and 0 in array.strides:  # one value for all rows
+                return torch.as_tensor(array[:1].copy(), dtype=dtype, device=device).expand(*array.shape)
             return torch.as_tensor(array, dtype=dtype, device=device)
 
         self.observation = as_tensor(episodes.observation, torch.float32)
-        self.next_observation = as_tensor(episodes.next_observation, torch.float32)
-        self.action = as_tensor(episodes.action, torch.long)
+        self.final_observation = as_tensor(episodes.final_observation, torch.float32)
+        self.action = as_tensor(episodes.action, torch.float32 if episodes.action.ndim > 1 else torch.long)
         self.reward = as_tensor(episodes.reward, torch.float32)
         self.discount = as_tensor(episodes.discount, torch.float32)
         self.mask = as_tensor(episodes.mask, torch.bool)
-        # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
-        next_mask = episodes.next_mask | episodes.terminated[:, None]
-        self.next_mask = as_tensor(next_mask, torch.bool)
+        following = np.arange(1, episodes.n_rows + 1)  # beyond the rows: the final observation of an episode
+        following[episodes.offsets[1:] - 1] = episodes.n_rows + np.arange(episodes.n_episodes)
+        self.following = as_tensor(following, torch.long)
 
     def take(self, row: Tensor) -> TransitionBatch:
         """The transitions at `row`, of shape [seed, batch]."""
+        following = self.following[row]
+        inside = (following < self.n_rows)[..., None]
+        next_row, final = following.clamp(max=self.n_rows - 1), (following - self.n_rows).clamp(min=0)
         return TransitionBatch(
             observation=self.observation[row],
             action=self.action[row],
             reward=self.reward[row],
             discount=self.discount[row],
-            next_observation=self.next_observation[row],
+            next_observation=torch.where(inside, self.observation[next_row], self.final_observation[final]),
             mask=self.mask[row],
-            next_mask=self.next_mask[row],
+            # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
+            next_mask=self.mask[next_row] | ~inside,
             row=row,
         )
 

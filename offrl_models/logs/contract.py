@@ -1,102 +1,92 @@
 """The contract: which column of a raw log plays which role, with its range. It lives in the pipeline's YAML."""
 
-import difflib
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from offrl_models.schema import InputError
+from offrl_models.logs.formats import FORMATS
+from offrl_models.logs.roles import (
+    ActionColumns,
+    Cost,
+    ObservationColumn,
+    Observed,
+    Propensity,
+    RewardColumns,
+    Strict,
+    nearest_key_hint,
+    one_sentence,
+)
+from offrl_models.schema import Feature
 
+__all__ = ["Contract", "Strict", "arrow_type", "matches_kind", "nearest_key_hint", "one_sentence"]
 
-def nearest_key_hint(key: str, known: list[str]) -> str:
-    """'; did you mean ...' for a misspelt key, or the list of known ones."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
-
-
-def _open_schema(schema: dict[str, Any]) -> None:
-    """Leave unknown keys to the validator of `Strict`, which says more than that they are not allowed."""
-    schema.pop("additionalProperties", None)
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_open_schema)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}: {nearest_key_hint(str(key), list(cls.model_fields))}")
-        return data
+EPISODE, STEP = "_episode", "_step"  # columns that the reader adds where the log has none
+LARGEST_CATEGORY = 2**24  # float32 holds every integer below it exactly
+EPISODIC = {  # what the readers of formats with a layout of their own call the columns
+    "episode_id": "episode_id",
+    "step": "step",
+    "terminated": "terminated",
+    "truncated": "truncated",
+}
+LAYOUT = {"d4rl": EPISODIC, "d3rlpy": EPISODIC, "minari": {**EPISODIC, "next_observation": ["next_observation"]}}
 
 
-def one_sentence(error: ValidationError, where: str) -> InputError:
-    """The first complaint of a pydantic error, as a sentence that says where it is."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return InputError(f"{where}: {path + ': ' if path else ''}{message}")
-
-
-class ObservationColumn(Strict):
-    """One observed column. With `categories`, its values are codes 0 to categories - 1; without, it is numeric."""
-
-    column: str
-    categories: int | None = Field(default=None, ge=1)
-
-
-def _plain_name_is_numeric(value: Any) -> Any:
-    return {"column": value} if isinstance(value, str) else value
-
-
-Observed = Annotated[
-    ObservationColumn, BeforeValidator(_plain_name_is_numeric, json_schema_input_type=ObservationColumn | str)
-]
-
-
-class ActionColumn(Strict):
-    """A discrete action, coded 0 to values - 1, and optionally a list column of booleans: which actions were allowed."""
-
-    column: str
-    values: int = Field(ge=2)
-    mask: str | None = None
-
-
-class RewardColumn(Strict):
-    column: str
-    range: tuple[float, float]  # the true range of one reward, not the observed one
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "RewardColumn":
-        if not self.range[0] < self.range[1]:
-            raise ValueError(f"the reward range {list(self.range)} must have its lower end below its upper end")
-        return self
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Contract(Strict):
-    """Columns to roles. Discrete actions; Parquet batches in one folder."""
+    """Columns to roles.
+
+    Rows are decisions. With `horizon: 1` every row is an episode of its own (a bandit log) and needs no step and no end;
+    otherwise rows are ordered by `step`, or by `decided_at` where there is no step.
+    """
 
     source: str  # folder of accepted batches, relative to the project
-    format: Literal["parquet"] = "parquet"
-    episode_id: str
+    landing: str | None = None  # a folder or URL where new batches arrive; data/<dataset>/landing when left out
+    format: str = "parquet"
+    horizon: int | None = Field(default=None, ge=1, le=1)
+    episode_id: str | None = None
     entity: str | None = None  # patient or user, where one entity can have several episodes
-    step: str
+    step: str | None = None
     observation: list[Observed] = Field(min_length=1)
-    next_observation: list[str]
-    action: ActionColumn
-    action_prob: str  # behavior probability of the logged action
-    reward: RewardColumn
-    terminated: str
+    next_observation: list[str] | None = None
+    action: ActionColumns
+    action_prob: Propensity | None = None  # leave out when it was not logged: it is then estimated
+    reward: RewardColumns
+    costs: list[Cost] = Field(default_factory=list)
+    terminated: str | None = None
     truncated: str | None = None
+    interval: str | None = None  # time until the next decision; gamma is then per unit of it
     policy_version: str | None = None
+    policy_versions: tuple[str, ...] | None = None  # the known ones
     decided_at: str | None = None
+    ingested_at: str | None = None
+    actor: str | None = None  # person or site that acted, where that is not part of the observation
+    subgroups: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
     gamma: float = Field(gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layout_of_the_format(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("format") == "open_bandit":
+            data = {"horizon": 1, **data}
+        given = LAYOUT.get(str(data.get("format")), {})
+        if given and "reward" in data and isinstance(data["reward"], dict) and "weights" not in data["reward"]:
+            data = {**data, "reward": {"column": "reward", **data["reward"]}}
+        return {**given, **data}
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}: {nearest_key_hint(name, list(FORMATS))}")
+        return name
 
     @field_validator("source")
     @classmethod
@@ -107,38 +97,140 @@ class Contract(Strict):
         return source
 
     @model_validator(mode="after")
-    def _next_matches_observation(self) -> "Contract":
-        if len(self.next_observation) != len(self.observation):
+    def _rows_have_an_order(self) -> "Contract":
+        if self.horizon == 1:
+            for name in ("step", "truncated", "next_observation", "interval"):
+                if getattr(self, name):
+                    raise ValueError(f"with horizon 1 every row is an episode, so there is no {name}; leave it out")
+        elif self.episode_id is None:
+            raise ValueError("name the column of the episode_id, or write `horizon: 1` when every row stands alone")
+        elif self.step is None and self.decided_at is None:
+            raise ValueError("name the column of the step, or of decided_at to order the rows by")
+        elif self.terminated is None and self.truncated is None:
+            raise ValueError("name the column that says that an episode terminated, or that it was truncated")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_fit_together(self) -> "Contract":
+        if self.next_observation is not None and len(self.next_observation) != len(self.observation):
             raise ValueError(
                 f"next_observation names {len(self.next_observation)} columns and observation {len(self.observation)}; "
                 "give one next column for each observed column, in the same order"
             )
+        wide = [c.column for c in self.observation if (c.n_categories or 0) > LARGEST_CATEGORY]
+        if wide:
+            raise ValueError(f"column {wide[0]!r} has over {LARGEST_CATEGORY:,} categories; group them first")
+        if self.action_prob and (self.action_prob.of == "density") != self.action.continuous:
+            wanted = "density" if self.action.continuous else "action or vector"
+            raise ValueError(f"the propensity of this kind of action is `of: {wanted}`")
+        if self.reward.window_hours and not (self.decided_at and (self.reward.arrived_at or self.episode_id)):
+            raise ValueError("a reward window needs decided_at, and an episode_id by which late rewards find their row")
+        kinds: dict[str, tuple[str, str]] = {}
+        for role, name, kind in self._roles():
+            earlier = kinds.setdefault(name, (role, kind))
+            if earlier[1] != kind and "label" not in (earlier[1], kind) and "key" not in (earlier[1], kind):
+                raise ValueError(f"column {name!r} cannot be {earlier[0]} ({earlier[1]}) and {role} ({kind}) at once")
         return self
+
+    @property
+    def episode_column(self) -> str:
+        return self.episode_id or EPISODE
+
+    @property
+    def step_column(self) -> str:
+        return self.step or STEP
 
     @property
     def entity_column(self) -> str:
         """What the split keeps together."""
-        return self.entity or self.episode_id
+        return self.entity or self.episode_column
+
+    @cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """Columns of the observation matrix."""
+        return tuple(feature for column in self.observation for feature in column.features)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Columns that tell episodes apart without being observed: subgroups and the policy version."""
+        return tuple(dict.fromkeys([*self.subgroups, *([self.policy_version] if self.policy_version else [])]))
 
     @property
     def tabular_states(self) -> int | None:
         """Number of states when the observation is one categorical column, else None."""
-        return self.observation[0].categories if len(self.observation) == 1 else None
+        return self.features[0].categories if len(self.features) == 1 else None
 
-    def columns(self) -> dict[str, str]:
-        """Every column the contract names -> the kind of type it must have."""
-        kinds = {self.episode_id: "key", self.entity_column: "key", self.step: "integer"}
-        for column, following in zip(self.observation, self.next_observation, strict=True):
-            kinds |= dict.fromkeys((column.column, following), "integer" if column.categories else "number")
-        kinds |= {self.action.column: "integer", self.reward.column: "number", self.terminated: "boolean"}
-        kinds[self.action_prob] = "number"
-        optional = {
-            self.action.mask: "mask",
-            self.truncated: "boolean",
-            self.policy_version: "key",
-            self.decided_at: "time",
+    def observed(self) -> list[tuple[str, ObservationColumn]]:
+        """Every column that holds an observation, the next ones included."""
+        following = self.next_observation or []
+        return [(c.column, c) for c in self.observation] + list(zip(following, self.observation, strict=False))
+
+    def _roles(self) -> list[tuple[str, str, str]]:
+        """(role, column, kind of type) of every column the contract names."""
+        action, prob = self.action, self.action_prob
+        found = [("the observation", name, column.kind) for name, column in self.observed()]
+        found += [("the action", c.column, "label" if c.labels else "integer") for c in action.choices]
+        found += [("the action", name, "number") for name in action.columns]
+        found += [("the action", action.column or "", f"numbers[{action.size}]")] if action.size else []
+        found += [("the reward", name, "number") for name in self.reward.terms]
+        found += [("a cost", cost.column, "number") for cost in self.costs]
+        if prob:
+            found.append(("the propensity", prob.column, "numbers" if prob.of == "vector" else "number"))
+        more = {
+            "the mask": (action.mask, "mask"),
+            "the candidates": (action.candidates, "labels"),
+            "the episode": (self.episode_id, "key"),
+            "the entity": (self.entity, "key"),
+            "the step": (self.step, "integer"),
+            "terminated": (self.terminated, "boolean"),
+            "truncated": (self.truncated, "boolean"),
+            "the interval": (self.interval, "number"),
+            "the policy version": (self.policy_version, "label"),
+            "decided_at": (self.decided_at, "time"),
+            "ingested_at": (self.ingested_at, "time"),
+            "the reward's arrival": (self.reward.arrived_at, "time"),
+            "the actor": (self.actor, "label"),
         }
-        return kinds | {name: kind for name, kind in optional.items() if name is not None}
+        found += [(role, name, kind) for role, (name, kind) in more.items() if name]
+        return found + [("a subgroup", name, "label") for name in self.subgroups]
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Every column the contract names -> the kind of type it must have; the narrower where it plays two roles."""
+        found: dict[str, str] = {}
+        for _, name, kind in self._roles():
+            found[name] = kind if found.get(name, "label") in ("label", "key") else found[name]
+        return found
+
+    @cached_property
+    def reward_keys(self) -> tuple[str, ...]:
+        """Columns by which a reward that comes later finds its decision; none where it cannot."""
+        order = self.step or (self.decided_at if self.horizon is None else None)
+        return (self.episode_id, *([order] if order else [])) if self.episode_id else ()
+
+
+def arrow_type(kind: str) -> pa.DataType:
+    """The type that a column of a text file is read as."""
+    if kind.startswith("numbers"):
+        return pa.list_(pa.float64())
+    plain = {
+        "key": pa.string(), "label": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_(),
+        "time": pa.timestamp("us"), "mask": pa.list_(pa.bool_()), "labels": pa.list_(pa.string()),
+    }  # fmt: skip
+    return plain[kind]
+
+
+def _is_list_of(dtype: pa.DataType, test: Any) -> bool:
+    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    return any(is_list(dtype) for is_list in lists) and test(dtype.value_type)
+
+
+def _is_number(dtype: pa.DataType) -> bool:
+    return pa.types.is_integer(dtype) or pa.types.is_floating(dtype)
+
+
+def _is_label(dtype: pa.DataType) -> bool:
+    return pa.types.is_integer(dtype) or pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
 
 
 def matches_kind(kind: str, dtype: pa.DataType) -> bool:
@@ -146,18 +238,18 @@ def matches_kind(kind: str, dtype: pa.DataType) -> bool:
     if pa.types.is_dictionary(dtype):
         dtype = dtype.value_type
     match kind:
-        case "key":
-            return pa.types.is_integer(dtype) or pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
+        case "key" | "label":
+            return _is_label(dtype) or (kind == "label" and pa.types.is_boolean(dtype))
         case "integer":
             return pa.types.is_integer(dtype)
         case "number":
-            return pa.types.is_integer(dtype) or pa.types.is_floating(dtype)
+            return _is_number(dtype) or pa.types.is_boolean(dtype)
         case "boolean":
             return pa.types.is_boolean(dtype)
         case "time":
             return pa.types.is_timestamp(dtype)
         case "mask":
-            return (
-                pa.types.is_fixed_size_list(dtype) or pa.types.is_list(dtype) or pa.types.is_large_list(dtype)
-            ) and pa.types.is_boolean(dtype.value_type)
-    raise AssertionError(kind)
+            return _is_list_of(dtype, pa.types.is_boolean)
+        case "labels":
+            return _is_list_of(dtype, _is_label)
+    return _is_list_of(dtype, _is_number)

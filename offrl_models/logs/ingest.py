@@ -1,14 +1,18 @@
 """Taking in new batches: each one is accepted whole or quarantined whole, with the reason beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import polars as pl
 
 from offrl_models import storage
+from offrl_models.logs import formats
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.coverage import measure, screen
-from offrl_models.logs.read import batch_files, concatenate, log_version, read_batch
+from offrl_models.logs.landing import fetch
+from offrl_models.logs.read import DamagedBatchError, Log, batch_files, count_rows, log_version, open_batch
+from offrl_models.logs.screen import Screened, screen
 from offrl_models.schema import InputError
 
 
@@ -33,8 +37,23 @@ class Folders:
         """sha256 of every batch that was accepted, by name."""
         return self.home / "accepted.json"
 
+    @property
+    def fetched(self) -> Path:
+        """Version of every object that was copied from the landing URL, by name."""
+        return self.home / "fetched.json"
+
     def shown(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Rows that were read, and where they went: read = accepted + quarantined + duplicates."""
+
+    read: int
+    accepted: int
+    quarantined: int  # in refused batches, and in episodes with gaps
+    duplicates: int  # exact repetitions of a row that is there already
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,9 @@ class Ingested:
     rows: int
     accepted: list[str]  # names of the batches that were new
     quarantined: dict[str, str]  # where each refused batch lies now -> the reason
+    count: Count
+    left_out: int = 0  # episodes with gaps, in batches that stand
+    episodes: dict[str, int] = field(default_factory=dict)  # whole, open, pending
 
     def require_clean(self) -> None:
         """Raises InputError with the reason and the new place of every batch that was refused."""
@@ -56,69 +78,125 @@ class Ingested:
             raise InputError(" ".join(sentences))
 
 
-def ingest(folders: Folders, contract: Contract) -> Ingested:
+def ingest(folders: Folders, contract: Contract, now: datetime | None = None) -> Ingested:
     """Take in the batches of the landing folder, and look again at those in the raw folder.
 
     A batch that breaks a blocking row-level rule moves to quarantine whole, with the reason beside it; the others stand.
     Batches that were accepted before are never moved: if they no longer fit, it is the contract that changed.
+    No decision may be later than `now` (the present, in UTC, when left out).
     Raises InputError then, and when no batch remains.
     """
+    now = now or datetime.now(UTC).replace(tzinfo=None)
     with storage.exclusive(folders.home / ".ingest.lock"):
+        if contract.landing:
+            known = storage.read_json(folders.fetched) if folders.fetched.exists() else {}
+            suffixes = formats.FORMATS[contract.format].suffixes
+            storage.write_json(folders.fetched, fetch(contract.landing, folders.landing, known, suffixes))
         ledger = storage.read_json(folders.ledger) if folders.ledger.exists() else {}
-        raw, landed = batch_files(folders.raw), batch_files(folders.landing)
-        digest = {path: storage.sha256_file(path) for path in [*raw, *landed]}
+        raw, landed = batch_files(folders.raw, contract.format), batch_files(folders.landing, contract.format)
+        digest = {path: storage.sha256_tree(path) for path in [*raw, *landed]}
         taken = {path.name: digest[path] for path in raw}
-        twins = [path for path in landed if taken.get(path.name) == digest[path]]
+        first_of: dict[str, Path] = {}
+        for path in [*raw, *landed]:
+            first_of.setdefault(digest[path], path)
+        twins = [path for path in landed if first_of[digest[path]] != path]
         namesakes = [path for path in landed if path.name in taken and path not in twins]
-        new = [path for path in landed if path.name not in taken]
-        tables, refused = _screened([*raw, *new], contract)
+        new = [path for path in landed if path.name not in taken and path not in twins]
+        screened, refused = _screened([*raw, *new], contract, now)
         _require_contract_fits(folders, raw, [p for p in raw if ledger.get(p.name) == digest[p]], refused)
         for path in namesakes:
             refused[path] = f"{path}: another batch of this name was accepted before; give the new one its own name."
+        count = _count(screened, refused, twins, contract)
         for path in twins:
-            path.unlink()  # the same batch again
+            storage.remove(path)  # the same batch again
         quarantined = {}
         for path, reason in refused.items():
             target = _free_name(folders.quarantine / path.name)
             storage.move(path, target)
             storage.write_json(target.with_suffix(".reason.json"), {"reason": reason})
             quarantined[folders.shown(target)] = reason.replace(f"{folders.root}/", "")
+        kept = [path for path in [*raw, *new] if path not in refused]
         for path in new:
-            if path in tables:
+            if path in kept:
                 storage.move(path, folders.raw / path.name)
-        storage.write_json(folders.ledger, {path.name: digest[path] for path in tables})
+        storage.write_json(folders.ledger, {path.name: digest[path] for path in kept})
+        if screened is not None:
+            _write_left_out(folders, screened)
     report = Ingested(
         version=log_version(folders.raw),
-        batches=len(tables),
-        rows=sum(table.num_rows for table in tables.values()),
-        accepted=[path.name for path in new if path in tables],
+        batches=len(kept),
+        rows=sum(screened.index.rows.values()) if screened else 0,
+        accepted=[path.name for path in new if path in kept],
         quarantined=quarantined,
+        count=count,
+        left_out=screened.index.left_out.height if screened else 0,
+        episodes=_episode_counts(screened) if screened else {},
     )
-    if not tables:
+    if not kept:
         report.require_clean()
+        wanted = " or ".join(formats.FORMATS[contract.format].suffixes)
         raise InputError(
-            f"no batch lies in {contract.source}; put Parquet files into {folders.shown(folders.landing)}."
+            f"no batch lies in {contract.source}; put {contract.format} files ({wanted}) into {folders.shown(folders.landing)}."
         )
     return report
 
 
-def _screened(files: list[Path], contract: Contract) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
-    """Batches that hold to the contract and break no rule, and the reason for each of the others."""
-    tables: dict[Path, pa.Table] = {}
+def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Screened | None, dict[Path, str]]:
+    """The log of the batches that hold to the contract and break no rule, and the reason for each of the others."""
     refused: dict[Path, str] = {}
     for path in files:
         try:
-            tables[path] = read_batch(path, contract)
+            open_batch(path, contract)
         except InputError as error:
             refused[path] = str(error)
-    while tables:
-        measured = measure(concatenate(list(tables.values()), contract), contract)
-        broken = screen(measured, contract, list(tables))
+    while kept := [path for path in files if path not in refused]:
+        log = Log.open(kept, contract)
+        try:
+            found = screen(log, now)
+        except DamagedBatchError as error:
+            refused[error.path] = str(error)
+            continue
+        broken = found.reasons()
         if not broken:
-            break
+            return found, refused
         refused |= broken
-        tables = {path: table for path, table in tables.items() if path not in broken}
-    return tables, refused
+    return None, refused
+
+
+def _count(screened: Screened | None, refused: dict[Path, str], twins: list[Path], contract: Contract) -> Count:
+    """Where every row went that was read; each of the numbers is counted on its own."""
+    again = sum(count_rows(path, contract) for path in twins)
+    refused_rows = sum(count_rows(path, contract) for path in refused)
+    if screened is None:
+        return Count(again + refused_rows, 0, refused_rows, again)
+    found = screened.index
+    distinct = pl.col("rows") - pl.col("repeated")
+    accepted = int(found.episodes.filter(~pl.col("gap")).select(distinct.sum()).item())
+    late = screened.log.late_rewards
+    return Count(
+        read=sum(found.rows.values()) + refused_rows + again,
+        accepted=accepted + (0 if late is None else late.height),
+        quarantined=refused_rows + int(found.left_out.select(distinct.sum()).item()),
+        duplicates=sum(found.duplicates.values()) + again,
+    )
+
+
+def _episode_counts(screened: Screened) -> dict[str, int]:
+    episodes = screened.index.episodes
+    waiting = episodes.filter("pending").height
+    still_open = episodes.filter(pl.col("open") & ~pl.col("gap")).height
+    return {"episodes": episodes.height, "open": still_open, "waiting for rewards": waiting}
+
+
+def _write_left_out(folders: Folders, screened: Screened) -> None:
+    """Which episodes do not enter the dataset although their batches stand, and why."""
+    path, left_out = folders.quarantine / "episodes.json", screened.index.left_out
+    facts: list[dict[str, Any]] = [
+        {"episode": episode, "rows": rows, "reason": "its steps have gaps (C04)"}
+        for episode, rows in left_out.select("episode", "rows").iter_rows()
+    ]
+    if facts or path.exists():
+        storage.write_json(path, facts)
 
 
 def _require_contract_fits(folders: Folders, raw: list[Path], accepted: list[Path], refused: dict[Path, str]) -> None:

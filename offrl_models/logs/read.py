@@ -1,85 +1,273 @@
-"""Reading raw batches: one Parquet file is one batch, and a file that cannot be trusted is named, not skipped."""
+"""Raw batches as a stream of frames in one set of types; a file that cannot be trusted is named, not skipped.
+
+A batch brings decisions, or only rewards that came later than theirs.
+"""
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+from jaxtyping import Int
 
-from offrl_models import storage
-from offrl_models.logs.contract import Contract, matches_kind
+from offrl_models.logs import formats
+from offrl_models.logs.contract import EPISODE, STEP, Contract, arrow_type, matches_kind
 from offrl_models.schema import InputError
 
 BATCH = "_batch"  # index of the file a row came from, in the order in which the batches are read
+CHUNK = 262_144  # rows that are in memory at a time
+WORKERS = min(2, os.cpu_count() or 1)  # batches that are worked on at a time; each takes memory of its own
+T = TypeVar("T")
 
 
-def batch_files(folder: Path) -> list[Path]:
+def batch_files(folder: Path, format: str = "parquet") -> list[Path]:
     """Batches of a folder in the order of their names, which is the order of their arrival."""
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    return formats.batches(folder, format) if folder.is_dir() else []
 
 
-def read_batch(path: Path, contract: Contract) -> pa.Table:
-    """One batch, its page checksums verified and its schema held against the contract (check C01).
+class DamagedBatchError(InputError):
+    """A batch that cannot be read to its end."""
 
-    Raises InputError naming the file and the column when the file is damaged, a column is missing or has the wrong type,
-    or the batch has no rows.
+    def __init__(self, message: str, path: Path):
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One file that holds to the contract (check C01)."""
+
+    path: Path
+    kinds: dict[str, str]  # the contract's columns in it -> kind of type
+    integer_keys: bool
+    rewards_only: bool
+
+
+def open_batch(path: Path, contract: Contract) -> Batch:
+    """Hold a file's schema against the contract.
+
+    Raises InputError naming the file and the column when the file is damaged, or a column is missing or of the wrong type.
     """
-    table = storage.read_parquet(path)
-    for name, kind in contract.columns().items():
-        if name not in table.column_names:
+    wanted = contract.kinds
+    schema = formats.schema(path, contract.format, {name: arrow_type(kind) for name, kind in wanted.items()})
+    decisions = {column for column, _ in contract.observed()} | {choice.column for choice in contract.action.choices}
+    decisions |= {*contract.action.columns, *([contract.action.column] if contract.action.column else [])}
+    late = [*contract.reward_keys, *contract.reward.terms]
+    rewards_only = bool(contract.reward_keys) and not decisions & set(schema.names) and set(late) <= set(schema.names)
+    if rewards_only:
+        arrived = contract.reward.arrived_at
+        wanted = {name: wanted[name] for name in [*late, *([arrived] if arrived in schema.names else [])] if name}
+    for name, kind in wanted.items():
+        if name not in schema.names:
+            hint = formats.nearest_column(name, schema.names)
             raise InputError(
-                f"{path}: column {name!r} is missing in all {table.num_rows} rows; "
-                f"the contract needs it ({kind}), so write the batch again with it."
+                f"{path}: column {name!r} is missing in all {count_rows(path, contract)} rows{hint}; the contract needs it "
+                f"({kind}), so write the batch again with it."
             )
-        dtype = table.schema.field(name).type
+        dtype = schema.field(name).type
         if not matches_kind(kind, dtype):
             raise InputError(
-                f"{path}: column {name!r} is {dtype} in all {table.num_rows} rows where the contract needs "
-                f"a {kind}; convert it and write the batch again."
+                f"{path}: column {name!r} is {dtype} in all {count_rows(path, contract)} rows where the contract needs a {kind}; "
+                "convert it and write the batch again."
             )
-    if table.num_rows == 0:
-        raise InputError(f"{path}: the batch has 0 rows; leave it out or write it again with its decisions.")
-    return table.select(list(contract.columns()))
+    keys = [schema.field(name).type for name, kind in wanted.items() if kind == "key"]
+    return Batch(path, wanted, all(pa.types.is_integer(dtype) for dtype in keys), rewards_only)
 
 
-def read_batches(paths: list[Path], contract: Contract) -> pl.DataFrame:
-    """All batches as one frame; column `_batch` is the index into `paths`. Keys are read as strings.
+def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: bool) -> pl.Expr:
+    """A column in the type that it has in every batch."""
+    column, dtype = pl.col(name), frame.schema[name]
+    match kind:
+        case "key":
+            return column.cast(pl.Int64 if integer_keys else pl.String)
+        case "label":
+            return column.cast(pl.String)
+        case "integer" | "number" if dtype.is_unsigned_integer() or dtype == pl.Boolean:
+            return column.cast(pl.Int64)
+        case "mask":
+            return column.cast(pl.List(pl.Boolean))
+        case "labels":
+            return column.cast(pl.List(pl.String))
+        case "time":
+            at = (
+                column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+                if getattr(dtype, "time_zone", None)
+                else column
+            )
+            return at.cast(pl.Datetime("us"))
+    return column
 
-    Raises InputError for the first batch that cannot be used, or when there is none.
-    """
-    if not paths:
-        raise InputError(
-            f"no *.parquet batch lies in {contract.source}; put one there, or run `dvc pull` or `dvc repro` to fetch it."
+
+@dataclass(frozen=True)
+class Log:
+    """Batches that hold to the contract, in order. Iterating reads them again each time; nothing is kept in memory."""
+
+    contract: Contract
+    batches: list[Batch]
+    derived_steps: dict[int, np.ndarray] | None = field(
+        default=None, repr=False
+    )  # per batch, where the log names no step
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], contract: Contract) -> "Log":
+        """Raises InputError for the first batch that cannot be used, or when there is none."""
+        if not paths:
+            raise InputError(
+                f"no {contract.format} batch lies in {contract.source}; put one there, or run `dvc pull` or `dvc repro` to "
+                "fetch it."
+            )
+        return cls(contract, [open_batch(path, contract) for path in paths]).with_steps()
+
+    @property
+    def decisions(self) -> list[tuple[int, Batch]]:
+        return [(number, batch) for number, batch in enumerate(self.batches) if not batch.rewards_only]
+
+    @property
+    def integer_keys(self) -> bool:
+        return all(batch.integer_keys for batch in self.batches)
+
+    def _read(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+        batch = self.batches[number]
+        types = {name: arrow_type(kind) for name, kind in batch.kinds.items()}
+        for table in _whole(formats.chunks(batch.path, self.contract.format, columns, types, rows), batch.path):
+            frame = pl.DataFrame(table)
+            yield frame.with_columns(
+                *(
+                    _in_one_type(frame, name, batch.kinds[name], integer_keys=self.integer_keys)
+                    for name in frame.columns
+                ),
+                pl.lit(number, pl.Int32).alias(BATCH),
+            )
+
+    def chunks_of(
+        self, number: int, columns: Iterable[str] | None = None, rows: int = CHUNK
+    ) -> Iterator[tuple[int, pl.DataFrame]]:
+        """The decisions of one batch, `rows` at a time, with late rewards in place; and the row at which each chunk begins.
+
+        Columns are the contract's (or those of `columns`), `_batch`, and `_episode` and `_step` where the log names none.
+        """
+        contract, first = self.contract, 0
+        wanted = list(contract.kinds) if columns is None else list(dict.fromkeys(columns))
+        stored = [name for name in wanted if name not in (EPISODE, STEP)]
+        late = self.late_rewards if set(stored) & set(contract.reward.terms) else None
+        read = list(dict.fromkeys([*stored, *(contract.reward_keys if late is not None else ())]))
+        for frame in self._read(number, read or list(contract.kinds)[:1], rows):
+            row = pl.int_range(first, first + frame.height, dtype=pl.Int64, eager=True)
+            if late is not None:
+                frame = self._with_late_rewards(frame, late)
+            if contract.episode_id is None:
+                named = pl.select(pl.format(f"{self.batches[number].path.name}/{{}}", row)).to_series()
+                frame = frame.with_columns(named.alias(EPISODE))
+            if contract.step is None:
+                steps = 0 if self.derived_steps is None else pl.Series(self.derived_steps[number][row.to_numpy()])
+                frame = frame.with_columns(pl.lit(steps).cast(pl.Int64).alias(STEP))
+            chosen = frame.select(BATCH, *(n for n in frame.columns if n in wanted or n in (EPISODE, STEP)))
+            yield first, chosen
+            first += frame.height
+
+    def chunks(self, columns: Iterable[str] | None = None, rows: int = CHUNK) -> Iterator[pl.DataFrame]:
+        """All decisions, in order of batch and row; see `chunks_of`."""
+        for number, _ in self.decisions:
+            for _, frame in self.chunks_of(number, columns, rows):
+                yield frame
+
+    def each(self, work: Callable[[int, int, pl.DataFrame], T], columns: Iterable[str] | None = None) -> Iterator[T]:
+        """`work(batch, first row, chunk)` of every chunk, several batches at a time; the results in order."""
+        wanted = None if columns is None else list(columns)
+
+        def whole(number: int) -> list[T]:
+            return [work(number, first, frame) for first, frame in self.chunks_of(number, wanted) if frame.height]
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for results in pool.map(whole, [number for number, _ in self.decisions]):
+                yield from results
+
+    def frame(self, columns: Iterable[str] | None = None) -> pl.DataFrame:
+        """All decisions at once."""
+        return pl.concat(self.chunks(columns), how="vertical_relaxed")
+
+    def raw(self, number: int, columns: Sequence[str]) -> pl.DataFrame:
+        """One batch as it stands, late rewards not in place."""
+        return pl.concat(self._read(number, columns, CHUNK), how="vertical_relaxed")
+
+    @cached_property
+    def late_rewards(self) -> pl.DataFrame | None:
+        """Rewards of the batches that bring nothing else, one row per decision; None where there are none."""
+        numbers = [number for number, batch in enumerate(self.batches) if batch.rewards_only]
+        if not numbers:
+            return None
+        columns = [list(self.batches[number].kinds) for number in numbers]
+        read = [frame for n, names in zip(numbers, columns, strict=True) for frame in self._read(n, names, CHUNK)]
+        keys = list(self.contract.reward_keys)
+        return pl.concat(read, how="diagonal_relaxed").unique(keys, keep="first", maintain_order=True)
+
+    def _with_late_rewards(self, frame: pl.DataFrame, late: pl.DataFrame) -> pl.DataFrame:
+        """Rewards that had not come yet, from the batches that brought them."""
+        names = [
+            name for name in late.columns if name in frame.columns and name not in (*self.contract.reward_keys, BATCH)
+        ]
+        renamed = late.select(*self.contract.reward_keys, *(pl.col(name).alias(f"_late_{name}") for name in names))
+        joined = frame.join(renamed, on=list(self.contract.reward_keys), how="left", maintain_order="left")
+        filled = [pl.coalesce(name, f"_late_{name}").alias(name) for name in names]
+        return joined.with_columns(filled).drop(f"_late_{name}" for name in names)
+
+    def with_steps(self) -> "Log":
+        """Number the decisions of every episode by time, where the log names no step; equal times keep their order."""
+        contract = self.contract
+        if contract.horizon == 1 or contract.step is not None or self.derived_steps is not None:
+            return self
+        keys = [contract.episode_column, str(contract.decided_at)]
+        ordered = pl.concat(self.chunks(keys)).select(BATCH, *keys).with_row_index("row").sort(*keys, "row")
+        numbered = ordered.with_columns(step=pl.int_range(pl.len()).over(keys[0])).sort("row")
+        return replace(
+            self,
+            derived_steps={
+                int(number): part["step"].to_numpy()
+                for (number,), part in numbered.partition_by(BATCH, as_dict=True).items()
+            },
         )
-    return concatenate([read_batch(path, contract) for path in paths], contract)
 
 
-def concatenate(batches: list[pa.Table], contract: Contract) -> pl.DataFrame:
-    """Batches that hold to the contract as one frame, in one set of types."""
-    casts = []
-    for name, kind in contract.columns().items():
-        match kind:
-            case "key":
-                casts.append(pl.col(name).cast(pl.String))
-            case "integer":
-                casts.append(pl.col(name).cast(pl.Int64))
-            case "number":
-                casts.append(pl.col(name).cast(pl.Float64))
-            case "mask":
-                casts.append(pl.col(name).cast(pl.List(pl.Boolean)))
-            case "time":
-                casts.append(pl.col(name).cast(pl.Datetime("us")))
-    return pl.concat(
-        pl.DataFrame(batch).with_columns(*casts, pl.lit(index, pl.Int32).alias(BATCH))
-        for index, batch in enumerate(batches)
-    )
+def _whole(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
+    """The same tables; an error on the way names the batch."""
+    try:
+        yield from tables
+    except InputError as error:
+        raise DamagedBatchError(str(error), path) from error
+
+
+def count_rows(path: Path, contract: Contract) -> int:
+    """Rows of a batch whatever its columns are; 0 where it cannot be read."""
+    try:
+        names = formats.schema(path, contract.format, {}).names
+        return sum(table.num_rows for table in formats.chunks(path, contract.format, names[:1], {}, CHUNK))
+    except InputError:
+        return 0
+
+
+def ahead(items: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """The same items, the next of them made in another thread while one is being worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def log_version(folder: Path) -> str:
     """The digest that DVC gives a folder of batches: md5 over the list of its files and their md5."""
-    files = [
-        {"md5": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(), "relpath": path.name}
-        for path in batch_files(folder)
-    ]
+    files = []
+    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).parts):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            files.append({"md5": content, "relpath": path.relative_to(folder).as_posix()})
     return hashlib.md5(json.dumps(files, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"

@@ -1,15 +1,24 @@
-"""The behavior policy as a whole distribution, from the propensities of the actions that were logged.
+"""The behavior policy as a whole distribution: from the propensities that were logged, or estimated where they were not.
 
-Importance ratios use the logged propensity itself; the model here is what a capped policy is capped by.
+Importance ratios use the logged propensity itself; the model here is what a capped policy is capped by. Where none was logged,
+ratios use estimates that are fitted on the very split that evaluates: Hirano, Imbens & Ridder (2003); Hanna, Niekum & Stone
+(2019), https://arxiv.org/abs/1806.01347.
 """
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from scipy import optimize
+from torch import Tensor, nn
 
 from offrl_models.policies import BehaviorTable
 from offrl_models.schema import Episodes, InputError
+
+FLOOR = 0.01  # of an estimated propensity: no single row may weigh more than the log can tell
+SMOOTHING = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0)  # rows that a state lends to its actions that were never taken
+COLDEST, HOTTEST = 0.2, 5.0
 
 
 def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
@@ -32,10 +41,73 @@ def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
     return BehaviorTable(known)
 
 
+def _visits(episodes: Episodes, states: int) -> Float64[np.ndarray, "states actions"]:
+    cell = episodes.observation[:, 0].astype(np.int64) * episodes.n_actions + episodes.action
+    return np.bincount(cell, minlength=states * episodes.n_actions).reshape(states, -1).astype(np.float64)
+
+
+def estimate_table(episodes: Episodes, states: int, tuned_on: Episodes) -> BehaviorTable:
+    """Share of each state's visits in which an action was taken, less what smoothing lends to actions never taken.
+
+    The smoothing is the one under which the actions of `tuned_on` are likeliest.
+    """
+    visits = _visits(episodes, states)
+    tables = [BehaviorTable(visits / np.maximum(visits.sum(1, keepdims=True) + lent, 1.0)) for lent in SMOOTHING]
+    inputs = torch.as_tensor(tuned_on.observation), torch.as_tensor(np.array(tuned_on.mask))
+    with torch.no_grad():
+        losses = [_negative_log_likelihood(table(*inputs).numpy(), tuned_on.action) for table in tables]
+    return tables[int(np.argmin(losses))]
+
+
+def estimate_propensities(episodes: Episodes, states: int) -> Float64[np.ndarray, "rows"]:
+    """Estimated propensity of every logged action: the share of its state's visits in these very episodes, at least FLOOR."""
+    visits = _visits(episodes, states)
+    share = visits / np.maximum(visits.sum(1, keepdims=True), 1.0)
+    return np.maximum(share[episodes.observation[:, 0].astype(np.int64), episodes.action], FLOOR)
+
+
+class Calibrated(nn.Module):
+    """A policy at another temperature: probabilities to the power 1 / temperature, over the allowed actions."""
+
+    temperature: Tensor
+
+    def __init__(self, policy: nn.Module, temperature: float = 1.0):
+        super().__init__()
+        self.policy = policy
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64))
+
+    def forward(
+        self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
+    ) -> Float[Tensor, "batch actions"]:
+        probs = self.policy(observation, mask).double().clamp(min=1e-12)
+        powered = torch.where(mask, probs.log() / self.temperature, -torch.inf)
+        return powered.softmax(-1)
+
+
+def _negative_log_likelihood(probs: Float[np.ndarray, "rows actions"], action: Int64[np.ndarray, "rows"]) -> float:
+    return float(-np.log(np.maximum(probs[np.arange(len(probs)), action], 1e-12)).mean())
+
+
+def fit_temperature(
+    probs: Float[np.ndarray, "rows actions"], mask: Bool[np.ndarray, "rows actions"], action: Int64[np.ndarray, "rows"]
+) -> float:
+    """The temperature at which the actions taken are likeliest. Guo et al. (2017), https://arxiv.org/abs/1706.04599."""
+    logits = np.where(mask, np.log(np.maximum(probs, 1e-12)), -np.inf)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        scaled -= scaled.max(1, keepdims=True)
+        return _negative_log_likelihood(np.exp(scaled) / np.exp(scaled).sum(1, keepdims=True), action)
+
+    found = optimize.minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded")
+    return float(np.exp(found.x))
+
+
 def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], bins: int = 10) -> dict[str, Any]:
     """How well modelled probabilities match the actions taken and the logged propensities, on episodes not fitted.
 
-    `ece` is the expected calibration error over all (row, allowed action) pairs; `reliability` has one entry per bin.
+    `ece` is the expected calibration error over all (row, allowed action) pairs, `brier` the mean squared error of their
+    probabilities; `reliability` has one entry per bin.
     """
     taken = np.zeros_like(probs, bool)
     taken[np.arange(len(probs)), episodes.action] = True
@@ -45,12 +117,20 @@ def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], 
     mean = np.bincount(which, predicted, bins) / np.maximum(count, 1)
     frequency = np.bincount(which, happened, bins) / np.maximum(count, 1)
     logged = probs[np.arange(len(probs)), episodes.action]
+    error = np.abs(logged - episodes.action_prob).mean() if np.isfinite(episodes.action_prob).all() else None
     return {
         "ece": float((count * np.abs(mean - frequency)).sum() / count.sum()),
-        "mean_absolute_error_to_logged": float(np.abs(logged - episodes.action_prob).mean()),
+        "brier": float(np.square(predicted - happened).mean()),
+        "mean_absolute_error_to_logged": None if error is None else float(error),
         "reliability": [
             {"predicted": float(m), "frequency": float(f), "pairs": int(c)}
             for m, f, c in zip(mean, frequency, count, strict=True)
             if c
         ],
     }
+
+
+def halves(episodes: Episodes) -> tuple[Episodes, Episodes]:
+    """The episodes of even and of odd place."""
+    even = np.arange(episodes.n_episodes) % 2 == 0
+    return episodes.take(even), episodes.take(~even)

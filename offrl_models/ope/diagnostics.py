@@ -1,9 +1,12 @@
 """How much an off-policy estimate can be believed: effective sample sizes and the mean-ratio test."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models.logs.coverage import zero_mean_z
+from offrl_models.logs.tally import zero_mean_z
+from offrl_models.ope.importance import Terms
 from offrl_models.schema import Episodes
 
 
@@ -19,6 +22,22 @@ def mean_ratio_z(ratio: Float64[np.ndarray, "rows"]) -> float:
     The errors are martingale differences, so their variances add over rows.
     """
     return zero_mean_z(ratio - 1.0)
+
+
+def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0.005) -> float:
+    """The difference of two estimates without the episodes that pull it most in its own direction.
+
+    `share` of the episodes are left out, at least one. Broderick, Giordano & Meager (2020), https://arxiv.org/abs/2011.14999.
+    """
+    n = len(minuend.numerator)
+    dropped = max(math.ceil(share * n), 1)
+    if dropped >= n:
+        return math.nan
+    sign = 1.0 if minuend.estimate() >= subtrahend.estimate() else -1.0
+    kept = np.argsort(sign * (minuend.influence() - subtrahend.influence()), kind="stable")[: n - dropped]
+    weight = np.zeros(n)
+    weight[kept] = 1.0 / len(kept)
+    return minuend.estimate(weight) - subtrahend.estimate(weight)
 
 
 def worst_action_z(

@@ -19,7 +19,7 @@ def _parts(
     v: Float64[np.ndarray, "rows"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Weights after and before each step, the discounted r - q there, and discounted v."""
-    discount = episodes.gamma**episodes.step
+    discount = episodes.time_discount
     error = by_step(episodes, finite("the q-value", discount * (episodes.reward - q)), 0.0)
     value = by_step(episodes, finite("the state value", discount * v), 0.0)
     after = weights_by_step(episodes, ratio)

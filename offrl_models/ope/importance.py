@@ -27,6 +27,15 @@ class Terms:
         weight = np.full(n, 1.0 / n) if share is None else share
         return float(self.resampled(weight[None, :])[0])
 
+    def influence(self) -> Float64[np.ndarray, "episodes"]:
+        """How far each episode pulls the estimate: the influence function, whose mean is 0."""
+        top = self.numerator.mean(0)
+        if self.denominator is None:
+            return (self.numerator - top).sum(1)
+        bottom = self.denominator.mean(0)
+        ratio = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
+        return ((self.numerator - ratio * self.denominator) / np.where(bottom > 0, bottom, 1.0)).sum(1)
+
     def resampled(self, share: Float64[np.ndarray, "samples episodes"]) -> Float64[np.ndarray, "samples"]:
         """One estimate per row of shares; NaN where every weight of some step is 0, since then there is no estimate."""
         top = share @ self.numerator
@@ -38,7 +47,7 @@ class Terms:
 
 def discounted_rewards(episodes: Episodes) -> Float64[np.ndarray, "episodes steps"]:
     """gamma^t r_t, zero past the end."""
-    return by_step(episodes, finite("the reward", episodes.gamma**episodes.step * episodes.reward), 0.0)
+    return by_step(episodes, finite("the reward", episodes.time_discount * episodes.reward), 0.0)
 
 
 def trajectory_weights(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes"]:

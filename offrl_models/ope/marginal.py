@@ -25,11 +25,10 @@ class TabularModel:
     once with the mean return: both are guesses that the importance-weighted correction is there to correct.
     """
 
-    transition: Float64[np.ndarray, "states actions states"]  # rows sum to at most 1; the rest ends the episode
+    transition: Float64[np.ndarray, "states actions states"]  # discounted; the rest ends the episode
     reward: Float64[np.ndarray, "states actions"]
     initial: Float64[np.ndarray, "states"]
     visits: Float64[np.ndarray, "states actions"]
-    gamma: float
 
     @classmethod
     def fit(cls, episodes: Episodes, states: int) -> "TabularModel | None":
@@ -42,7 +41,9 @@ class TabularModel:
         np.add.at(visits, (state, episodes.action), 1.0)
         np.add.at(reward, (state, episodes.action), episodes.reward)
         onward = ~episodes.terminated
-        np.add.at(transition, (state[onward], episodes.action[onward], following[onward]), 1.0)
+        np.add.at(
+            transition, (state[onward], episodes.action[onward], following[onward]), episodes.step_discount[onward]
+        )
         per_state = visits.sum(1)
         seen, unseen_action = per_state > 0, (visits == 0) & (per_state > 0)[:, None]
         average_reward = reward.sum(1) / np.maximum(per_state, 1.0)
@@ -53,15 +54,15 @@ class TabularModel:
         reward[where], transition[where] = average_reward[where[0]], average_transition[where[0]]
         reward[~seen] = episodes.return_.mean()
         initial = np.bincount(state[episodes.offsets[:-1]], minlength=states) / episodes.n_episodes
-        return cls(transition, reward, initial, visits, episodes.gamma)
+        return cls(transition, reward, initial, visits)
 
     def _onward(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states states"]:
-        return self.gamma * np.einsum("sa,sat->st", policy, self.transition, optimize=True)
+        return np.einsum("sa,sat->st", policy, self.transition, optimize=True)
 
     def q_values(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states actions"]:
         """Action values of a policy in the model."""
         state = np.linalg.solve(np.eye(len(policy)) - self._onward(policy), (policy * self.reward).sum(1))
-        return self.reward + self.gamma * self.transition @ state
+        return self.reward + self.transition @ state
 
     def occupancy(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
         """Expected discounted number of visits to each state per episode."""
@@ -130,5 +131,5 @@ def paired_differences(
     q_behavior = model.q_values(model.behavior)
     v_behavior = (model.behavior * q_behavior).sum(1)
     left_open = np.where(episodes.truncated, episodes.discount * v_behavior[following], 0.0)
-    correction = episodes.sum_per_episode(episodes.gamma**episodes.step * (weight * error - left_open))
+    correction = episodes.sum_per_episode(episodes.time_discount * (weight * error - left_open))
     return v[state[episodes.offsets[:-1]]] + correction - episodes.return_, weight

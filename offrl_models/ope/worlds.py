@@ -90,7 +90,7 @@ class World:
             episode_id=np.arange(len(length)),
             offsets=np.append(0, length.cumsum()),
             observation=state[:, None].astype(np.float32),
-            next_observation=next_state[:, None].astype(np.float32),
+            final_observation=next_state[length.cumsum() - 1, None].astype(np.float32),
             action=action,
             mask=self.mask[state],
             reward=self.reward[state, action, next_state],

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from offrl_models import storage
-from offrl_models.evaluation import CHAMPION
+from offrl_models.evaluation import CHAMPION, STATED
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
 from offrl_models.policies import OnnxPolicy
@@ -22,6 +22,10 @@ STATEMENT = (
 )
 EXACT_NOTE = (
     "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
+)
+COMPARISON_NOTE = (
+    "a comparison that decides nothing: on the left the estimate from the gate split for a policy that plays as often as "
+    "the other one did, on the right what the other one earned in its own log"
 )
 
 PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -51,6 +55,18 @@ small { color: #718096; display: block; } img { max-width: 100%; } .exact { back
 {% if e.exact %}<td class="exact">{{ "%.4f" | format(e.exact["values"][row.policy]) }}</td>{% endif %}</tr>{% endfor %}
 </table>
 {% if e.exact %}<p>* {{ e.exact.note }}.</p>{% endif %}
+{% if e.comparisons %}<h2>Beside another policy's own log</h2>
+<p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
+<table><tr><th class="l">policy</th><th class="l">its actions are counted by</th>
+{% for name in compared %}<th>{{ name }}</th>{% endfor %}<th>ESS</th><th>gate episodes</th><th>logged mean, standard error</th>
+<th>logged rows</th></tr>
+{% for row in e.comparisons.rows %}<tr><td>{{ row.policy }}<small>{{ row.log }}</small></td><td class="l">{{ row.cells | join(", ") }}</td>
+{% for name in compared %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate) }}
+<small>{{ number(i.low) }} to {{ number(i.high) }}</small></td>{% endfor %}
+<td>{{ "{:,.0f}".format(row.effective_episodes) }}</td><td>{{ "{:,}".format(row.gate_episodes) }}</td>
+<td>{{ number(row.logged_mean) }} <small>± {{ number(row.logged_standard_error) }}</small></td>
+<td>{{ "{:,}".format(row.logged_rows) }}</td></tr>{% endfor %}
+</table>{% endif %}
 <h2>The ladder</h2>
 <table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
 <th>ESS, transitions</th><th class="l">reason</th></tr>
@@ -84,12 +100,19 @@ def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**evidence["champion"], "policy": CHAMPION}, *evidence["candidates"], *rungs]
 
 
-def write(evidence: dict[str, Any], exact: dict[str, float] | None, folder: Path) -> None:
-    """`evidence.json`, `evidence.html` and `evidence.png`."""
-    shown = {**evidence, "statement": STATEMENT, "exact": {"note": EXACT_NOTE, "values": exact} if exact else None}
+def write(
+    evidence: dict[str, Any], exact: dict[str, float] | None, comparisons: list[dict[str, Any]], folder: Path
+) -> None:
+    """`evidence.json`, `evidence.html` and `evidence.png`. The exact values and comparisons are shown, and nothing else."""
+    shown = {
+        **evidence,
+        "statement": STATEMENT,
+        "exact": {"note": EXACT_NOTE, "values": exact} if exact else None,
+        "comparisons": {"note": COMPARISON_NOTE, "rows": comparisons} if comparisons else None,
+    }
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
-    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS, number=_number)
+    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS, compared=STATED, number=_format(shown, 3))
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
 

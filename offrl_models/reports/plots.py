@@ -48,9 +48,9 @@ def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> No
     save(figure, path)
 
 
-def reliability(bins: list[dict[str, Any]], ece: float, path: Path) -> None:
-    """Modelled probability against the frequency of the action."""
-    figure, axes = _axes(f"Behavior model, calibration (ECE {ece:.4f})", 4.2, 3.8)
+def reliability(bins: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Probability against the frequency of the action."""
+    figure, axes = _axes(title, 4.2, 3.8)
     axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
     sizes = np.array([row["pairs"] for row in bins], float)
     axes.scatter(
@@ -59,7 +59,7 @@ def reliability(bins: list[dict[str, Any]], ece: float, path: Path) -> None:
         s=15 + 120 * sizes / sizes.max(),
         color=BLUE,
     )
-    axes.set_xlabel("modelled probability")
+    axes.set_xlabel("probability")
     axes.set_ylabel("share taken")
     save(figure, path)
 
@@ -72,11 +72,43 @@ def histogram(values: Sequence[float] | np.ndarray, title: str, label: str, path
     save(figure, path)
 
 
+def weighted_histogram(values: np.ndarray, weights: np.ndarray, title: str, label: str, path: Path) -> None:
+    """A histogram of values that stand for several things each."""
+    figure, axes = _axes(title)
+    axes.hist(values, bins=40, weights=weights, color=BLUE, log=True)
+    axes.set_xlabel(label)
+    axes.set_ylabel("count")
+    save(figure, path)
+
+
 def bars(labels: Sequence[str], values: Sequence[float], title: str, label: str, path: Path) -> None:
     figure, axes = _axes(title)
     axes.bar(range(len(values)), values, color=BLUE)
     axes.set_xticks(range(len(labels)), labels, fontsize=7)
     axes.set_ylabel(label)
+    save(figure, path)
+
+
+def heatmap(values: np.ndarray, title: str, labels: tuple[str, str, str], path: Path) -> None:
+    """A matrix as colors; `labels` are those of the rows, of the columns and of the colors."""
+    figure, axes = _axes(title, 7.2, 3.8)
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_ylabel(labels[0])
+    axes.set_xlabel(labels[1])
+    figure.colorbar(image, ax=axes, label=labels[2])
+    save(figure, path)
+
+
+def grouped_bars(groups: dict[str, list[float]], title: str, labels: tuple[str, str], path: Path) -> None:
+    """One bar per position and group, side by side."""
+    figure, axes = _axes(title)
+    width = 0.8 / max(len(groups), 1)
+    for number, (name, heights) in enumerate(groups.items()):
+        axes.bar(np.arange(len(heights)) + number * width - 0.4 + width / 2, heights, width, label=name)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    if len(groups) > 1:
+        axes.legend(fontsize=7, frameon=False)
     save(figure, path)
 
 

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import polars as pl
 from jaxtyping import Float64
 
 from offrl_models import storage
+from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.read import BATCH
+from offrl_models.logs.read import BATCH, Log
 from offrl_models.schema import Episodes
 
 SAMPLE_ROWS = 20_000
@@ -42,13 +44,13 @@ def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> t
             name[value] = f"rest {min(int(reached * POOLS), POOLS - 1) + 1:02d}"
 
         def label(column: pl.Series) -> pl.Series:
-            return pl.Series(column.name, [name.get(value, "new") for value in column.to_list()])
+            return column.replace_strict(list(name), list(name.values()), default="new", return_dtype=pl.String)
 
     else:
         edges = np.unique(np.quantile(reference.to_numpy(), np.linspace(0, 1, QUANTILES + 1)[1:-1]))
 
         def label(column: pl.Series) -> pl.Series:
-            return pl.Series(column.name, np.searchsorted(edges, column.to_numpy(), side="right").astype(str))
+            return pl.Series(column.name, np.searchsorted(edges, column.to_numpy(), side="right")).cast(pl.String)
 
     return label(reference), label(current)
 
@@ -58,32 +60,82 @@ def stability_index(reference: pl.Series, current: pl.Series) -> float:
 
     Empty groups count half a row. Under no shift the raw index is about (groups - 1) (1/n + 1/m).
     """
-    groups = sorted(set(reference.to_list()) | set(current.to_list()))
-    count = [dict(zip(*np.unique(c.to_numpy(), return_counts=True), strict=True)) for c in (reference, current)]
+    count = [dict(c.value_counts(name="count").iter_rows()) for c in (reference, current)]
+    groups = sorted(set(count[0]) | set(count[1]))
     p, q = (np.array([max(float(c.get(g, 0.0)), 0.5) for g in groups]) for c in count)
     p, q = p / p.sum(), q / q.sum()
     chance = (len(groups) - 1) * (1 / len(reference) + 1 / len(current))
     return max(float(((p - q) * np.log(p / q)).sum()) - chance, 0.0)
 
 
-def log_drift(log: pl.DataFrame, contract: Contract) -> tuple[list[dict[str, Any]], pl.DataFrame, pl.DataFrame]:
-    """Index per column of the newest batch against all earlier ones, and both as grouped frames.
+@dataclass(frozen=True)
+class _Column:
+    """One thing that may drift."""
 
-    With a single batch there is nothing to compare; the list is empty.
+    name: str
+    value: pl.Expr
+    read: tuple[str, ...]  # columns of the log that it is made of
+    categorical: bool
+
+
+def _columns(contract: Contract) -> list[_Column]:
+    """Observations, action, reward and propensity. Timestamps always move and are left out."""
+    found = []
+    for column in contract.observation:
+        name = column.column
+        if column.size:
+            each = pl.col(name).cast(pl.List(pl.Float64)).list
+            found += [_Column(f"{name}[{i}]", each.get(i), (name,), False) for i in range(column.size)]
+        elif not column.timestamp:
+            found.append(_Column(name, pl.col(name), (name,), column.n_categories is not None or bool(column.labels)))
+    if contract.action.size and contract.action.column:
+        name = contract.action.column
+        each = pl.col(name).cast(pl.List(pl.Float64)).list
+        found += [_Column(f"{name}[{i}]", each.get(i), (name,), False) for i in range(contract.action.size)]
+    found += [_Column(name, pl.col(name), (name,), False) for name in contract.action.columns]
+    choices = tuple(choice.column for choice in contract.action.choices)
+    found += [_Column(name, pl.col(name), (name,), True) for name in choices]
+    terms = contract.reward.terms
+    found.append(_Column(contract.reward.name, values.reward(contract), tuple(terms), False))
+    if contract.action_prob:
+        read = (contract.action_prob.column, *choices)
+        found.append(_Column(contract.action_prob.column, values.propensity(contract), read, False))
+    return found
+
+
+def log_drift(log: Log, seed: int) -> tuple[list[dict[str, Any]], pl.DataFrame, pl.DataFrame]:
+    """Index per column of the newest batch against all earlier ones, over all rows, and samples of both for the page.
+
+    One column is in memory at a time. With a single batch there is nothing to compare; the list is empty.
     """
-    newest = log[BATCH].max()
-    reference, current = log.filter(pl.col(BATCH) != newest), log.filter(pl.col(BATCH) == newest)
-    if reference.height == 0:
-        return [], reference, current
-    columns = {column.column: column.categories is not None for column in contract.observation}
-    columns |= {contract.action.column: True, contract.reward.column: False, contract.action_prob: False}
+    contract, numbers = log.contract, [number for number, _ in log.decisions]
     rows, left, right = [], {}, {}
-    for name, categorical in columns.items():
-        few = log[name].n_unique() <= QUANTILES
-        before, after = grouped(reference[name], current[name], categorical=categorical or few)
-        rows.append({"column": name, "index": stability_index(before, after)})
-        left[name], right[name] = (before, after) if categorical or few else (reference[name], current[name])
-    return rows, pl.DataFrame(left), pl.DataFrame(right)
+    if len(numbers) < 2:
+        return rows, pl.DataFrame(), pl.DataFrame()
+    for column in _columns(contract):
+        part = log.frame(column.read).select(BATCH, column.value.alias(column.name)).drop_nulls()
+        if part.schema[column.name].is_float():
+            part = part.filter(pl.col(column.name).is_finite())
+        newest = part[BATCH] == numbers[-1]
+        reference, current = part.filter(~newest)[column.name], part.filter(newest)[column.name]
+        if reference.len() == 0 or current.len() == 0:
+            continue
+        few = part[column.name].n_unique() <= QUANTILES
+        before, after = grouped(reference, current, categorical=column.categorical or few)
+        rows.append({"column": column.name, "index": stability_index(before, after)})
+        shown = (before, after) if column.categorical or few else (reference, current)
+        left[column.name], right[column.name] = (_sampled(series, seed) for series in shown)
+    return rows, _side_by_side(left), _side_by_side(right)
+
+
+def _sampled(column: pl.Series, seed: int) -> pl.Series:
+    return column if column.len() <= SAMPLE_ROWS else column.sample(SAMPLE_ROWS, seed=seed)
+
+
+def _side_by_side(columns: dict[str, pl.Series]) -> pl.DataFrame:
+    """Samples as one frame. Columns are compared one by one, so rows need not belong together."""
+    shortest = min((column.len() for column in columns.values()), default=0)
+    return pl.DataFrame([column.head(shortest).alias(name) for name, column in columns.items()])
 
 
 def action_shift(

@@ -7,7 +7,8 @@ not finish or did not let through.
 from offrl_models import bundle
 from offrl_models.config import Pipeline
 from offrl_models.gate import Status
-from offrl_models.stages.data import behavior_policy, coverage, episodes, ingest
+from offrl_models.stages.behavior import behavior_policy
+from offrl_models.stages.data import check_results, coverage, episodes, ingest
 from offrl_models.stages.judging import evidence, release, shift_report
 from offrl_models.stages.learning import candidates, leaderboard
 from offrl_models.storage import Stage
@@ -15,6 +16,7 @@ from offrl_models.storage import Stage
 __all__ = [
     "behavior_policy",
     "candidates",
+    "check_results",
     "coverage",
     "episodes",
     "evidence",

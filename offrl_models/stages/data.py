@@ -1,32 +1,34 @@
-"""From raw logs to split episodes and the behavior policy."""
+"""From raw logs to split episodes."""
 
-import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-import torch
 
-from offrl_models import bundle, storage
-from offrl_models.algorithms import BC, BCConfig
+from offrl_models import storage
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.episodes import read_splits, write_splits
+from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
+from offrl_models.datasets.leakage import split_tables
 from offrl_models.logs import coverage as log_coverage
 from offrl_models.logs import ingest as log_ingest
-from offrl_models.logs.read import batch_files, log_version, read_batches
-from offrl_models.ope import behavior
-from offrl_models.policies import BehaviorTable, Mixture, export_checked
-from offrl_models.reports import plots, quality
+from offrl_models.logs.read import Log, batch_files, log_version
+from offrl_models.reports import checks, overview, plots
+from offrl_models.reports.quality import CheckResult
 from offrl_models.schema import Episodes, InputError
 from offrl_models.storage import Stage
-from offrl_models.training import fit
 
 
 def ingest(pipeline: Pipeline) -> log_ingest.Ingested:
     """Take in the batches of the landing folder, and look again at those already accepted."""
     return log_ingest.ingest(pipeline.folders, pipeline.config.logs)
+
+
+def read_log(pipeline: Pipeline) -> Log:
+    """The accepted log."""
+    contract = pipeline.config.logs
+    return Log.open(batch_files(pipeline.raw, contract.format), contract)
 
 
 def _coverage_key(pipeline: Pipeline) -> dict[str, Any]:
@@ -37,29 +39,52 @@ def _coverage_key(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def coverage(pipeline: Pipeline) -> tuple[Stage, list[quality.CheckResult]]:
-    """Run every coverage check on the accepted log and write Data Docs."""
+def coverage(pipeline: Pipeline) -> tuple[Stage, list[CheckResult]]:
+    """Run every coverage check on the accepted log; write Data Docs and the page that is read first."""
     config, contract = pipeline.config, pipeline.config.logs
     docs = pipeline.reports / "coverage"
 
     def build(folder: Path) -> dict[str, Any]:
-        log = read_batches(batch_files(pipeline.raw), contract)
-        measured = log_coverage.measure(log, contract)
-        shutil.rmtree(docs, ignore_errors=True)
-        results = quality.check(measured, contract, **config.coverage.model_dump(), docs=docs)
-        for name in ("batches", "cells", "propensity"):
+        log = read_log(pipeline)
+        measured = log_coverage.measure(log, config.seed)
+        results = checks.check_logs(measured, contract, config.coverage, _files(pipeline), docs)
+        for name in ("batches", "cells", "propensity", "actions"):
             storage.write_parquet(folder / f"{name}.parquet", getattr(measured, name).to_arrow())
-        visits = np.log10(measured.cells["visits"].to_numpy())
-        plots.histogram(visits, "Visits per state-action cell", "log10 visits", pipeline.reports / "visits.png")
-        actions = measured.cells.group_by("action").agg(pl.col("visits").sum()).sort("action")
-        share = (actions["visits"] / log.height).to_list()
-        labels = [str(a) for a in actions["action"]]
-        plots.bars(labels, share, "How often each action was taken", "share of rows", pipeline.reports / "actions.png")
+        problems = [
+            {**asdict(violation), "file": pipeline.folders.shown(log.batches[violation.batch].path)}
+            for violation in measured.violations
+        ]
+        overview.write(config.dataset, measured, results, problems, _quarantined(pipeline), pipeline.reports, docs)
         return {"card": measured.card, "checks": [result.to_json() for result in results]}
 
-    pages = (docs / "index.html", pipeline.reports / "visits.png", pipeline.reports / "actions.png")
+    pages = (docs / "index.html", pipeline.reports / "returns.png")
     stage = storage.build_stage(pipeline.folder / "coverage", _coverage_key(pipeline), build, pages)
-    return stage, [quality.CheckResult(**result) for result in stage.summary["checks"]]
+    return stage, check_results(stage)
+
+
+def check_results(stage: Stage) -> list[CheckResult]:
+    """The checks that a stage ran."""
+    return [CheckResult(**result) for result in stage.summary["checks"]]
+
+
+def _files(pipeline: Pipeline) -> pl.DataFrame:
+    """Every batch, and whether it is the file that was accepted (C02)."""
+    ledger = storage.read_json(pipeline.folders.ledger) if pipeline.folders.ledger.exists() else {}
+    batches = batch_files(pipeline.raw, pipeline.config.logs.format)
+    return pl.DataFrame(
+        [
+            {"file": pipeline.folders.shown(path), "unchanged": int(ledger.get(path.name) == storage.sha256_tree(path))}
+            for path in batches
+        ]
+    )
+
+
+def _quarantined(pipeline: Pipeline) -> list[dict[str, str]]:
+    """Every batch in quarantine, and why."""
+    return [
+        {"file": pipeline.folders.shown(path), "reason": storage.read_json(path)["reason"]}
+        for path in sorted(pipeline.folders.quarantine.glob("*.reason.json"))
+    ]
 
 
 def _episodes_key(pipeline: Pipeline, version: str) -> dict[str, Any]:
@@ -74,88 +99,40 @@ def current_episodes(pipeline: Pipeline) -> Stage:
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
-    checked = storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline))
-    for result in checked.summary["checks"]:
-        if result["blocking"] and not result["passed"]:
-            raise InputError(f"check {result['check']} blocks the log: {result['sentence']}")
+    for result in check_results(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline))):
+        if result.blocking and not result.passed:
+            raise InputError(f"check {result.check} blocks the log: {result.sentence}")
 
     def build(folder: Path) -> dict[str, Any]:
-        log = read_batches(batch_files(pipeline.raw), contract)
-        counts = write_splits(log, contract, config.salt, folder)
+        counts = write_splits(read_log(pipeline), config.salt, folder)
         # Part of the digest: what the columns mean, and gamma with it, is part of what later steps depend on.
         storage.write_json(
             folder / "contract.json", {"contract": contract.model_dump(mode="json"), "salt": config.salt}
         )
-        train = read_splits(folder, "train", salt=config.salt, gamma=contract.gamma)
-        plots.histogram(
-            train.length, "Length of the training episodes", "steps", pipeline.reports / "lengths.png", log=True
-        )
+        train = read_splits(folder, "train", salt=config.salt, contract=contract)
+        picture = pipeline.reports / "train-lengths.png"
+        plots.histogram(train.length, "Length of the training episodes", "steps", picture, log=True)
+        parts = {name: read_splits(folder, name, salt=config.salt, contract=contract) for name in counts}
+        tables = split_tables(parts, config.seed)
+        results = checks.check_splits(tables, config.coverage, docs)
         return {
             "splits": counts,
             "raw": version,
             "mean_return": float(train.return_.mean()),
             "truncated_episodes": int(train.truncated.sum()),
+            "checks": [result.to_json() for result in results],
         }
 
-    return storage.build_stage(
-        pipeline.folder / "episodes", _episodes_key(pipeline, version), build, (pipeline.reports / "lengths.png",)
-    )
+    docs = pipeline.reports / "splits"
+    pages = (pipeline.reports / "train-lengths.png", docs / "index.html")
+    return storage.build_stage(pipeline.folder / "episodes", _episodes_key(pipeline, version), build, pages)
 
 
 def read_episodes(pipeline: Pipeline, *splits: str) -> Episodes:
-    return read_splits(
-        pipeline.folder / "episodes", *splits, salt=pipeline.config.salt, gamma=pipeline.config.logs.gamma
-    )
+    return read_splits(pipeline.folder / "episodes", *splits, salt=pipeline.config.salt, contract=pipeline.config.logs)
 
 
-def encoder_of(pipeline: Pipeline, train: Episodes) -> Encoder:
-    return Encoder.fit(pipeline.config.logs, train)
-
-
-def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
-    config = pipeline.config
-    return {
-        "episodes": made.digest,
-        "training": None if config.logs.tabular_states else config.training.model_dump(),
-        "seeds": [config.seed, config.seeds],
-    }
-
-
-def current_behavior(pipeline: Pipeline) -> Stage:
-    """The behavior policy of the present episodes. Raises InputError when it is of others."""
-    return storage.load_stage(pipeline.folder / "behavior", _behavior_key(pipeline, current_episodes(pipeline)))
-
-
-def behavior_policy(pipeline: Pipeline) -> Stage:
-    """The whole behavior policy, fitted on train and held against the selection split."""
-    config, made = pipeline.config, current_episodes(pipeline)
-    states = config.logs.tabular_states
-
-    def build(folder: Path) -> dict[str, Any]:
-        train = read_episodes(pipeline, "train")
-        if states is not None:
-            model: torch.nn.Module = behavior.fit_table(train, states)
-        else:
-            encoder = encoder_of(pipeline, train)
-            seeds = range(config.seed, config.seed + config.seeds)
-            cloned, _ = fit("bc", BCConfig(), train, encoder, seeds=seeds, **config.training.model_dump())
-            model = Mixture(cloned, config.seeds)
-        exported = export_checked(model, train, folder)
-        held_out = read_episodes(pipeline, "selection")
-        found = behavior.calibration(held_out, exported.on(held_out))
-        plots.reliability(found["reliability"], found["ece"], pipeline.reports / "behavior.png")
-        return {"kind": "table of logged propensities" if states else "behavior cloning", **found}
-
-    return storage.build_stage(
-        pipeline.folder / "behavior", _behavior_key(pipeline, made), build, (pipeline.reports / "behavior.png",)
-    )
-
-
-def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:
-    tensors = storage.read_tensors(pipeline.folder / "behavior" / bundle.WEIGHTS)
-    if "known" in tensors:
-        return BehaviorTable(tensors["known"].double().numpy())
-    seeds = range(pipeline.config.seeds)
-    model = Mixture(BC(BCConfig(), encoder, pipeline.config.logs.action.values, seeds), len(seeds))
-    model.load_state_dict(tensors)
-    return model
+def encoder_of(pipeline: Pipeline) -> Encoder:
+    """The encoder of the train split, whose moments were found while it was written."""
+    moments = storage.read_json(pipeline.folder / "episodes" / MOMENTS)
+    return Encoder.from_moments(pipeline.config.logs.features, moments)

@@ -1,17 +1,25 @@
 """From the best candidate to a verdict, a look at drift, and a release."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float64
+
 from offrl_models import bundle, storage
-from offrl_models.config import Pipeline
-from offrl_models.evaluation import CHAMPION, measure_rungs
+from offrl_models.config import ComparisonConfig, Pipeline
+from offrl_models.evaluation import CHAMPION, estimate_stated, measure_rungs, visit_frequencies
 from offrl_models.gate import Status, decisive_rung, ladder
-from offrl_models.logs.read import batch_files, read_batches
+from offrl_models.logs import values
+from offrl_models.logs.read import Log
+from offrl_models.logs.screen import screen
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
+from offrl_models.reports import checks, plots, shift
 from offrl_models.reports import evidence as evidence_report
-from offrl_models.reports import plots, shift
-from offrl_models.stages.data import current_episodes, encoder_of, load_behavior, read_episodes
+from offrl_models.schema import Episodes, InputError
+from offrl_models.stages.behavior import current_behavior, load_behavior, propensities_are, read_evaluated
+from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, read_log
 from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
 from offrl_models.storage import Stage
 
@@ -27,6 +35,51 @@ def _evidence_key(pipeline: Pipeline) -> dict[str, Any]:
         "leaderboard": board.digest,
         "gate": pipeline.config.gate.model_dump(mode="json"),
         "known_world": pipeline.config.known_world,
+        "compare_with": [
+            {**wanted.model_dump(mode="json"), "sha256": storage.sha256_tree(_log_of(pipeline, wanted))}
+            for wanted in pipeline.config.compare_with
+        ],
+    }
+
+
+def _log_of(pipeline: Pipeline, wanted: ComparisonConfig) -> Path:
+    path = pipeline.root / wanted.log
+    if not path.exists():
+        raise InputError(
+            f"{wanted.log}, the log of {wanted.name!r} in compare_with, is missing; fetch it with `dvc pull` or "
+            "`dvc repro`, or leave the comparison out."
+        )
+    return path
+
+
+def _compare(
+    pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, shares: Float64[np.ndarray, "samples episodes"]
+) -> dict[str, Any]:
+    """What the gate split says of another policy, and what its own log says. Raises InputError where that log breaks a rule."""
+    contract = wanted.contract(pipeline.config.logs)
+    log = Log.open([_log_of(pipeline, wanted)], contract)
+    broken = screen(log).violations
+    if broken:
+        raise InputError(broken[0].sentence(wanted.log))
+    rows = log.frame()
+    names = [feature.name for feature in gate.features]
+    probs = visit_frequencies(
+        values.observed_now(rows, contract),
+        values.action(rows, contract),
+        gate.observation[:, [names.index(name) for name in wanted.cells]],
+        gate.n_actions,
+        wanted.log,
+    )
+    reward = values.rewards(rows, contract)
+    return {
+        "policy": wanted.name,
+        "log": wanted.log,
+        "cells": list(wanted.cells),
+        "logged_rows": len(reward),
+        "logged_mean": float(reward.mean()),
+        "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
+        "gate_episodes": gate.n_episodes,
+        **estimate_stated(gate, probs, shares).to_json(),
     }
 
 
@@ -37,8 +90,8 @@ def evidence(pipeline: Pipeline) -> Stage:
 
     def build(folder: Path) -> dict[str, Any]:
         best = board.summary["best"]
-        fitted_on, gate = read_episodes(pipeline, "train", "selection"), read_episodes(pipeline, "gate")
-        encoder = encoder_of(pipeline, read_episodes(pipeline, "train"))
+        fitted_on, gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
+        encoder = encoder_of(pipeline)
         champion, candidate = load_behavior(pipeline, encoder), load_candidate(pipeline, best, encoder)
         policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in board.summary["ranking"]}  # fmt: skip
@@ -55,7 +108,9 @@ def evidence(pipeline: Pipeline) -> Stage:
         policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
         evaluation = evaluate_policies(pipeline, policies, fitted_on, gate, "FQE for the gate")
         estimates = evaluation.estimates
-        measures = measure_rungs(list(rungs), evaluation, config.gate, config.logs.tabular_states)
+        measures = measure_rungs(
+            list(rungs), evaluation, config.gate, config.logs.tabular_states, propensities_are(pipeline)
+        )
         verdicts = ladder([storage.sha256_file(rung / bundle.POLICY) for rung in rungs.values()], measures, config.gate)
         final = decisive_rung(verdicts)
         name, rung = list(rungs.items())[final]
@@ -64,6 +119,7 @@ def evidence(pipeline: Pipeline) -> Stage:
             "dataset": config.dataset,
             "raw_logs": made.summary["raw"],
             "gate_episodes": gate.n_episodes,
+            "behavior": {name: current_behavior(pipeline).summary[name] for name in ("propensities", "versions", "ece")},
             "champion": {
                 "name": "the behavior policy",
                 "value": float(evaluation.champion_returns.mean()),
@@ -78,15 +134,20 @@ def evidence(pipeline: Pipeline) -> Stage:
             ],
             "verdict": {**verdicts[final].to_json(), "policy_name": name, "cap": config.gate.caps[final]},
         }  # fmt: skip
+        judged = {**asdict(verdicts[final].measures), "policy": name, "influence": verdicts[final].measures.influence}
+        judged.pop("fqe_differences")
+        results = checks.check_evidence([judged], config.gate.model_dump(), config.coverage, docs)
         storage.write_json(folder / "evidence.json", found)
         storage.write_json(folder / "verdict.json", verdicts[final].to_json())
         exact = None
         if config.known_world:
             exact = evidence_report.exact_values(config.known_world, policies, config.logs.gamma)
-        evidence_report.write(found, exact, pipeline.reports)
+        compared = [_compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
+        evidence_report.write(found, exact, compared, pipeline.reports)
         return {
             "status": verdicts[final].status,
             "reason": verdicts[final].reason,
+            "certificate": verdicts[final].certificate,
             "decided_by": verdicts[final].decided_by,
             "policy_name": name,
             "rung": str(rung.relative_to(folder)),
@@ -95,22 +156,22 @@ def evidence(pipeline: Pipeline) -> Stage:
             "lower_bound": verdicts[final].measures.lower_bound,
             "episodes": gate.n_episodes,
             "rows": gate.n_rows,
+            "checks": [result.to_json() for result in results],
         }
 
+    docs = pipeline.reports / "support"
     pages = tuple(pipeline.reports / f"evidence.{kind}" for kind in ("json", "html", "png"))
     return storage.build_stage(pipeline.folder / "evidence", _evidence_key(pipeline), build, pages)
 
 
 def shift_report(pipeline: Pipeline) -> Stage:
     """Compare training logs with the newest batch, and the behavior's actions with the best candidate's."""
-    config, contract = pipeline.config, pipeline.config.logs
-    board = current_leaderboard(pipeline)
+    config, board = pipeline.config, current_leaderboard(pipeline)
     best = board.summary["best"]
     pages = tuple(pipeline.reports / name for name in ("shift-logs.html", "shift-actions.html", "shift.png"))
 
     def build(folder: Path) -> dict[str, Any]:
-        log = read_batches(batch_files(pipeline.raw), contract)
-        rows, reference, newest = shift.log_drift(log, contract)
+        rows, reference, newest = shift.log_drift(read_log(pipeline), config.seed)
         if rows:
             shift.write_report(reference, newest, pages[0], config.seed)
         else:
@@ -128,9 +189,12 @@ def shift_report(pipeline: Pipeline) -> Stage:
         worst = max((row["index"] for row in rows), default=0.0)
         color = "red" if worst > config.drift.red else "amber" if worst > config.drift.amber else "green"
         found = {"columns": rows, "worst": worst, "color": color, "actions_index": index, "candidate": best}
+        results = checks.check_shift(rows, config.drift.amber, config.drift.red, docs)
+        found["checks"] = [result.to_json() for result in results]
         storage.write_json(folder / "shift.json", found)
-        return {**found, "training_rows": reference.height, "newest_rows": newest.height}
+        return {**found, "compared_rows": reference.height, "newest_rows": newest.height}
 
+    docs = pipeline.reports / "drift"
     return storage.build_stage(pipeline.folder / "shift", _shift_key(pipeline), build, pages)
 
 

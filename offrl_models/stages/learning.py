@@ -15,7 +15,8 @@ from offrl_models.progress import Update
 from offrl_models.reports import plots
 from offrl_models.schema import Episodes
 from offrl_models.selection import rank
-from offrl_models.stages.data import current_behavior, current_episodes, encoder_of, read_episodes
+from offrl_models.stages.behavior import current_behavior, read_evaluated
+from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
 from offrl_models.training import fit, run_side_by_side
 
@@ -41,7 +42,7 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         def report(steps: int, losses: dict[str, float]) -> None:
             update(name, steps, total, ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
 
-        encoder = encoder_of(pipeline, train)
+        encoder = encoder_of(pipeline)
         algorithm, history = fit(
             name, settings, train, encoder, seeds=seeds, **config.training.model_dump(), report=report
         )
@@ -77,7 +78,7 @@ def current_candidates(pipeline: Pipeline) -> dict[str, Stage]:
 def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
     seeds = range(pipeline.config.seeds)
     _, kind = ALGORITHMS[name]
-    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.values, seeds)  # pyright: ignore[reportArgumentType]
+    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.n_actions, seeds)  # pyright: ignore[reportArgumentType]
     model = Mixture(algorithm, len(seeds))
     model.load_state_dict(storage.read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
@@ -86,7 +87,7 @@ def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
 def evaluate_policies(
     pipeline: Pipeline, policies: dict[str, OnnxPolicy], fitted_on: Episodes, evaluated_on: Episodes, task: str
 ) -> Evaluation:
-    config, encoder = pipeline.config, encoder_of(pipeline, read_episodes(pipeline, "train"))
+    config, encoder = pipeline.config, encoder_of(pipeline)
     return evaluate(
         policies,
         fitted_on,
@@ -122,7 +123,7 @@ def leaderboard(pipeline: Pipeline) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
         policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
-        train, selection = read_episodes(pipeline, "train"), read_episodes(pipeline, "selection")
+        train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
         rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
         storage.write_json(folder / "leaderboard.json", rows)
         gains = [row["score"] for row in rows]

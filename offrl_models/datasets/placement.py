@@ -1,0 +1,85 @@
+"""Where every row of a log goes: which split, and which row of it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Int64
+
+from offrl_models.datasets.split import SPLITS, buckets
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.index import Index
+from offrl_models.schema import InputError
+
+
+def place(found: Index, contract: Contract, salt: str) -> pl.DataFrame:
+    """Episodes that enter the dataset, sorted by id: their split, the row of it where they begin, and how many they keep.
+
+    Left out are episodes with gaps, and those whose rewards may still come. An open episode counts as truncated. Where the log
+    has no next observation, a truncated episode ends one decision earlier, at the last observation that is known.
+    Raises InputError when a split would be empty.
+    """
+    kept = found.episodes.filter(~pl.col("gap") & ~pl.col("pending")).with_columns(truncated=~pl.col("terminated"))
+    if contract.next_observation is None:
+        kept = kept.with_columns(pl.col("length") - pl.col("truncated")).filter(pl.col("length") > 0)
+    entities = kept["entity"].unique()
+    side = pl.DataFrame({"entity": entities, "bucket": buckets(entities.to_numpy(), salt)})
+    later = [numbers.start for numbers in list(SPLITS.values())[1:]]
+    split = pl.sum_horizontal(*((pl.col("bucket") >= start).cast(pl.Int64) for start in later))
+    kept = kept.join(side, on="entity", how="left", maintain_order="left").with_columns(split=split)
+    for number, name in enumerate(SPLITS):
+        if not (kept["split"] == number).any():
+            raise InputError(f"the log has {kept.height} episodes and none falls into the {name} split; collect more.")
+    start = (pl.col("length").cum_sum() - pl.col("length")).over("split")
+    return kept.with_columns(start=start, number=pl.int_range(pl.len()).over("split"))
+
+
+class Destination(NamedTuple):
+    """Of some rows of the log, one entry each."""
+
+    split: Int64[np.ndarray, "rows"]  # number of the split, -1 where the row is left out
+    row: Int64[np.ndarray, "rows"]  # row of the split
+    end: Int64[np.ndarray, "rows"]  # row of the split at which the episode ends; rows from it on are cut off
+    episode: Int64[np.ndarray, "rows"]  # number of the episode in the split
+
+    def inside(self, split: int) -> Bool[np.ndarray, "rows"]:
+        """Rows that the split keeps."""
+        return (self.split == split) & (self.row < self.end)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The destination of every run of one batch, in order of reading."""
+
+    first: Int64[np.ndarray, "runs"]  # row of the batch at which each run begins
+    runs: Destination  # of the first row of each run
+
+    @classmethod
+    def by_batch(cls, found: Index, placed: pl.DataFrame) -> "dict[int, Placement]":
+        facts = placed.select("episode", "split", "start", "number", end=pl.col("start") + pl.col("length"))
+        runs = found.runs.select("batch", "row", "episode", "step").join(
+            facts, on="episode", how="left", maintain_order="left"
+        )
+        known = runs.select(
+            "batch", first="row", split=pl.col("split").fill_null(-1).cast(pl.Int64),
+            row=(pl.col("start") + pl.col("step")).fill_null(0).cast(pl.Int64),
+            end=pl.col("end").fill_null(0).cast(pl.Int64), number=pl.col("number").fill_null(0).cast(pl.Int64),
+        )  # fmt: skip
+        parts = known.partition_by("batch", as_dict=True, maintain_order=True)
+        return {
+            int(number): cls(
+                part["first"].to_numpy(), Destination(*(part[n].to_numpy() for n in ("split", "row", "end", "number")))
+            )
+            for (number,), part in parts.items()
+        }
+
+    def of_rows(self, first: int, rows: int) -> Destination:
+        """The destination of `rows` rows of the batch from `first` on."""
+        low = int(np.searchsorted(self.first, first, "right")) - 1
+        high = int(np.searchsorted(self.first, first + rows, "left"))
+        begins = np.maximum(self.first[low:high], first)
+        counts = np.diff(np.append(begins, first + rows))
+        split, row, end, episode = (np.repeat(values[low:high], counts) for values in self.runs)
+        within = np.arange(first, first + rows) - np.repeat(self.first[low:high], counts)
+        return Destination(split, row + within, end, episode)

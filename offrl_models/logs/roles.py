@@ -1,0 +1,274 @@
+"""The parts of a contract: what one column, or a few of them, mean."""
+
+import difflib
+from math import prod
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from offrl_models.schema import Feature, InputError
+
+TIME_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "days")  # what a timestamp becomes
+Label = str | int
+
+
+def nearest_key_hint(key: str, known: list[str]) -> str:
+    """'; did you mean ...' for a misspelt key, or the list of known ones."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
+
+
+def _open_schema(schema: dict[str, Any]) -> None:
+    """Leave unknown keys to the validator of `Strict`, which says more than that they are not allowed."""
+    schema.pop("additionalProperties", None)
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_open_schema)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}: {nearest_key_hint(str(key), list(cls.model_fields))}")
+        return data
+
+
+def one_sentence(error: ValidationError, where: str) -> InputError:
+    """The first complaint of a pydantic error, as a sentence that says where it is."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(f"{where}: {path + ': ' if path else ''}{message}")
+
+
+def _require_ordered(name: str, bounds: tuple[float | None, float | None] | None) -> None:
+    if bounds and bounds[0] is not None and bounds[1] is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"the {name} {list(bounds)} must have its lower end below its upper end")
+
+
+def _plain_name(value: Any) -> Any:
+    return {"column": value} if isinstance(value, str) else value
+
+
+class ObservationColumn(Strict):
+    """One observed column: a number or boolean unless it says otherwise."""
+
+    column: str
+    categories: int | tuple[Label, ...] | None = None  # codes 0 to n - 1, or the labels themselves
+    ordered: tuple[Label, ...] | None = None  # labels from low to high; read as 0, 1, 2, ...
+    timestamp: bool = False  # read as time of day, day of the week, and days since 2000
+    size: int | None = Field(default=None, ge=1)  # a list column of so many numbers
+    missing: float | Literal["mean", "category"] | None = (
+        None  # what stands for a missing value; None: none may be missing
+    )
+    range: tuple[float | None, float | None] | None = None
+    unit: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ObservationColumn":
+        kinds = [n for n in ("categories", "ordered", "timestamp", "size") if getattr(self, n)]
+        if len(kinds) > 1:
+            raise ValueError(f"{self.column!r} cannot be {kinds[0]} and {kinds[1]} at once; keep one")
+        if self.n_categories == 0 or self.ordered == ():
+            raise ValueError(f"{self.column!r} needs at least one category")
+        labels = self.labels or ()
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"{self.column!r} names a label twice")
+        if (self.missing == "category") and self.n_categories is None:
+            raise ValueError(f"missing: category needs `categories`; give {self.column!r} a number or 'mean'")
+        if self.n_categories is not None and self.missing not in (None, "category"):
+            raise ValueError(f"{self.column!r} has categories: a missing one is `missing: category`")
+        _require_ordered(f"range of {self.column!r}", self.range)
+        return self
+
+    @property
+    def n_categories(self) -> int | None:
+        """Categories that the contract names."""
+        return self.categories if self.categories is None or isinstance(self.categories, int) else len(self.categories)
+
+    @property
+    def labels(self) -> tuple[Label, ...] | None:
+        return self.ordered or (self.categories if isinstance(self.categories, tuple) else None)
+
+    @property
+    def kind(self) -> str:
+        """The kind of type that the column must have."""
+        if self.timestamp:
+            return "time"
+        if self.size:
+            return f"numbers[{self.size}]"
+        if self.labels:
+            return "label"
+        return "integer" if self.categories else "number"
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """Columns of the observation matrix that it becomes."""
+        if self.n_categories is not None:
+            return (Feature(self.column, self.n_categories + (self.missing == "category")),)
+        missing = None if self.missing == "category" else self.missing
+        if self.timestamp:
+            return tuple(Feature(f"{self.column}.{part}", None, missing) for part in TIME_FEATURES)
+        if self.size:
+            return tuple(Feature(f"{self.column}[{i}]", None, missing) for i in range(self.size))
+        return (Feature(self.column, None, missing),)
+
+
+Observed = Annotated[ObservationColumn, BeforeValidator(_plain_name, json_schema_input_type=ObservationColumn | str)]
+
+
+class ActionComponent(Strict):
+    """One of several choices that make up an action."""
+
+    column: str
+    values: int | tuple[Label, ...]  # codes 0 to n - 1, or the labels themselves
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> "ActionComponent":
+        labels = self.labels or ()
+        if self.n_values < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f"the action {self.column!r} needs at least two different values")
+        return self
+
+    @property
+    def n_values(self) -> int:
+        return self.values if isinstance(self.values, int) else len(self.values)
+
+    @property
+    def labels(self) -> tuple[Label, ...] | None:
+        return None if isinstance(self.values, int) else self.values
+
+
+class ActionColumns(Strict):
+    """What was decided: a discrete choice, several at once, or a vector of numbers with bounds.
+
+    `mask` is a list of booleans, one per action: which were allowed. `candidates` is a list of the actions that were.
+    """
+
+    column: str | None = None
+    values: int | tuple[Label, ...] | None = None
+    components: tuple[ActionComponent, ...] = ()  # a joint choice; the first varies slowest
+    columns: tuple[str, ...] = ()  # one number each
+    size: int | None = Field(default=None, ge=1)  # `column` is a list of so many numbers
+    low: float | tuple[float, ...] | None = None
+    high: float | tuple[float, ...] | None = None
+    mask: str | None = None
+    candidates: str | None = None
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "ActionColumns":
+        shapes = {
+            "column and values": self.column is not None and self.values is not None,
+            "components": bool(self.components),
+            "columns, low and high": bool(self.columns),
+            "column, size, low and high": self.column is not None and self.size is not None,
+        }
+        if sum(shapes.values()) != 1:
+            raise ValueError(f"give the action as one of: {'; '.join(shapes)}")
+        if self.continuous:
+            if self.low is None or self.high is None or len(self.bounds[0]) != self.dimensions != 0:
+                raise ValueError("a continuous action needs `low` and `high`: a number each, or one per dimension")
+            if not all(low < high for low, high in zip(*self.bounds, strict=True)):
+                raise ValueError("every `low` of the action must lie below its `high`")
+            if self.mask or self.candidates:
+                raise ValueError("a continuous action has bounds; a mask or candidates are for discrete ones")
+        elif self.low is not None or self.high is not None:
+            raise ValueError("`low` and `high` are for continuous actions; a discrete one has `values`")
+        elif not self.components:
+            ActionComponent(column=self.column or "", values=self.values or 0)
+        if self.mask and self.candidates:
+            raise ValueError("give either the mask or the candidates of the action, not both")
+        return self
+
+    @property
+    def continuous(self) -> bool:
+        return bool(self.columns) or self.size is not None
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.columns) or self.size or 0
+
+    @property
+    def bounds(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Lower and upper bound of every dimension of a continuous action."""
+
+        def spread(bound: float | tuple[float, ...] | None) -> tuple[float, ...]:
+            return bound if isinstance(bound, tuple) else (bound or 0.0,) * self.dimensions
+
+        return spread(self.low), spread(self.high)
+
+    @property
+    def choices(self) -> tuple[ActionComponent, ...]:
+        """The components of a discrete action; one of them as a rule."""
+        if self.components or self.continuous:
+            return self.components
+        return (ActionComponent(column=self.column or "", values=self.values or 0),)
+
+    @property
+    def n_actions(self) -> int:
+        """Number of discrete actions, joint ones counted as such; 0 for a continuous action."""
+        return prod(choice.n_values for choice in self.choices) if self.choices else 0
+
+    @property
+    def name(self) -> str:
+        """The column that a message names."""
+        return self.column or (self.components[0].column if self.components else self.columns[0])
+
+
+class RewardColumns(Strict):
+    """The reward: one column, or a weighted sum of several. `range` is the true range of one reward, not the observed one."""
+
+    column: str | None = None
+    weights: dict[str, float] = Field(default_factory=dict)
+    range: tuple[float, float]
+    unit: str | None = None
+    missing: float | None = None  # what a reward counts as that never came, once the window has closed
+    window_hours: float | None = Field(default=None, gt=0)  # how long after its decision a reward may still come
+    arrived_at: str | None = None
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "RewardColumns":
+        if (self.column is None) == (not self.weights):
+            raise ValueError("give the reward either as `column` or as `weights` (column: weight)")
+        _require_ordered("reward range", self.range)
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Column -> weight."""
+        return {self.column: 1.0} if self.column else self.weights
+
+    @property
+    def name(self) -> str:
+        return self.column or next(iter(self.weights))
+
+
+class CostColumn(Strict):
+    """A cost that a constraint may bound."""
+
+    column: str
+    range: tuple[float, float] | None = None
+    unit: str | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CostColumn":
+        _require_ordered(f"range of {self.column!r}", self.range)
+        return self
+
+
+Cost = Annotated[CostColumn, BeforeValidator(_plain_name, json_schema_input_type=CostColumn | str)]
+
+
+class PropensityColumn(Strict):
+    """With which probability the behavior policy acted: of the logged action, of every action (a list), or a density."""
+
+    column: str
+    of: Literal["action", "vector", "density"] = "action"
+
+
+Propensity = Annotated[PropensityColumn, BeforeValidator(_plain_name, json_schema_input_type=PropensityColumn | str)]

@@ -1,0 +1,203 @@
+"""The row-level rules of a contract: what one row, or it and the one before, may hold."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import polars as pl
+
+from offrl_models.logs import values
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.roles import ObservationColumn
+
+CLOCK_SKEW = timedelta(minutes=5)
+SUM_TOLERANCE = 1e-6  # of a logged vector of propensities
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row-level rule on one column. `broken` is True for rows that break it; it sees one chunk in order of reading."""
+
+    check: str
+    column: str
+    broken: pl.Expr
+    problem: str  # completes "<n> rows ..."
+    remedy: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.check}_{self.column}"
+
+
+MISSING, FILL = "missing, NaN or infinite", "fill them at the source or leave their episodes out."
+
+
+def _not_finite(column: pl.Expr, kind: str) -> pl.Expr:
+    if kind == "number":
+        number = column.cast(pl.Float64)
+        return number.is_null() | number.is_nan() | number.is_infinite()
+    if kind.startswith("numbers"):
+        each = column.cast(pl.List(pl.Float64)).list
+        return column.is_null() | ~each.sum().is_finite() | (each.drop_nulls().len() != each.len())
+    return column.is_null()
+
+
+def _present(contract: Contract) -> list[Rule]:
+    """C10: nothing is missing but where the contract says what stands for it."""
+    kinds, found = contract.kinds, []
+    required = [contract.episode_id, contract.entity, contract.step, contract.terminated, contract.truncated]
+    required += [*(c.column for c in contract.action.choices), *contract.action.columns, contract.interval]
+    required += [contract.action.column if contract.action.size else None, contract.decided_at, contract.policy_version]
+    required += [cost.column for cost in contract.costs]
+    required += [contract.action_prob.column if contract.action_prob else None]
+    required += [name for name, column in contract.observed() if column.missing is None]
+    for name in dict.fromkeys(name for name in required if name):
+        found.append(Rule("C10", name, _not_finite(pl.col(name), kinds[name]), MISSING, FILL))
+    for name, column in contract.observed():
+        if column.missing is not None and kinds[name] == "number":
+            found.append(Rule("C10", name, pl.col(name).cast(pl.Float64).is_infinite(), "infinite", FILL))
+    return found
+
+
+def _observed(name: str, column: ObservationColumn) -> list[Rule]:
+    """C11: labels, codes and numbers lie within the contract."""
+    found = []
+    if column.labels:
+        unknown = pl.col(name).is_not_null() & values.codes(name, column.labels).is_null()
+        found.append(Rule("C11", name, unknown, f"holding a label other than {', '.join(map(str, column.labels))}",
+                          "correct it or add the label to the contract."))  # fmt: skip
+    elif column.n_categories is not None:
+        found.append(Rule("C11", name, ~pl.col(name).is_between(0, column.n_categories - 1),
+                          f"holding a category outside 0 to {column.n_categories - 1}",
+                          "recode it or raise `categories` in the contract."))  # fmt: skip
+    elif column.size:
+        found.append(Rule("C11", name, pl.col(name).cast(pl.List(pl.Float64)).list.len() != column.size,
+                          f"holding a list of other than {column.size} numbers", "pad or cut it at the source."))  # fmt: skip
+    if column.range:
+        low, high = column.range
+        inside = (pl.col(name) >= low if low is not None else pl.lit(True)) & (
+            pl.col(name) <= high if high is not None else pl.lit(True)
+        )
+        shown = f"[{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}]"
+        found.append(Rule("C11", name, ~inside & pl.col(name).cast(pl.Float64).is_not_nan(), f"outside the range {shown}",
+                          "correct them or the range in the contract."))  # fmt: skip
+    return found
+
+
+def _actions(contract: Contract) -> list[Rule]:
+    """C13: the action is one of those there are, and was allowed."""
+    action, found = contract.action, []
+    for choice in action.choices:
+        shown = ", ".join(map(str, choice.labels)) if choice.labels else f"0 to {choice.n_values - 1}"
+        unknown = pl.col(choice.column).is_not_null() & values.component_code(choice).is_null()
+        found.append(Rule("C13", choice.column, unknown, f"holding an action outside {shown}",
+                          "recode it or add it to `values` in the contract."))  # fmt: skip
+    for name, low, high in zip(action.columns, *action.bounds, strict=False):
+        outside = ~pl.col(name).is_between(low, high) & pl.col(name).cast(pl.Float64).is_finite()
+        found.append(Rule("C13", name, outside, f"holding an action outside [{low:g}, {high:g}]",
+                          "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
+    if action.size and action.column:
+        each = pl.col(action.column).cast(pl.List(pl.Float64)).list
+        outside = (each.len() != action.size) | pl.any_horizontal(
+            *(
+                ~each.get(i, null_on_oob=True).is_between(low, high)
+                for i, (low, high) in enumerate(zip(*action.bounds, strict=True))
+            )
+        )
+        said = f"holding an action of other than {action.size} numbers, or outside its bounds"
+        found.append(Rule("C13", action.column, outside.fill_null(False), said, "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
+    allowed = values.mask_list(contract)
+    if allowed is not None:
+        code, n = values.action_code(contract), action.n_actions
+        unusable = allowed.is_null() | (allowed.list.len() != n) | allowed.list.contains(None)
+        taken = allowed.list.get(code, null_on_oob=True).fill_null(False)
+        found.append(Rule("C13", str(action.mask or action.candidates), unusable | (code.is_not_null() & ~taken),
+                          f"holding an action that the mask does not allow, or a mask that is not {n} booleans" if action.mask
+                          else "holding an action that is not among the candidates",
+                          f"log the {'mask' if action.mask else 'candidates'} of the decision."))  # fmt: skip
+    return found
+
+
+def _propensities(contract: Contract) -> list[Rule]:
+    """C14: propensities are probabilities, or densities."""
+    prob = contract.action_prob
+    if prob is None:
+        return []
+    value, column = values.propensity(contract), pl.col(prob.column)
+    finite = value.is_finite().fill_null(False)
+    if prob.of == "density":
+        return [Rule("C14", prob.column, finite & (value <= 0), "with a density that is not above 0",
+                     "log the density with which the action was drawn.")]  # fmt: skip
+    outside = finite & ~((value > 0) & (value <= 1))
+    if prob.of == "action":
+        return [Rule("C14", prob.column, outside, "with a propensity outside (0, 1]",
+                     "log the probability with which the action was drawn.")]  # fmt: skip
+    n, each = contract.action.n_actions, column.cast(pl.List(pl.Float64)).list
+    wrong = (each.len() != n) | ((each.sum() - 1).abs() > SUM_TOLERANCE) | (each.min() < 0)
+    return [Rule("C14", prob.column, (outside | wrong).fill_null(False), f"without {n} propensities that sum to 1, or with 0 for "
+                 "the logged action", "log the whole distribution from which the action was drawn.")]  # fmt: skip
+
+
+def _rewards(contract: Contract, clock: datetime | None) -> list[Rule]:
+    reward, (low, high) = contract.reward, contract.reward.range
+    value = values.reward(contract, clock)
+    due = values.window_closed(contract, clock) & value.is_null()
+    found = [Rule("C10", reward.name, due | value.is_nan() | value.is_infinite(), MISSING, FILL),
+             Rule("C12", reward.name, ~value.is_between(low, high) & value.is_finite(),
+                  f"outside the reward range [{low:g}, {high:g}]", "correct them or the range in the contract.")]  # fmt: skip
+    for cost in contract.costs:
+        if cost.range:
+            column = pl.col(cost.column)
+            found.append(Rule("C12", cost.column, ~column.is_between(*cost.range) & column.cast(pl.Float64).is_finite(),
+                              f"outside the range [{cost.range[0]:g}, {cost.range[1]:g}]",
+                              "correct them or the range in the contract."))  # fmt: skip
+    if contract.interval:
+        found.append(Rule("C11", contract.interval, pl.col(contract.interval) < 0, "with a negative time between decisions",
+                          "log the time until the next decision."))  # fmt: skip
+    return found
+
+
+def _sequence(contract: Contract, now: datetime | None) -> list[Rule]:
+    """C07 and C08: what follows follows. Rows of one episode that lie apart are left to the index."""
+    found = []
+    episode, step = pl.col(contract.episode_column), pl.col(contract.step_column)
+    goes_on = (episode == episode.shift(-1)) & (step + 1 == step.shift(-1))
+    for flag in (contract.terminated, contract.truncated):
+        goes_on = goes_on & ~pl.col(flag) if flag else goes_on
+    for column, following in zip(contract.observation, contract.next_observation or [], strict=False):
+        now_seen, said = pl.col(column.column), pl.col(following)
+        if column.size:
+            kind = pl.List(pl.Float64)
+            now_seen, said = now_seen.cast(kind).hash(), said.cast(kind).hash()
+        found.append(Rule("C07", following, (goes_on & said.ne_missing(now_seen.shift(-1))).fill_null(False),
+                          f"differing from {column.column!r} in the row that follows",
+                          "the next observation must be what was observed next."))  # fmt: skip
+    if contract.decided_at:
+        at = pl.col(contract.decided_at)
+        backwards = goes_on.shift(1).fill_null(False) & (at < at.shift(1))
+        found.append(Rule("C08", contract.decided_at, backwards, "earlier than the decision before it in the episode",
+                          "correct the timestamps or the steps."))  # fmt: skip
+        ahead = at > pl.col(contract.ingested_at) + CLOCK_SKEW if contract.ingested_at else pl.lit(False)
+        if now is not None:
+            ahead = ahead | (at > pl.lit(now + CLOCK_SKEW))
+        found.append(
+            Rule(
+                "C08",
+                contract.decided_at,
+                ahead.fill_null(False),
+                "later than their own ingestion",
+                "correct the clocks.",
+            )
+        )
+    return found
+
+
+def rules(contract: Contract, clock: datetime | None = None, now: datetime | None = None) -> list[Rule]:
+    """Every row-level rule. `clock` is the latest time in the log, `now` the time at which it is read."""
+    found = [*_sequence(contract, now), *(r for name, column in contract.observed() for r in _observed(name, column))]
+    found += [*_present(contract), *_rewards(contract, clock), *_actions(contract), *_propensities(contract)]
+    if contract.policy_version and contract.policy_versions is not None:
+        known = pl.col(contract.policy_version).is_in(list(contract.policy_versions))
+        found.append(Rule("C17", contract.policy_version, ~known,
+                          f"of a policy version other than {', '.join(contract.policy_versions)}",
+                          "name the version in the contract if it is right."))  # fmt: skip
+    return found

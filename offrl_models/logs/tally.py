@@ -1,0 +1,206 @@
+"""What is counted on every row of a log, chunk by chunk, in memory that does not grow with the rows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float64, Int64
+from scipy import stats
+
+from offrl_models.logs import values
+from offrl_models.logs.contract import Contract
+
+SURE = 0.999  # a propensity above it means that nothing was tried out (C18)
+BINS = 50
+DISTINCT = 1000  # distinct rewards that are told apart
+ALL = "all"
+
+
+@dataclass
+class Sums:
+    """n, sum and sum of squares of errors whose expectation is 0."""
+
+    n: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, n: float, total: float, squares: float) -> None:
+        self.n, self.total, self.squares = self.n + n, self.total + total, self.squares + squares
+
+    @property
+    def z(self) -> float:
+        """z-score of the mean. A constant that is not 0 gets a huge score, not none."""
+        mean = self.total / self.n
+        spread = np.sqrt(max(self.squares / self.n - mean**2, 0.0))
+        return 0.0 if abs(mean) <= 1e-12 else float(mean / (max(spread, 1e-12) / np.sqrt(self.n)))
+
+
+def zero_mean_z(error: Float64[np.ndarray, "rows"]) -> float:
+    """z-score of a mean whose expectation is 0."""
+    return Sums(float(len(error)), float(error.sum()), float(error @ error)).z
+
+
+def holm_z(z: Float64[np.ndarray, "tests"]) -> Float64[np.ndarray, "tests"]:
+    """z-scores, shrunk to what Holm's correction for that many tests leaves of them. Holm (1979)."""
+    log_p = np.log(2.0) + stats.norm.logsf(np.abs(z))
+    order = np.argsort(log_p)
+    adjusted = np.maximum.accumulate(log_p[order] + np.log(len(z) - np.arange(len(z))))
+    corrected = np.empty(len(z))
+    corrected[order] = stats.norm.isf(np.exp(np.minimum(adjusted, 0.0)) / 2)
+    huge = np.abs(z) > 35  # beyond what a double can hold; no correction matters there
+    return np.sign(z) * np.where(huge, np.abs(z), corrected)
+
+
+@dataclass
+class Tally:
+    """Running counts of one log."""
+
+    contract: Contract
+    rows: int = 0
+    actions: dict[tuple[str, int], list[float]] = field(
+        default_factory=dict
+    )  # (version, action) -> rows, sum of propensity
+    ratios: dict[tuple[str, str], Sums] = field(default_factory=dict)  # (version, policy) -> errors of the mean ratio
+    choices: Counter[str] = field(default_factory=Counter)  # version -> rows in which there was a choice
+    sure: Counter[str] = field(default_factory=Counter)  # version -> those of them with a propensity above SURE
+    propensities: Int64[np.ndarray, "bins"] = field(
+        default_factory=lambda: np.zeros(BINS, np.int64)
+    )  # histogram over [0, 1]
+    at_bounds: int = 0
+    rewards: set[float] = field(default_factory=set)
+    cells: Int64[np.ndarray, "cells"] | None = (
+        None  # state * actions + action -> visits, where there is a table of states
+    )
+    cell_probs: Float64[np.ndarray, "cells"] | None = None
+
+    def add(self, chunk: pl.DataFrame, reward: Float64[np.ndarray, "rows"]) -> None:
+        contract = self.contract
+        self.rows += chunk.height
+        versions = (
+            chunk[contract.policy_version].fill_null("").to_numpy()
+            if contract.policy_version
+            else np.full(chunk.height, ALL, dtype=object)
+        )
+        prob = values.propensities(chunk, contract) if contract.action_prob else None
+        known = reward[~np.isnan(reward)]
+        self.at_bounds += int(np.isin(known, contract.reward.range).sum())
+        if len(self.rewards) < DISTINCT:
+            self.rewards |= set(np.unique(known)[:DISTINCT].tolist())
+        names, which = np.unique(versions.astype(str), return_inverse=True)
+        for number, version in enumerate(names):
+            mine = slice(None) if len(names) == 1 else which == number
+            self._add_version(
+                str(version), chunk if len(names) == 1 else chunk.filter(pl.lit(which == number)), prob, mine
+            )
+        if contract.tabular_states:
+            self._add_cells(chunk, prob)
+
+    def _add_version(
+        self, version: str, chunk: pl.DataFrame, prob: Float64[np.ndarray, "rows"] | None, mine: slice | np.ndarray
+    ) -> None:
+        contract = self.contract
+        action = values.action(chunk, contract)
+        p = np.full(len(action), np.nan) if prob is None else prob[mine]
+        if not contract.action.continuous:
+            n = contract.action.n_actions
+            visits, total = np.bincount(action, minlength=n), np.bincount(action, np.nan_to_num(p), n)
+            for code in np.flatnonzero(visits):
+                kept = self.actions.setdefault((version, int(code)), [0.0, 0.0])
+                kept[0] += int(visits[code])
+                kept[1] += float(total[code])
+        if prob is None:
+            return
+        self.propensities += np.histogram(np.minimum(p, 1.0), BINS, (0.0, 1.0))[0]
+        if contract.action.continuous:
+            low, high = (np.array(bound) for bound in contract.action.bounds)
+            self._add_ratio(version, "uniform", 1.0 / (p * float(np.prod(high - low))) - 1.0)
+            return
+        mask = values.mask(chunk, contract)
+        choice = np.full(len(p), True) if mask is None else mask.sum(1) > 1
+        self.choices[version] += int(choice.sum())
+        self.sure[version] += int((choice & (p > SURE)).sum())
+        self._add_ratios(version, action, p, mask)
+
+    def _add_ratio(self, version: str, policy: str, error: Float64[np.ndarray, "rows"]) -> None:
+        sums = self.ratios.setdefault((version, policy), Sums())
+        sums.add(len(error), float(error.sum()), float(error @ error))
+
+    def _add_ratios(
+        self,
+        version: str,
+        action: Int64[np.ndarray, "rows"],
+        p: Float64[np.ndarray, "rows"],
+        mask: Bool[np.ndarray, "rows actions"] | None,
+    ) -> None:
+        """Mean-ratio tests (C15): for any policy pi, E[pi(a|s) / mu(a|s)] is 1 when the logged mu is right.
+
+        Tested for the uniform policy over the allowed actions and for each single action, where the expectation is whether the
+        action was allowed. The errors are martingale differences, so rows may be summed as if they were independent.
+        """
+        n, ratio = self.contract.action.n_actions, 1.0 / p
+        allowed = np.full(len(action), n) if mask is None else mask.sum(1)
+        self._add_ratio(version, "uniform", ratio / np.maximum(allowed, 1) - 1.0)
+        # An error is 1/p - 1 where the action was taken, -1 where it was allowed and not taken.
+        taken, first, second = (np.bincount(action, w, n) for w in (np.ones(len(action)), ratio, ratio**2))
+        could = np.full(n, float(len(action))) if mask is None else mask.sum(0).astype(np.float64)
+        for code in np.flatnonzero(could):
+            total = first[code] - could[code]
+            squares = second[code] - 2 * first[code] + taken[code] + (could[code] - taken[code])
+            self.ratios.setdefault((version, f"always {code}"), Sums()).add(could[code], total, squares)
+
+    def _add_cells(self, chunk: pl.DataFrame, prob: Float64[np.ndarray, "rows"] | None) -> None:
+        states, n = int(self.contract.tabular_states or 0), self.contract.action.n_actions
+        if n == 0:
+            return
+        cell = values.observed_now(chunk, self.contract)[:, 0].astype(np.int64) * n + values.action(
+            chunk, self.contract
+        )
+        if self.cells is None or self.cell_probs is None:
+            self.cells, self.cell_probs = np.zeros(states * n, np.int64), np.zeros(states * n)
+        self.cells += np.bincount(cell, minlength=states * n)
+        if prob is not None:
+            self.cell_probs += np.bincount(cell, prob, states * n)
+
+    def mean_ratios(self) -> pl.DataFrame:
+        """One row per test of C15: policy version, policy, rows, mean error, z, and z after Holm's correction."""
+        schema = {
+            "version": pl.String,
+            "policy": pl.String,
+            "rows": pl.Int64,
+            "mean_error": pl.Float64,
+            "z": pl.Float64,
+        }
+        tests = [(*key, int(s.n), s.total / s.n, s.z) for key, s in sorted(self.ratios.items())]
+        found = pl.DataFrame(tests, schema=schema, orient="row")
+        corrected = holm_z(found["z"].to_numpy()) if found.height else np.zeros(0)
+        return found.with_columns(z_holm=pl.Series(corrected, dtype=pl.Float64))
+
+    def action_frequencies(self) -> pl.DataFrame:
+        """One row per policy version and action: rows, their share of the version, mean propensity."""
+        schema = {"version": pl.String, "action": pl.Int64, "rows": pl.Int64, "mean_action_prob": pl.Float64}
+        rows = [(version, code, int(n), p / n) for (version, code), (n, p) in sorted(self.actions.items())]
+        found = pl.DataFrame(rows, schema=schema, orient="row")
+        return found.with_columns(share=pl.col("rows") / pl.col("rows").sum().over("version"))
+
+    def visits(self) -> pl.DataFrame | None:
+        """Visits of each cell of the table of states and actions; None where there is no table."""
+        if self.cells is None or self.cell_probs is None:
+            return None
+        seen = np.flatnonzero(self.cells)
+        n, visits = self.contract.action.n_actions, self.cells[seen]
+        return pl.DataFrame(
+            {
+                "state": seen // n,
+                "action": seen % n,
+                "visits": visits,
+                "mean_action_prob": self.cell_probs[seen] / visits,
+            }
+        )
+
+    def exploration(self) -> pl.DataFrame:
+        """One row per policy version: rows with a choice, and the share of them with a propensity above .999 (C18)."""
+        rows = [(version, n, self.sure[version] / n) for version, n in sorted(self.choices.items()) if n]
+        return pl.DataFrame(
+            rows, schema={"version": pl.String, "rows": pl.Int64, "share_sure": pl.Float64}, orient="row"
+        )

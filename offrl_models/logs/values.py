@@ -1,0 +1,141 @@
+"""What the columns of a chunk say, as arrays: observation matrix, action, mask, reward and propensity."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.roles import ActionComponent, Label, ObservationColumn
+
+EPOCH = datetime(2000, 1, 1)
+
+
+def codes(column: str, labels: Sequence[Label]) -> pl.Expr:
+    """Position of each label; null where the contract does not name it."""
+    names = [str(label) for label in labels]
+    return pl.col(column).replace_strict(names, list(range(len(names))), default=None, return_dtype=pl.Int64)
+
+
+def _numbers(name: str, column: ObservationColumn) -> list[pl.Expr]:
+    """One expression per feature; null or NaN is missing."""
+    if column.labels:
+        values = codes(name, column.labels)
+    elif column.timestamp:
+        at = pl.col(name)
+        days = (at - EPOCH).dt.total_microseconds() / 86_400e6
+        hour, week = days.mod(1) * 2 * np.pi, ((days + 5) / 7).mod(1) * 2 * np.pi  # 2000-01-01 was a Saturday
+        return [hour.sin(), hour.cos(), week.sin(), week.cos(), days]
+    else:
+        values = pl.col(name)
+    if column.n_categories is not None and column.missing == "category":
+        values = values.fill_null(column.n_categories)
+    return [values]
+
+
+def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -> Float32[np.ndarray, "rows columns"]:
+    """The observation matrix from the columns `names`, in the order of the contract; NaN where a number is missing."""
+    matrix, at = np.empty((frame.height, len(contract.features)), np.float32), 0
+    for name, column in zip(names, contract.observation, strict=True):
+        if column.size:
+            values = frame[name].cast(pl.Array(pl.Float32, column.size)).to_numpy()
+            matrix[:, at : at + column.size] = values
+            at += column.size
+            continue
+        for expression in _numbers(name, column):
+            plain = isinstance(column, ObservationColumn) and not (column.labels or column.timestamp or column.missing)
+            values = frame[name] if plain else frame.select(expression).to_series()
+            matrix[:, at] = values.to_numpy()
+            at += 1
+    return matrix
+
+
+def observed_now(frame: pl.DataFrame, contract: Contract) -> Float32[np.ndarray, "rows columns"]:
+    return observation(frame, contract, [column.column for column in contract.observation])
+
+
+def component_code(choice: ActionComponent) -> pl.Expr:
+    """Code of one component of the action; null where the contract does not name it."""
+    if choice.labels:
+        return codes(choice.column, choice.labels)
+    column = pl.col(choice.column).cast(pl.Int64)
+    return pl.when(column.is_between(0, choice.n_values - 1)).then(column)
+
+
+def action_code(contract: Contract) -> pl.Expr:
+    """Code of a discrete action; of a joint one, the first component varies slowest. Null where it is unknown."""
+    code = pl.lit(0, pl.Int64)
+    for choice in contract.action.choices:
+        code = code * choice.n_values + component_code(choice)
+    return code
+
+
+def action(
+    frame: pl.DataFrame, contract: Contract
+) -> Int64[np.ndarray, "rows"] | Float32[np.ndarray, "rows dimensions"]:
+    if not contract.action.continuous:
+        return frame.select(action_code(contract)).to_series().to_numpy()
+    if contract.action.size:
+        return frame[str(contract.action.column)].cast(pl.Array(pl.Float32, contract.action.size)).to_numpy()
+    return frame.select(pl.col(contract.action.columns).cast(pl.Float32)).to_numpy()
+
+
+def mask_list(contract: Contract) -> pl.Expr | None:
+    """One list of booleans per row, or None where everything is always allowed. Null where it is missing."""
+    action = contract.action
+    if action.mask:
+        return pl.col(action.mask)
+    if action.candidates:
+        choice = action.choices[0]
+        names = [str(label) for label in choice.labels] if choice.labels else [str(i) for i in range(choice.n_values)]
+        return pl.concat_list([pl.col(action.candidates).list.contains(name) for name in names])
+    return None
+
+
+def mask(frame: pl.DataFrame, contract: Contract) -> Bool[np.ndarray, "rows actions"] | None:
+    """True where an action was allowed; None where everything always is."""
+    allowed = mask_list(contract)
+    if allowed is None:
+        return None
+    return frame.select(allowed.list.to_array(contract.action.n_actions)).to_series().to_numpy().astype(bool)
+
+
+def window_closed(contract: Contract, clock: datetime | None) -> pl.Expr:
+    """Rows whose reward can no longer come. `clock` is the latest time in the log: a log knows of no later one."""
+    window = contract.reward.window_hours
+    if window is None or clock is None:
+        return pl.lit(True)
+    return pl.col(str(contract.decided_at)) + pl.duration(seconds=int(window * 3600)) <= pl.lit(clock)
+
+
+def reward(contract: Contract, clock: datetime | None = None) -> pl.Expr:
+    """Reward per row; null where it may still come, or never came and the contract says of no value for that."""
+    total = pl.sum_horizontal(
+        *(pl.col(name).cast(pl.Float64) * weight for name, weight in contract.reward.terms.items()), ignore_nulls=False
+    )
+    if contract.reward.missing is None:
+        return total
+    absent = total.is_null() & window_closed(contract, clock)
+    return pl.when(absent).then(pl.lit(contract.reward.missing)).otherwise(total)
+
+
+def propensity(contract: Contract) -> pl.Expr:
+    """Probability or density of the logged action; NaN where it was not logged."""
+    prob = contract.action_prob
+    if prob is None:
+        return pl.lit(float("nan"))
+    if prob.of == "vector":
+        return pl.col(prob.column).cast(pl.List(pl.Float64)).list.get(action_code(contract), null_on_oob=True)
+    return pl.col(prob.column).cast(pl.Float64)
+
+
+def propensities(frame: pl.DataFrame, contract: Contract) -> Float64[np.ndarray, "rows"]:
+    if contract.action_prob is None:
+        return np.full(frame.height, np.nan)
+    return frame.select(propensity(contract).fill_null(float("nan"))).to_series().to_numpy()
+
+
+def rewards(frame: pl.DataFrame, contract: Contract, clock: datetime | None = None) -> Float[np.ndarray, "rows"]:
+    return frame.select(reward(contract, clock)).to_series().to_numpy()
