@@ -10,6 +10,7 @@ export GX_ANALYTICS_ENABLED := false
 export OMP_NUM_THREADS := 1
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 3000
+PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
 .PHONY: help install logs demo ui new check test clean
@@ -24,11 +25,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
-logs: install  ## make the example's raw logs, a DVC stage
-	@dvc repro --quiet
+logs: install  ## make or fetch the example's raw logs, a DVC stage
+	@dvc repro --quiet $(PIPELINE)
 
-demo: logs  ## from raw ICU logs to a gated policy, then one table
-	@python -m orchestration.demo icu_sepsis
+demo: logs  ## from raw ICU logs to a gated policy, then one table; with PIPELINE=open_bandit, from real clicks
+	@python -m orchestration.demo $(PIPELINE)
 
 ui: install  ## the Dagster UI with the reports, on 127.0.0.1:3000
 	@python -m orchestration.webserver --port $(PORT)

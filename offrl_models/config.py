@@ -73,7 +73,9 @@ class ComparisonConfig(Strict):
         kinds = {column.column: column for column in logs.observation if column.categories or column.ordered}
         for name in self.cells:
             if name not in kinds:
-                raise ValueError(f"compare_with: {name!r} is no observed category: {nearest_key_hint(name, list(kinds))}")
+                raise ValueError(
+                    f"compare_with: {name!r} is no observed category: {nearest_key_hint(name, list(kinds))}"
+                )
         return Contract(
             source=self.log,
             format=logs.format,

@@ -18,7 +18,12 @@ from offrl_models.ope.doubly_robust import wdr
 from offrl_models.ope.estimates import LEVEL, Estimates, estimate
 from offrl_models.ope.fqe import FQEConfig, FQEValues
 from offrl_models.ope.importance import Terms, tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap, bootstrap_lower_bound, bootstrap_shares, confidence_sequence_lower_bound
+from offrl_models.ope.intervals import (
+    bootstrap,
+    bootstrap_lower_bound,
+    bootstrap_shares,
+    confidence_sequence_lower_bound,
+)
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.policies import OnnxPolicy

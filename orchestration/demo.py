@@ -1,6 +1,7 @@
 """One pipeline from raw logs to verdict, in this process, with what happened told to a person.
 
 python -m orchestration.demo icu_sepsis
+python -m orchestration.demo open_bandit
 """
 
 import logging
@@ -22,15 +23,18 @@ from orchestration.pipeline import OfflineRLPipeline
 ROOT = Path(__file__).parent.parent
 STEPS = {
     "raw_logs": "take in new batches",
-    "coverage": "check coverage",
+    "raw_logs_checks": "check what they cover",
     "episodes": "split into episodes",
+    "episodes_checks": "check the splits",
     "behavior_policy": "fit the behavior policy",
+    "behavior_policy_checks": "check its calibration",
     "candidates": "train the candidates",
     "leaderboard": "rank them on the selection split",
     "evidence": "evaluate the ladder on the gate split",
+    "evidence_checks": "check overlap and sample sizes",
     "gate": "the gate",
     "shift_report": "compare with the newest batch",
-    "drift": "drift",
+    "shift_report_checks": "check for drift",
     "policy": "release",
 }
 

@@ -35,8 +35,16 @@ def repository(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     return toy
 
 
+def dataset(pipeline: Pipeline) -> dict[str, str]:
+    """sha256 of every file of the dataset, made anew where the logs are others."""
+    stages.ingest(pipeline).require_clean()
+    stages.coverage(pipeline)
+    return {name: facts["sha256"] for name, facts in stages.episodes(pipeline).files.items()}
+
+
 def test_accepted_batches_become_a_version_and_older_ones_come_back(repository: Pipeline) -> None:
-    first = stages.ingest(repository).version
+    """The older version of the logs gives the older dataset, bit for bit."""
+    first, older = stages.ingest(repository).version, dataset(repository)
     assert versioning.record(repository) == "data/toy/raw.dvc"
     assert yaml.safe_load((repository.root / "data/toy/raw.dvc").read_text())["outs"][0]["md5"] == first
     old = (repository.root / "data/toy/raw.dvc").read_text()
@@ -44,11 +52,14 @@ def test_accepted_batches_become_a_version_and_older_ones_come_back(repository: 
     storage.write_parquet(repository.folders.landing / "batch-3.parquet", batch.to_arrow())
     second = stages.ingest(repository).version
     versioning.record(repository)
+    newer = dataset(repository)
+    assert newer["train.arrow"] != older["train.arrow"] and newer["moments.json"] != older["moments.json"]
     assert second != first and versioning.recorded(repository.root, repository.raw)[0] == second
     (repository.root / "data/toy/raw.dvc").write_text(old)
     dvc(repository.root, "checkout", "-q", "--force")
     assert log_version(repository.raw) == first
     assert "up to date" in dvc(repository.root, "status")
+    assert dataset(repository) == older
 
 
 def test_a_folder_without_dvc_still_has_a_version(toy: Pipeline) -> None:

@@ -19,7 +19,7 @@ def raw_log(stays: int, seed: int) -> tuple[pa.Table, np.ndarray]:
     drawn = icu_sepsis().simulate(stays, seed)
     state = drawn.observation[:, 0].astype(np.int16)
     # A stay is admitted every half hour, and a decision is taken every four hours.
-    admitted = np.datetime64(datetime(2026, 1, 1), "s") + np.arange(stays) * np.timedelta64(30, "m")
+    admitted = np.datetime64(datetime(2024, 1, 1), "s") + np.arange(stays) * np.timedelta64(30, "m")
     decided_at = admitted[drawn.episode_of_row] + drawn.step * np.timedelta64(4, "h")
     table = pa.table(
         {

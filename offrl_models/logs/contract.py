@@ -10,15 +10,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from offrl_models.logs.formats import FORMATS
 from offrl_models.logs.roles import (
     ActionColumns,
+    ChainColumns,
     Cost,
     ObservationColumn,
     Observed,
     Propensity,
     RewardColumns,
-    Strict,
-    nearest_key_hint,
-    one_sentence,
 )
+from offrl_models.logs.strict import Strict, nearest_key_hint, one_sentence
 from offrl_models.schema import Feature
 
 __all__ = ["Contract", "Strict", "arrow_type", "matches_kind", "nearest_key_hint", "one_sentence"]
@@ -67,6 +66,7 @@ class Contract(Strict):
     ingested_at: str | None = None
     actor: str | None = None  # person or site that acted, where that is not part of the observation
     subgroups: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
+    chain: ChainColumns | None = None
     gamma: float = Field(gt=0, le=1)
 
     @model_validator(mode="before")
@@ -99,7 +99,7 @@ class Contract(Strict):
     @model_validator(mode="after")
     def _rows_have_an_order(self) -> "Contract":
         if self.horizon == 1:
-            for name in ("step", "truncated", "next_observation", "interval"):
+            for name in ("step", "terminated", "truncated", "next_observation", "interval"):
                 if getattr(self, name):
                     raise ValueError(f"with horizon 1 every row is an episode, so there is no {name}; leave it out")
         elif self.episode_id is None:
@@ -117,6 +117,13 @@ class Contract(Strict):
                 f"next_observation names {len(self.next_observation)} columns and observation {len(self.observation)}; "
                 "give one next column for each observed column, in the same order"
             )
+        observed = [name for name, _ in self.observed()]
+        for listed in (observed, [cost.column for cost in self.costs], list(self.subgroups)):
+            twice = [name for name in listed if listed.count(name) > 1]
+            if twice:
+                raise ValueError(f"column {twice[0]!r} is named twice in one role; name it once")
+        if self.policy_versions is not None and self.policy_version is None:
+            raise ValueError("policy_versions are those of a column; name it as policy_version")
         wide = [c.column for c in self.observation if (c.n_categories or 0) > LARGEST_CATEGORY]
         if wide:
             raise ValueError(f"column {wide[0]!r} has over {LARGEST_CATEGORY:,} categories; group them first")
@@ -190,6 +197,8 @@ class Contract(Strict):
             "ingested_at": (self.ingested_at, "time"),
             "the reward's arrival": (self.reward.arrived_at, "time"),
             "the actor": (self.actor, "label"),
+            "the chain": (self.chain.hash if self.chain else None, "label"),
+            "the chain before": (self.chain.previous if self.chain else None, "label"),
         }
         found += [(role, name, kind) for role, (name, kind) in more.items() if name]
         return found + [("a subgroup", name, "label") for name in self.subgroups]

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from offrl_models.logs import independence, support, timing, values
+from offrl_models.logs.chain import Chain
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.index import Index
 from offrl_models.logs.read import BATCH, Log, ahead
@@ -32,6 +33,7 @@ class Coverage:
     propensity: pl.DataFrame  # one row per test of "the mean ratio is 1" (C15)
     actions: pl.DataFrame  # one row per policy version and action
     overlap: pl.DataFrame  # histogram of the logged propensities: from, rows
+    rewards: pl.DataFrame  # histogram of the rewards over their range: from, rows
     episodes: pl.DataFrame  # one row per number of steps: length, episodes
     returns: pl.DataFrame  # one row per sampled episode: return
     card: dict[str, Any]  # one value per fact about the whole log
@@ -42,7 +44,7 @@ class Coverage:
 def measure(log: Log, seed: int = 0, screened: Screened | None = None) -> Coverage:
     """Every measure of a log."""
     contract, held = log.contract, screened or screen(log)
-    tally, times = Tally(contract), _Times(contract)
+    tally, times, chain = Tally(contract), _Times(contract), Chain(contract)
     share = min(1.0, SAMPLE_ROWS / max(sum(held.index.rows.values()), 1))
     chosen = _chosen_episodes(held.index, share, seed)
     parts = []
@@ -51,6 +53,7 @@ def measure(log: Log, seed: int = 0, screened: Screened | None = None) -> Covera
             continue
         tally.add(chunk.filter(_usable(contract)), values.rewards(chunk, contract, held.index.clock))
         times.add(chunk)
+        chain.add(chunk)
         parts.append(chunk if share == 1.0 else chunk.filter(pl.col(contract.episode_column).is_in(chosen.implode())))
     sample = make_sample(pl.concat(parts, how="vertical_relaxed"), held.index, contract)
     visits = tally.visits()
@@ -62,10 +65,11 @@ def measure(log: Log, seed: int = 0, screened: Screened | None = None) -> Covera
         propensity=tally.mean_ratios(),
         actions=tally.action_frequencies(),
         overlap=pl.DataFrame({"from": np.linspace(0, 1, BINS + 1)[:-1], "rows": tally.propensities}),
+        rewards=pl.DataFrame({"from": np.linspace(*contract.reward.range, BINS + 1)[:-1], "rows": tally.reward_counts}),
         episodes=lengths,
         returns=pl.DataFrame({"return": sample.return_}),
         card=_card(tally, held.index, sample, cells, len(log.batches)),
-        derived={**_derived(sample, contract, seed), **times.found(contract), "C18": tally.exploration()},
+        derived={**_derived(sample, contract, seed), **times.found(contract), "C18": tally.exploration(), "C34": chain.found()},
         violations=held.violations,
     )
 

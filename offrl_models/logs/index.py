@@ -15,23 +15,8 @@ from jaxtyping import Bool
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import BATCH, DamagedBatchError, Log
-
-LAST_STEP = 2**31  # steps beyond it are a gap, whatever they are
-GAPS_LEFT_OUT = (
-    0.001  # most of a batch's episodes that may have gaps; they are left out, beyond it the batch is refused
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A structural rule and the rows of each batch that break it."""
-
-    check: str
-    column: str
-    rows: dict[int, int]  # batch -> rows
-    first: dict[int, int]  # batch -> the first of them, counted from 0 in its file
-    problem: str  # completes "<n> rows ..."
-    remedy: str
+from offrl_models.logs.rules import LAST_STEP
+from offrl_models.logs.structure import Found, Problem, problems
 
 
 @dataclass(frozen=True)
@@ -73,15 +58,13 @@ def _runs(frame: pl.DataFrame, contract: Contract, first_row: int) -> pl.DataFra
     before = frame.select(
         new=episode.ne_missing(episode.shift(1)) | (step != step.shift(1) + 1).fill_null(True),
         ended=(terminated | truncated).shift(1).fill_null(False),
-        other=pl.lit(False)
-        if contract.entity is None
-        else pl.col(contract.entity).ne_missing(pl.col(contract.entity).shift(1)),
+        other=pl.col(contract.entity).ne_missing(pl.col(contract.entity).shift(1))
+        if contract.entity
+        else pl.lit(False),
     )
-    starts = (
-        np.ones(frame.height, bool)
-        if alone
-        else before.select(pl.any_horizontal(pl.all())).to_series().to_numpy().copy()
-    )
+    starts = np.ones(frame.height, bool)
+    if not alone:
+        starts = before.select(pl.any_horizontal(pl.all())).to_series().to_numpy().copy()
     starts[0] = True
     at = np.flatnonzero(starts)
     rows = np.diff(np.append(at, frame.height))
@@ -105,23 +88,18 @@ def _runs(frame: pl.DataFrame, contract: Contract, first_row: int) -> pl.DataFra
         runs = runs.with_columns(
             latest.group_by("run", maintain_order=True).agg(pl.col("at").max())["at"].alias("waits_from")
         )
+    if contract.decided_at:
+        decided = frame[contract.decided_at]
+        runs = runs.with_columns(began=decided.gather(at), until=decided.gather(ends))
     if contract.next_observation:
         now = [column.column for column in contract.observation]
         first = frame[at].select(now).rename(dict(zip(now, map(str, range(len(now))), strict=True)))
         last = frame[ends].select(contract.next_observation)
         runs = runs.with_columns(
-            _hash_rows(first).alias("observed"),
-            _hash_rows(last.rename(dict(zip(last.columns, first.columns, strict=True)))).alias("expected"),
+            values.row_hash(first).alias("observed"),
+            values.row_hash(last.rename(dict(zip(last.columns, first.columns, strict=True)))).alias("expected"),
         )
     return runs
-
-
-def _hash_rows(frame: pl.DataFrame) -> pl.Series:
-    """A hash per row that does not depend on the width of its numbers."""
-    plain = [
-        pl.col(name).cast(pl.Float64) if dtype.is_numeric() else pl.col(name) for name, dtype in frame.schema.items()
-    ]
-    return frame.select(plain).hash_rows(seed=0)
 
 
 def index(log: Log) -> Index:
@@ -144,7 +122,9 @@ def index(log: Log) -> Index:
             rows[number] = log.raw(number, list(contract.reward_keys)).height
     for number, batch in enumerate(log.batches):
         if rows[number] == 0:
-            raise DamagedBatchError(f"{batch.path}: the batch has 0 rows; leave it out or write it again.", batch.path)
+            raise DamagedBatchError(
+                f"{batch.path}: the batch has 0 rows (C01); leave it out or write it again.", batch.path
+            )
     if not found:
         first = log.batches[0].path
         raise DamagedBatchError(
@@ -153,65 +133,37 @@ def index(log: Log) -> Index:
     return analyse(pl.concat((runs for runs, _ in found), how="vertical_relaxed"), rows, clock, log)
 
 
-Found = tuple[dict[int, int], dict[int, int]]  # rows per batch, and the first of them in its file
-
-
-def _per_batch(runs: pl.DataFrame, broken: pl.Expr, at: str = "row") -> Found:
-    """Runs per batch whose first (or last) row breaks a rule."""
-    found = runs.filter(broken.fill_null(False)).group_by("batch").agg(pl.len(), pl.col(at).min().alias("first"))
-    rows, first = {}, {}
-    for batch, n, row in found.iter_rows():
-        rows[int(batch)], first[int(batch)] = int(n), int(row)
-    return rows, first
-
-
 def analyse(runs: pl.DataFrame, rows: dict[int, int], clock: datetime | None, log: Log) -> Index:
     """Episodes and broken rules from the runs of a log."""
     contract = log.contract
     runs = runs.with_columns(last=pl.col("row") + pl.col("rows") - 1)
-    ordered = _in_order(runs.filter(pl.col("episode").is_not_null() & pl.col("step").is_not_null()))
-    repeated, conflicts = _repeated_rows(ordered, log) if (ordered["overlap"] > 0).any() else ({}, ({}, {}))
-    flags = pl.col("terminated") | pl.col("truncated")
-    step = contract.step_column
-    ordered = ordered.with_columns(gap=pl.col("missing") > 0)
-    gaps = _gap_batches(ordered)
-    problems = [
-        Problem("C03", step, *conflicts, "contradicting another row of the same episode and step",
-                "keep one row for each decision."),
-        Problem("C04", step, *gaps, "following a gap in the steps of its episode", "steps must run 0, 1, 2, ...: add the "
-                "missing decisions or leave the episode out."),
-        Problem("C05", contract.terminated or contract.truncated or step,
-                *_per_batch(ordered, (flags & ~pl.col("final")) | (pl.col("terminated") & pl.col("truncated")), "last"),
-                "ending an episode wrongly", "only the last row of an episode may be terminated or truncated, and not both: "
-                "correct the flags."),
-        Problem("C27", contract.entity_column,
-                *_per_batch(ordered, pl.col("same") & pl.col("entity").ne_missing(pl.col("entity").shift(1))),
-                "belonging to another entity than the row before", "an episode belongs to one entity: correct its id."),
-    ]  # fmt: skip
-    if contract.next_observation:
-        joins = pl.col("same") & (pl.col("step") == pl.col("end").shift(1))
-        differs = pl.col("observed") != pl.col("expected").shift(1)
-        problems.append(
-            Problem("C07", contract.next_observation[0], *_per_batch(ordered, joins & differs),
-                    "following a next observation that differs from what they observed", "the next observation must be what "
-                    "was observed next.")
-        )  # fmt: skip
+    usable = runs.filter(pl.col("episode").is_not_null() & pl.col("step").is_not_null())
+    ordered = _in_order(usable, ["episode"])
+    shared = (ordered["same"] & (ordered["batch"] != ordered["batch"].shift(1))).any()
+    by_batch = _in_order(usable, ["batch", "episode"]) if shared else ordered
+    found, repeated = problems(ordered, by_batch, contract), {}
+    if (ordered["overlap"] > 0).any():
+        repeated, *conflicts = _repeated_rows(ordered, log)
+        what = "episode and step" if contract.step else "episode"
+        found += [Problem("C03", contract.step or contract.episode_column, *rows, f"contradicting another row of the same {what}",
+                  "keep one row for each decision.", across) for across, rows in enumerate(conflicts)]  # fmt: skip
     if log.late_rewards is not None:
         once = dict(log.late_rewards.group_by(BATCH).len().iter_rows())
         for number, batch in enumerate(log.batches):
             if batch.rewards_only and rows[number] > once.get(number, 0):
                 repeated[number] = rows[number] - once.get(number, 0)
-    return Index(runs, _episodes(ordered, contract, clock), tuple(p for p in problems if p.rows), repeated, rows, clock)
+    return Index(runs, _episodes(ordered, contract, clock), tuple(p for p in found if p.rows), repeated, rows, clock)
 
 
-def _in_order(runs: pl.DataFrame) -> pl.DataFrame:
-    """Runs by episode and step, with what they repeat (`overlap`) and the steps missing before them (`missing`).
+def _in_order(runs: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """Runs of each group by step, with what they repeat (`overlap`) and the steps missing before them (`missing`).
 
-    `same` says that the run before is of the same episode, `final` that no run of the episode reaches further.
+    `same` says that the run before is of the same group, `final` that no run of the group reaches further, `gap` that steps are
+    missing before it.
     """
-    if not _is_in_order(runs):
-        runs = runs.sort("episode", "step", "batch", "row")
-    same = _is_same(runs)
+    if not _is_in_order(runs, by):
+        runs = runs.sort(*by, "step", "batch", "row")
+    same = _is_same(runs, by)
     step = runs["step"].clip(-1, LAST_STEP).to_numpy()
     end = step + runs["rows"].to_numpy()
     starts = np.flatnonzero(~same)
@@ -224,53 +176,47 @@ def _in_order(runs: pl.DataFrame) -> pl.DataFrame:
         end=pl.Series(end),
         same=pl.Series(same),
         overlap=pl.Series(np.where(same, np.minimum(end, reached) - step, 0).clip(0)),
-        missing=pl.Series(np.where(same, (step - reached).clip(0), np.abs(step))),
+        missing=pl.Series((step - reached).clip(0)),
+        gap=pl.Series(step > reached),
         final=pl.Series(end == furthest),
     )
 
 
-def _is_same(runs: pl.DataFrame) -> Bool[np.ndarray, "runs"]:
-    """Runs whose episode is that of the run before."""
-    return runs.select(pl.col("episode").eq_missing(pl.col("episode").shift(1))).to_series().to_numpy()
+def _is_same(runs: pl.DataFrame, by: list[str]) -> Bool[np.ndarray, "runs"]:
+    """Runs whose group is that of the run before."""
+    return runs.select(pl.all_horizontal(pl.col(by).eq_missing(pl.col(by).shift(1)))).to_series().to_numpy()
 
 
-def _is_in_order(runs: pl.DataFrame) -> bool:
+def _is_in_order(runs: pl.DataFrame, by: list[str]) -> bool:
     """Whether runs are sorted by episode and step already, as they are where logs are written in order."""
-    if not runs["episode"].is_sorted():
+    if by != ["episode"] or not runs["episode"].is_sorted():
         return False
     steps = np.diff(runs["step"].to_numpy())
-    return bool((steps[_is_same(runs)[1:]] > 0).all())
+    return bool((steps[_is_same(runs, by)[1:]] > 0).all())
 
 
-def _gap_batches(ordered: pl.DataFrame) -> Found:
-    """Rows after a gap, of the batches in which more than a few episodes have one."""
-    share = ordered.group_by("batch", "episode").agg(pl.col("gap").any()).group_by("batch").agg(pl.col("gap").mean())
-    too_many = share.filter(pl.col("gap") > GAPS_LEFT_OUT)["batch"].to_list()
-    return _per_batch(ordered, pl.col("gap") & pl.col("batch").is_in(too_many))
-
-
-def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Found]:
-    """Per batch, the rows that repeat an earlier row exactly, and those that contradict one."""
+def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Found, Found]:
+    """Per batch, rows that repeat an earlier row exactly, that contradict one of their batch, and one of any batch."""
     contract = log.contract
     keys = [contract.episode_column, contract.step_column]
     wanted = ordered.filter(pl.col("overlap") > 0).select(pl.col("episode").unique().alias(keys[0]))
 
     def of_chunk(number: int, first: int, chunk: pl.DataFrame) -> pl.DataFrame:
         numbered = chunk.with_columns(pl.int_range(first, first + chunk.height).alias("row"))
-        return numbered.join(wanted, on=keys[0], how="semi")
+        return numbered.join(wanted, on=keys[0], how="semi", maintain_order="left")
 
     read = pl.concat(log.each(of_chunk), how="vertical_relaxed")
-    marked = read.select(BATCH, "row", *keys).with_columns(content=_hash_rows(read.drop(BATCH, "row")))
-    marked = marked.with_columns(first=pl.col("content").first().over(keys), place=pl.int_range(pl.len()).over(keys))
-    later = marked.filter(pl.col("place") > 0).with_columns(equal=pl.col("content") == pl.col("first"))
-    counted = later.group_by(BATCH, "equal").agg(pl.len(), pl.col("row").min().alias("at"))
-    repeated, conflicts = {}, ({}, {})
-    for batch, equal, n, row in counted.iter_rows():
-        if equal:
-            repeated[int(batch)] = int(n)
-        else:
-            conflicts[0][int(batch)], conflicts[1][int(batch)] = int(n), int(row)
-    return repeated, conflicts
+    content = values.row_hash(read.drop(BATCH, "row"))
+    marked = read.select(BATCH, "row", *keys).with_columns(content=content).drop_nulls(keys)
+    first, place = pl.col("content").first(), pl.int_range(pl.len()).over(keys)
+    repeats = (place > 0) & (pl.col("content") == first.over(keys))
+
+    def count(broken: pl.Expr) -> Found:
+        counted = marked.filter(broken).group_by(BATCH).agg(pl.len(), pl.col("row").min().alias("first")).rows()
+        return {int(batch): int(n) for batch, n, _ in counted}, {int(batch): int(row) for batch, _, row in counted}
+
+    own, any_batch = (pl.col("content") != first.over(over) for over in ([*keys, BATCH], keys))
+    return count(repeats)[0], count(own), count(any_batch)
 
 
 def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None) -> pl.DataFrame:

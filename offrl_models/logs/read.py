@@ -16,14 +16,14 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from jaxtyping import Int
 
-from offrl_models.logs import formats
+from offrl_models.logs import formats, values
 from offrl_models.logs.contract import EPISODE, STEP, Contract, arrow_type, matches_kind
 from offrl_models.schema import InputError
 
 BATCH = "_batch"  # index of the file a row came from, in the order in which the batches are read
 CHUNK = 262_144  # rows that are in memory at a time
+LARGEST = 2**63 - 1  # what is beyond it is neither a step nor a code, and stays none
 WORKERS = min(2, os.cpu_count() or 1)  # batches that are worked on at a time; each takes memory of its own
 T = TypeVar("T")
 
@@ -66,20 +66,22 @@ def open_batch(path: Path, contract: Contract) -> Batch:
         arrived = contract.reward.arrived_at
         wanted = {name: wanted[name] for name in [*late, *([arrived] if arrived in schema.names else [])] if name}
     for name, kind in wanted.items():
-        if name not in schema.names:
-            hint = formats.nearest_column(name, schema.names)
+        if schema.names.count(name) != 1:
+            there = "there twice" if name in schema.names else "missing"
+            hint = formats.nearest_column(name, schema.names) if name not in schema.names else ""
             raise InputError(
-                f"{path}: column {name!r} is missing in all {count_rows(path, contract)} rows{hint}; the contract needs it "
-                f"({kind}), so write the batch again with it."
+                f"{path}: column {name!r} is {there} in all {count_rows(path, contract)} rows{hint} (C01); the contract needs "
+                f"it once ({kind}), so write the batch again with it."
             )
         dtype = schema.field(name).type
         if not matches_kind(kind, dtype):
             raise InputError(
-                f"{path}: column {name!r} is {dtype} in all {count_rows(path, contract)} rows where the contract needs a {kind}; "
-                "convert it and write the batch again."
+                f"{path}: column {name!r} is {dtype} in all {count_rows(path, contract)} rows where the contract needs a {kind} "
+                "(C01); convert it and write the batch again."
             )
     keys = [schema.field(name).type for name, kind in wanted.items() if kind == "key"]
-    return Batch(path, wanted, all(pa.types.is_integer(dtype) for dtype in keys), rewards_only)
+    integer_keys = all(pa.types.is_integer(dtype) and dtype != pa.uint64() for dtype in keys)
+    return Batch(path, wanted, integer_keys, rewards_only)
 
 
 def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: bool) -> pl.Expr:
@@ -90,7 +92,11 @@ def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: boo
             return column.cast(pl.Int64 if integer_keys else pl.String)
         case "label":
             return column.cast(pl.String)
-        case "integer" | "number" if dtype.is_unsigned_integer() or dtype == pl.Boolean:
+        case "integer":
+            return column.clip(upper_bound=LARGEST).cast(pl.Int64) if dtype == pl.UInt64 else column.cast(pl.Int64)
+        case "number" if dtype == pl.UInt64:
+            return column.cast(pl.Float64)
+        case "number" if dtype.is_unsigned_integer() or dtype == pl.Boolean:
             return column.cast(pl.Int64)
         case "mask":
             return column.cast(pl.List(pl.Boolean))
@@ -195,19 +201,22 @@ class Log:
         return pl.concat(self.chunks(columns), how="vertical_relaxed")
 
     def raw(self, number: int, columns: Sequence[str]) -> pl.DataFrame:
-        """One batch as it stands, late rewards not in place."""
-        return pl.concat(self._read(number, columns, CHUNK), how="vertical_relaxed")
+        """One batch as it stands, late rewards not in place; without columns where it has no rows."""
+        return pl.concat([pl.DataFrame(), *self._read(number, columns, CHUNK)], how="diagonal_relaxed")
 
     @cached_property
     def late_rewards(self) -> pl.DataFrame | None:
-        """Rewards of the batches that bring nothing else, one row per decision; None where there are none."""
+        """Rewards of the batches that bring nothing else, one row per decision; None where there are none.
+
+        What is out of range is left out, for it is a fault of the batch that brings it and not of the decision's.
+        """
         numbers = [number for number, batch in enumerate(self.batches) if batch.rewards_only]
-        if not numbers:
+        read = [frame for n in numbers for frame in self._read(n, list(self.batches[n].kinds), CHUNK)]
+        if not read:
             return None
-        columns = [list(self.batches[number].kinds) for number in numbers]
-        read = [frame for n, names in zip(numbers, columns, strict=True) for frame in self._read(n, names, CHUNK)]
+        good = values.within(values.reward_sum(self.contract), *self.contract.reward.range)
         keys = list(self.contract.reward_keys)
-        return pl.concat(read, how="diagonal_relaxed").unique(keys, keep="first", maintain_order=True)
+        return pl.concat(read, how="diagonal_relaxed").filter(good).unique(keys, keep="first", maintain_order=True)
 
     def _with_late_rewards(self, frame: pl.DataFrame, late: pl.DataFrame) -> pl.DataFrame:
         """Rewards that had not come yet, from the batches that brought them."""
@@ -220,20 +229,25 @@ class Log:
         return joined.with_columns(filled).drop(f"_late_{name}" for name in names)
 
     def with_steps(self) -> "Log":
-        """Number the decisions of every episode by time, where the log names no step; equal times keep their order."""
+        """Number the decisions of every episode by time, where the log names no step.
+
+        Rows of one time keep their order; those that repeat one exactly have its number.
+        """
         contract = self.contract
         if contract.horizon == 1 or contract.step is not None or self.derived_steps is not None:
             return self
         keys = [contract.episode_column, str(contract.decided_at)]
-        ordered = pl.concat(self.chunks(keys)).select(BATCH, *keys).with_row_index("row").sort(*keys, "row")
-        numbered = ordered.with_columns(step=pl.int_range(pl.len()).over(keys[0])).sort("row")
-        return replace(
-            self,
-            derived_steps={
-                int(number): part["step"].to_numpy()
-                for (number,), part in numbered.partition_by(BATCH, as_dict=True).items()
-            },
-        )
+        read = [frame.select(BATCH, *keys) for frame in self.chunks(keys)]
+        if not read:
+            return self
+        rows = pl.concat(read, how="vertical_relaxed").with_row_index("row")
+        if rows.select(pl.struct(keys).is_duplicated().any()).item():
+            rows = rows.with_columns(content=pl.concat(values.row_hash(frame.drop(BATCH)) for frame in self.chunks()))
+            keys = [*keys, "content"]
+        rows = rows.with_columns(first=pl.col("row").min().over(keys)).sort(*keys[:2], "first", "row")
+        step = (pl.col("row") == pl.col("first")).cast(pl.Int64).cum_sum().over(keys[0]) - 1
+        numbered = rows.with_columns(step=step).sort("row").partition_by(BATCH, as_dict=True)
+        return replace(self, derived_steps={int(n): part["step"].to_numpy() for (n,), part in numbered.items()})
 
 
 def _whole(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:

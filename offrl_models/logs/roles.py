@@ -1,49 +1,35 @@
 """The parts of a contract: what one column, or a few of them, mean."""
 
-import difflib
+from collections.abc import Iterable
 from math import prod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from offrl_models.schema import Feature, InputError
+from offrl_models.logs.strict import Strict
+from offrl_models.schema import Feature
 
 TIME_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "days")  # what a timestamp becomes
 Label = str | int
 
 
-def nearest_key_hint(key: str, known: list[str]) -> str:
-    """'; did you mean ...' for a misspelt key, or the list of known ones."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
+def _require_labels(labels: Any) -> Any:
+    """YAML reads yes, no, true and false as booleans, and 1.5 as a number."""
+    for label in labels if isinstance(labels, (list, tuple)) else ():
+        if isinstance(label, bool) or not isinstance(label, (str, int)):
+            raise ValueError(f"{label!r} is no label: labels are text or whole numbers, so put quotes around it")
+    return labels
 
 
-def _open_schema(schema: dict[str, Any]) -> None:
-    """Leave unknown keys to the validator of `Strict`, which says more than that they are not allowed."""
-    schema.pop("additionalProperties", None)
+def _require_stand_in(missing: Any) -> Any:
+    if isinstance(missing, (str, bool)) and missing not in ("mean", "category"):
+        raise ValueError(f"{missing!r} cannot stand for a missing value: give a number, 'mean' or 'category'")
+    return missing
 
 
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_open_schema)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}: {nearest_key_hint(str(key), list(cls.model_fields))}")
-        return data
-
-
-def one_sentence(error: ValidationError, where: str) -> InputError:
-    """The first complaint of a pydantic error, as a sentence that says where it is."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return InputError(f"{where}: {path + ': ' if path else ''}{message}")
+Labels = Annotated[tuple[Label, ...], BeforeValidator(_require_labels)]
+Codes = Annotated[int | tuple[Label, ...], BeforeValidator(_require_labels)]  # 0 to n - 1, or the labels themselves
+StandIn = Annotated[float | Literal["mean", "category"], BeforeValidator(_require_stand_in)]
 
 
 def _require_ordered(name: str, bounds: tuple[float | None, float | None] | None) -> None:
@@ -55,17 +41,21 @@ def _plain_name(value: Any) -> Any:
     return {"column": value} if isinstance(value, str) else value
 
 
+def _repeated(names: Iterable[Label]) -> bool:
+    """Whether two are the same text: a log's labels are compared as text."""
+    texts = [str(name) for name in names]
+    return len(set(texts)) < len(texts)
+
+
 class ObservationColumn(Strict):
     """One observed column: a number or boolean unless it says otherwise."""
 
     column: str
-    categories: int | tuple[Label, ...] | None = None  # codes 0 to n - 1, or the labels themselves
-    ordered: tuple[Label, ...] | None = None  # labels from low to high; read as 0, 1, 2, ...
+    categories: Codes | None = None
+    ordered: Labels | None = None  # labels from low to high; read as 0, 1, 2, ...
     timestamp: bool = False  # read as time of day, day of the week, and days since 2000
     size: int | None = Field(default=None, ge=1)  # a list column of so many numbers
-    missing: float | Literal["mean", "category"] | None = (
-        None  # what stands for a missing value; None: none may be missing
-    )
+    missing: StandIn | None = None  # what stands for a missing value; None: none may be missing
     range: tuple[float | None, float | None] | None = None
     unit: str | None = None
 
@@ -74,15 +64,16 @@ class ObservationColumn(Strict):
         kinds = [n for n in ("categories", "ordered", "timestamp", "size") if getattr(self, n)]
         if len(kinds) > 1:
             raise ValueError(f"{self.column!r} cannot be {kinds[0]} and {kinds[1]} at once; keep one")
-        if self.n_categories == 0 or self.ordered == ():
+        if (self.n_categories is not None and self.n_categories < 1) or self.ordered == ():
             raise ValueError(f"{self.column!r} needs at least one category")
-        labels = self.labels or ()
-        if len(set(labels)) < len(labels):
+        if _repeated(self.labels or ()):
             raise ValueError(f"{self.column!r} names a label twice")
         if (self.missing == "category") and self.n_categories is None:
             raise ValueError(f"missing: category needs `categories`; give {self.column!r} a number or 'mean'")
         if self.n_categories is not None and self.missing not in (None, "category"):
             raise ValueError(f"{self.column!r} has categories: a missing one is `missing: category`")
+        if self.range and (self.n_categories is not None or self.ordered or self.timestamp):
+            raise ValueError(f"{self.column!r} is no number, so it has no range; leave it out")
         _require_ordered(f"range of {self.column!r}", self.range)
         return self
 
@@ -126,12 +117,11 @@ class ActionComponent(Strict):
     """One of several choices that make up an action."""
 
     column: str
-    values: int | tuple[Label, ...]  # codes 0 to n - 1, or the labels themselves
+    values: Codes
 
     @model_validator(mode="after")
     def _at_least_two(self) -> "ActionComponent":
-        labels = self.labels or ()
-        if self.n_values < 2 or len(set(labels)) < len(labels):
+        if self.n_values < 2 or _repeated(self.labels or ()):
             raise ValueError(f"the action {self.column!r} needs at least two different values")
         return self
 
@@ -151,7 +141,7 @@ class ActionColumns(Strict):
     """
 
     column: str | None = None
-    values: int | tuple[Label, ...] | None = None
+    values: Codes | None = None
     components: tuple[ActionComponent, ...] = ()  # a joint choice; the first varies slowest
     columns: tuple[str, ...] = ()  # one number each
     size: int | None = Field(default=None, ge=1)  # `column` is a list of so many numbers
@@ -162,14 +152,13 @@ class ActionColumns(Strict):
 
     @model_validator(mode="after")
     def _one_shape(self) -> "ActionColumns":
-        shapes = {
-            "column and values": self.column is not None and self.values is not None,
-            "components": bool(self.components),
-            "columns, low and high": bool(self.columns),
-            "column, size, low and high": self.column is not None and self.size is not None,
-        }
-        if sum(shapes.values()) != 1:
-            raise ValueError(f"give the action as one of: {'; '.join(shapes)}")
+        parts = ("column", "values", "components", "columns", "size")
+        given = {name for name in parts if getattr(self, name) not in (None, ())}
+        if given not in ({"column", "values"}, {"components"}, {"columns"}, {"column", "size"}):
+            ways = "column and values; components; columns, low and high; column, size, low and high"
+            raise ValueError(f"give the action as one of: {ways}")
+        if _repeated(self.columns) or _repeated(choice.column for choice in self.components):
+            raise ValueError("the action names a column twice")
         if self.continuous:
             if self.low is None or self.high is None or len(self.bounds[0]) != self.dimensions != 0:
                 raise ValueError("a continuous action needs `low` and `high`: a number each, or one per dimension")
@@ -183,6 +172,8 @@ class ActionColumns(Strict):
             ActionComponent(column=self.column or "", values=self.values or 0)
         if self.mask and self.candidates:
             raise ValueError("give either the mask or the candidates of the action, not both")
+        if self.candidates and self.components:
+            raise ValueError("candidates are of an action in one column; give a joint action a mask")
         return self
 
     @property
@@ -236,6 +227,8 @@ class RewardColumns(Strict):
         if (self.column is None) == (not self.weights):
             raise ValueError("give the reward either as `column` or as `weights` (column: weight)")
         _require_ordered("reward range", self.range)
+        if self.missing is not None and not self.range[0] <= self.missing <= self.range[1]:
+            raise ValueError(f"a missing reward counts as {self.missing:g}, outside the range {list(self.range)}")
         return self
 
     @property
@@ -262,6 +255,13 @@ class CostColumn(Strict):
 
 
 Cost = Annotated[CostColumn, BeforeValidator(_plain_name, json_schema_input_type=CostColumn | str)]
+
+
+class ChainColumns(Strict):
+    """Columns that chain the rows of served logs: the hash of each row, and that of the row before it."""
+
+    hash: str
+    previous: str
 
 
 class PropensityColumn(Strict):

@@ -8,6 +8,7 @@ import polars as pl
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.roles import ObservationColumn
+from offrl_models.logs.values import within
 
 CLOCK_SKEW = timedelta(minutes=5)
 SUM_TOLERANCE = 1e-6  # of a logged vector of propensities
@@ -22,12 +23,19 @@ class Rule:
     broken: pl.Expr
     problem: str  # completes "<n> rows ..."
     remedy: str
+    across: bool = False  # it sets batches against each other: another batch decides whether rows break it
 
     @property
     def name(self) -> str:
         return f"{self.check}_{self.column}"
 
 
+LAST_STEP = 2**31 - 2  # of an episode
+BACKWARDS, CORRECT_CLOCKS = (
+    "earlier than the decision before it in the episode",
+    "correct the clocks, the times or the steps.",
+)
+FUTURE, EARLY = "later than the present", "earlier than the decision that they reward"
 MISSING, FILL = "missing, NaN or infinite", "fill them at the source or leave their episodes out."
 
 
@@ -55,7 +63,14 @@ def _present(contract: Contract) -> list[Rule]:
     for name, column in contract.observed():
         if column.missing is not None and kinds[name] == "number":
             found.append(Rule("C10", name, pl.col(name).cast(pl.Float64).is_infinite(), "infinite", FILL))
+        elif column.missing is not None and column.size:
+            each = pl.col(name).cast(pl.List(pl.Float64)).list
+            found.append(Rule("C10", name, each.eval(pl.element().is_infinite()).list.any(), "infinite", FILL))
     return found
+
+
+def _shown(low: float | None, high: float | None) -> str:
+    return f"[{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}]"
 
 
 def _observed(name: str, column: ObservationColumn) -> list[Rule]:
@@ -74,11 +89,10 @@ def _observed(name: str, column: ObservationColumn) -> list[Rule]:
                           f"holding a list of other than {column.size} numbers", "pad or cut it at the source."))  # fmt: skip
     if column.range:
         low, high = column.range
-        inside = (pl.col(name) >= low if low is not None else pl.lit(True)) & (
-            pl.col(name) <= high if high is not None else pl.lit(True)
-        )
-        shown = f"[{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}]"
-        found.append(Rule("C11", name, ~inside & pl.col(name).cast(pl.Float64).is_not_nan(), f"outside the range {shown}",
+        numbers = pl.col(name).cast(pl.List(pl.Float64) if column.size else pl.Float64)
+        lowest, highest = (numbers.list.min(), numbers.list.max()) if column.size else (numbers, numbers)
+        outside = ~(within(lowest, low, None) & within(highest, None, high)) & lowest.is_not_nan()
+        found.append(Rule("C11", name, outside, f"outside the range {_shown(low, high)}",
                           "correct them or the range in the contract."))  # fmt: skip
     return found
 
@@ -92,27 +106,29 @@ def _actions(contract: Contract) -> list[Rule]:
         found.append(Rule("C13", choice.column, unknown, f"holding an action outside {shown}",
                           "recode it or add it to `values` in the contract."))  # fmt: skip
     for name, low, high in zip(action.columns, *action.bounds, strict=False):
-        outside = ~pl.col(name).is_between(low, high) & pl.col(name).cast(pl.Float64).is_finite()
-        found.append(Rule("C13", name, outside, f"holding an action outside [{low:g}, {high:g}]",
+        outside = ~within(pl.col(name), low, high) & pl.col(name).cast(pl.Float64).is_finite()
+        found.append(Rule("C13", name, outside, f"holding an action outside {_shown(low, high)}",
                           "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
     if action.size and action.column:
         each = pl.col(action.column).cast(pl.List(pl.Float64)).list
-        outside = (each.len() != action.size) | pl.any_horizontal(
-            *(
-                ~each.get(i, null_on_oob=True).is_between(low, high)
-                for i, (low, high) in enumerate(zip(*action.bounds, strict=True))
-            )
-        )
-        said = f"holding an action of other than {action.size} numbers, or outside its bounds"
-        found.append(Rule("C13", action.column, outside.fill_null(False), said, "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
+        inside = [
+            within(each.get(i, null_on_oob=True), *bounds) for i, bounds in enumerate(zip(*action.bounds, strict=True))
+        ]
+        outside = (each.len() != action.size) | ~pl.all_horizontal(inside)
+        found.append(Rule("C13", action.column, outside.fill_null(False),
+                          f"holding an action of other than {action.size} numbers, or outside its bounds",
+                          "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
     allowed = values.mask_list(contract)
     if allowed is not None:
         code, n = values.action_code(contract), action.n_actions
         unusable = allowed.is_null() | (allowed.list.len() != n) | allowed.list.contains(None)
         taken = allowed.list.get(code, null_on_oob=True).fill_null(False)
+        if action.candidates:
+            known = values.action_names(action.choices[0])
+            unusable |= pl.col(action.candidates).list.eval(~pl.element().is_in(known).fill_null(False)).list.any()
         found.append(Rule("C13", str(action.mask or action.candidates), unusable | (code.is_not_null() & ~taken),
                           f"holding an action that the mask does not allow, or a mask that is not {n} booleans" if action.mask
-                          else "holding an action that is not among the candidates",
+                          else "holding an action that is not among the candidates, or candidates that are no actions",
                           f"log the {'mask' if action.mask else 'candidates'} of the decision."))  # fmt: skip
     return found
 
@@ -140,29 +156,37 @@ def _propensities(contract: Contract) -> list[Rule]:
 def _rewards(contract: Contract, clock: datetime | None) -> list[Rule]:
     reward, (low, high) = contract.reward, contract.reward.range
     value = values.reward(contract, clock)
-    due = values.window_closed(contract, clock) & value.is_null()
-    found = [Rule("C10", reward.name, due | value.is_nan() | value.is_infinite(), MISSING, FILL),
-             Rule("C12", reward.name, ~value.is_between(low, high) & value.is_finite(),
-                  f"outside the reward range [{low:g}, {high:g}]", "correct them or the range in the contract.")]  # fmt: skip
+    wrong = value.is_nan() | value.is_infinite()
+    found = [Rule("C12", reward.name, ~within(value, low, high) & value.is_finite(),
+                  f"outside the reward range {_shown(low, high)}", "correct them or the range in the contract.")]  # fmt: skip
+    if reward.window_hours:
+        due = values.window_closed(contract, clock) & value.is_null()
+        found += [Rule("C10", reward.name, wrong, MISSING, FILL),
+                  Rule("C10", reward.name, due, "without a reward although the time for it is over",
+                       "land the rewards, or say in the contract what a `missing` one counts as.", across=True)]  # fmt: skip
+    else:
+        found.append(Rule("C10", reward.name, wrong | value.is_null(), MISSING, FILL))
     for cost in contract.costs:
         if cost.range:
-            column = pl.col(cost.column)
-            found.append(Rule("C12", cost.column, ~column.is_between(*cost.range) & column.cast(pl.Float64).is_finite(),
-                              f"outside the range [{cost.range[0]:g}, {cost.range[1]:g}]",
-                              "correct them or the range in the contract."))  # fmt: skip
+            column = pl.col(cost.column).cast(pl.Float64)
+            found.append(Rule("C12", cost.column, ~within(column, *cost.range) & column.is_finite(),
+                              f"outside the range {_shown(*cost.range)}", "correct them or the range in the contract.")
+                         )  # fmt: skip
     if contract.interval:
         found.append(Rule("C11", contract.interval, pl.col(contract.interval) < 0, "with a negative time between decisions",
                           "log the time until the next decision."))  # fmt: skip
     return found
 
 
-def _sequence(contract: Contract, now: datetime | None) -> list[Rule]:
+def _sequence(contract: Contract) -> list[Rule]:
     """C07 and C08: what follows follows. Rows of one episode that lie apart are left to the index."""
     found = []
     episode, step = pl.col(contract.episode_column), pl.col(contract.step_column)
     goes_on = (episode == episode.shift(-1)) & (step + 1 == step.shift(-1))
     for flag in (contract.terminated, contract.truncated):
         goes_on = goes_on & ~pl.col(flag) if flag else goes_on
+    if contract.entity:
+        goes_on &= pl.col(contract.entity).eq_missing(pl.col(contract.entity).shift(-1))
     for column, following in zip(contract.observation, contract.next_observation or [], strict=False):
         now_seen, said = pl.col(column.column), pl.col(following)
         if column.size:
@@ -174,26 +198,39 @@ def _sequence(contract: Contract, now: datetime | None) -> list[Rule]:
     if contract.decided_at:
         at = pl.col(contract.decided_at)
         backwards = goes_on.shift(1).fill_null(False) & (at < at.shift(1))
-        found.append(Rule("C08", contract.decided_at, backwards, "earlier than the decision before it in the episode",
-                          "correct the timestamps or the steps."))  # fmt: skip
-        ahead = at > pl.col(contract.ingested_at) + CLOCK_SKEW if contract.ingested_at else pl.lit(False)
-        if now is not None:
-            ahead = ahead | (at > pl.lit(now + CLOCK_SKEW))
-        found.append(
-            Rule(
-                "C08",
-                contract.decided_at,
-                ahead.fill_null(False),
-                "later than their own ingestion",
-                "correct the clocks.",
-            )
-        )
+        found.append(Rule("C08", contract.decided_at, backwards, BACKWARDS, CORRECT_CLOCKS))
     return found
+
+
+def _clocks(contract: Contract, now: datetime | None) -> list[Rule]:
+    """C08: nothing is logged before it happened."""
+    decided, ingested, arrived, found = contract.decided_at, contract.ingested_at, contract.reward.arrived_at, []
+    if decided and now is not None:
+        found.append(Rule("C08", decided, pl.col(decided) > now + CLOCK_SKEW, FUTURE, CORRECT_CLOCKS))
+    if decided and ingested:
+        early = pl.col(decided) > pl.col(ingested) + CLOCK_SKEW
+        found.append(Rule("C08", decided, early, "later than their own ingestion", CORRECT_CLOCKS))
+    if arrived and now is not None:  # of late rewards, it is what their batch says
+        late = pl.col(arrived) > now + CLOCK_SKEW
+        found.append(Rule("C08", arrived, late, FUTURE, CORRECT_CLOCKS, across=True))
+    if arrived and decided:
+        early = pl.col(arrived) + CLOCK_SKEW < pl.col(decided)
+        found.append(Rule("C08", arrived, early, EARLY, CORRECT_CLOCKS, across=True))
+    return found
+
+
+def _steps(contract: Contract) -> list[Rule]:
+    if contract.step is None:
+        return []
+    outside = ~pl.col(contract.step).is_between(0, LAST_STEP)
+    return [Rule("C04", contract.step, outside, f"with a step outside 0 to {LAST_STEP}", "steps must run 0, 1, 2, ...: "
+                 "number the decisions of each episode.")]  # fmt: skip
 
 
 def rules(contract: Contract, clock: datetime | None = None, now: datetime | None = None) -> list[Rule]:
     """Every row-level rule. `clock` is the latest time in the log, `now` the time at which it is read."""
-    found = [*_sequence(contract, now), *(r for name, column in contract.observed() for r in _observed(name, column))]
+    found = [*_steps(contract), *_sequence(contract), *_clocks(contract, now)]
+    found += [rule for name, column in contract.observed() for rule in _observed(name, column)]
     found += [*_present(contract), *_rewards(contract, clock), *_actions(contract), *_propensities(contract)]
     if contract.policy_version and contract.policy_versions is not None:
         known = pl.col(contract.policy_version).is_in(list(contract.policy_versions))

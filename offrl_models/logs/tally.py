@@ -67,6 +67,7 @@ class Tally:
     propensities: Int64[np.ndarray, "bins"] = field(
         default_factory=lambda: np.zeros(BINS, np.int64)
     )  # histogram over [0, 1]
+    reward_counts: Int64[np.ndarray, "bins"] = field(default_factory=lambda: np.zeros(BINS, np.int64))  # over their range
     at_bounds: int = 0
     rewards: set[float] = field(default_factory=set)
     cells: Int64[np.ndarray, "cells"] | None = (
@@ -84,6 +85,7 @@ class Tally:
         )
         prob = values.propensities(chunk, contract) if contract.action_prob else None
         known = reward[~np.isnan(reward)]
+        self.reward_counts += np.histogram(known, BINS, contract.reward.range)[0]
         self.at_bounds += int(np.isin(known, contract.reward.range).sum())
         if len(self.rewards) < DISTINCT:
             self.rewards |= set(np.unique(known)[:DISTINCT].tolist())

@@ -13,6 +13,33 @@ from offrl_models.logs.roles import ActionComponent, Label, ObservationColumn
 EPOCH = datetime(2000, 1, 1)
 
 
+def within(value: pl.Expr, low: float | None, high: float | None) -> pl.Expr:
+    """Whether a number lies in a range. What float32 makes of a bound meets it, for logs store numbers so."""
+    inside = pl.lit(True)
+    if low is not None:
+        inside &= value >= min(low, _in_float32(low))
+    if high is not None:
+        inside &= value <= max(high, _in_float32(high))
+    return inside
+
+
+def _in_float32(bound: float) -> float:
+    return float(np.float32(bound)) if abs(bound) <= np.finfo(np.float32).max else bound
+
+
+def row_hash(frame: pl.DataFrame) -> pl.Series:
+    """A hash per row that depends on neither the width of its numbers nor the kind of its lists."""
+    plain = []
+    for name, dtype in frame.schema.items():
+        column = pl.col(name)
+        if dtype.is_numeric():
+            column = column.cast(pl.Float64)
+        elif isinstance(dtype, (pl.List, pl.Array)) and dtype.inner.is_numeric():
+            column = column.cast(pl.List(pl.Float64))
+        plain.append(column)
+    return frame.select(plain).hash_rows(seed=0)
+
+
 def codes(column: str, labels: Sequence[Label]) -> pl.Expr:
     """Position of each label; null where the contract does not name it."""
     names = [str(label) for label in labels]
@@ -45,9 +72,7 @@ def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -
             at += column.size
             continue
         for expression in _numbers(name, column):
-            plain = isinstance(column, ObservationColumn) and not (column.labels or column.timestamp or column.missing)
-            values = frame[name] if plain else frame.select(expression).to_series()
-            matrix[:, at] = values.to_numpy()
+            matrix[:, at] = frame.select(expression).to_series().to_numpy()
             at += 1
     return matrix
 
@@ -62,6 +87,11 @@ def component_code(choice: ActionComponent) -> pl.Expr:
         return codes(choice.column, choice.labels)
     column = pl.col(choice.column).cast(pl.Int64)
     return pl.when(column.is_between(0, choice.n_values - 1)).then(column)
+
+
+def action_names(choice: ActionComponent) -> list[str]:
+    """What the values of a component are called in a list of candidates."""
+    return [str(label) for label in choice.labels or range(choice.n_values)]
 
 
 def action_code(contract: Contract) -> pl.Expr:
@@ -88,9 +118,9 @@ def mask_list(contract: Contract) -> pl.Expr | None:
     if action.mask:
         return pl.col(action.mask)
     if action.candidates:
-        choice = action.choices[0]
-        names = [str(label) for label in choice.labels] if choice.labels else [str(i) for i in range(choice.n_values)]
-        return pl.concat_list([pl.col(action.candidates).list.contains(name) for name in names])
+        return pl.concat_list(
+            [pl.col(action.candidates).list.contains(name) for name in action_names(action.choices[0])]
+        )
     return None
 
 
@@ -110,11 +140,15 @@ def window_closed(contract: Contract, clock: datetime | None) -> pl.Expr:
     return pl.col(str(contract.decided_at)) + pl.duration(seconds=int(window * 3600)) <= pl.lit(clock)
 
 
+def reward_sum(contract: Contract) -> pl.Expr:
+    """The weighted sum that was logged; null where one of its terms is."""
+    terms = contract.reward.terms.items()
+    return pl.sum_horizontal(*(pl.col(name).cast(pl.Float64) * weight for name, weight in terms), ignore_nulls=False)
+
+
 def reward(contract: Contract, clock: datetime | None = None) -> pl.Expr:
     """Reward per row; null where it may still come, or never came and the contract says of no value for that."""
-    total = pl.sum_horizontal(
-        *(pl.col(name).cast(pl.Float64) * weight for name, weight in contract.reward.terms.items()), ignore_nulls=False
-    )
+    total = reward_sum(contract)
     if contract.reward.missing is None:
         return total
     absent = total.is_null() & window_closed(contract, clock)

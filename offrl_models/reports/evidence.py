@@ -1,5 +1,6 @@
 """The evidence as people see it: a table in the terminal, a JSON file, and one HTML page."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +36,44 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } td:first-child, .l { text-align: left; }
-small { color: #718096; display: block; } img { max-width: 100%; } .exact { background: #fffaf0; }
+small { color: #718096; display: block; } small, td:first-child { white-space: nowrap; } img { max-width: 100%; } .exact { background: #fffaf0; }
 .verdict { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .PASS { border-color: #2f855a; } .INCONCLUSIVE { border-color: #b7791f; } .FAIL, .INVALID { border-color: #c53030; }
 </style></head><body>
 <h1>Evidence: {{ e.dataset }}</h1>
 <p class="verdict {{ e.verdict.status }}"><b>{{ e.verdict.status }}</b>: {{ e.verdict.policy_name }}.
 {{ e.verdict.reason[0] | upper }}{{ e.verdict.reason[1:] }}.</p>
-<p>Champion: {{ e.champion.name }}, mean return {{ "%.4f" | format(e.champion.value) }} over
+<p>Champion: {{ e.champion.name }}, mean return {{ number(e.champion.value, digits + 1) }} over
 {{ "{:,}".format(e.gate_episodes) }} episodes of the gate split.</p>
 <p><img src="evidence.png" alt="Estimates and intervals of every policy"></p>
 <h2>Every policy</h2>
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
 {% if e.exact %}<th class="exact">exact*</th>{% endif %}</tr>
 {% for row in rows %}<tr><td>{{ row.policy }}</td>
-{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate) }}
-<small>{{ number(i.low) }} to {{ number(i.high) }}</small></td>{% endfor %}
+{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate, digits) }}
+<small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
-{% if e.exact %}<td class="exact">{{ "%.4f" | format(e.exact["values"][row.policy]) }}</td>{% endif %}</tr>{% endfor %}
+{% if e.exact %}<td class="exact">{{ number(e.exact["values"][row.policy], digits + 1) }}</td>{% endif %}</tr>{% endfor %}
 </table>
 {% if e.exact %}<p>* {{ e.exact.note }}.</p>{% endif %}
 {% if e.comparisons %}<h2>Beside another policy's own log</h2>
 <p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
-<table><tr><th class="l">policy</th><th class="l">its actions are counted by</th>
-{% for name in compared %}<th>{{ name }}</th>{% endfor %}<th>ESS</th><th>gate episodes</th><th>logged mean, standard error</th>
+<table><tr><th class="l">policy</th><th class="l">counted by</th>
+{% for name in compared %}<th>{{ name }}</th>{% endfor %}<th>ESS</th><th>gate episodes</th><th>logged mean ± s.e.</th>
 <th>logged rows</th></tr>
-{% for row in e.comparisons.rows %}<tr><td>{{ row.policy }}<small>{{ row.log }}</small></td><td class="l">{{ row.cells | join(", ") }}</td>
-{% for name in compared %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate) }}
-<small>{{ number(i.low) }} to {{ number(i.high) }}</small></td>{% endfor %}
+{% for row in e.comparisons.rows %}<tr><td>{{ row.policy }}<small>{{ row.log }}</small></td>
+<td class="l">{{ row.cells | join(", ") }}</td>
+{% for name in compared %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate, digits) }}
+<small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td><td>{{ "{:,}".format(row.gate_episodes) }}</td>
-<td>{{ number(row.logged_mean) }} <small>± {{ number(row.logged_standard_error) }}</small></td>
+<td>{{ number(row.logged_mean, digits) }}<small>± {{ number(row.logged_standard_error, digits) }}</small></td>
 <td>{{ "{:,}".format(row.logged_rows) }}</td></tr>{% endfor %}
 </table>{% endif %}
 <h2>The ladder</h2>
 <table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
 <th>ESS, transitions</th><th class="l">reason</th></tr>
 {% for rung in e.ladder %}<tr><td>{{ rung.policy }}</td><td class="l"><b>{{ rung.status }}</b></td>
-<td>{{ "%+.4f" | format(rung.measures.difference) }}</td><td>{{ "%+.4f" | format(rung.measures.lower_bound) }}</td>
+<td>{{ gain(rung.measures.difference, digits + 1) }}</td><td>{{ gain(rung.measures.lower_bound, digits + 1) }}</td>
 <td>{{ "{:,.0f}".format(rung.measures.effective_episodes) }}</td>
 <td>{{ "{:,.0f}".format(rung.measures.effective_transitions) }}</td><td class="l">{{ rung.reason }}</td></tr>{% endfor %}
 </table>
@@ -112,47 +114,93 @@ def write(
     }
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
-    page = PAGE.render(e=shown, rows=rows, estimators=ESTIMATORS, compared=STATED, number=_format(shown, 3))
+    page = PAGE.render(
+        e=shown,
+        rows=rows,
+        estimators=ESTIMATORS,
+        compared=STATED,
+        number=_number,
+        gain=_gain,
+        digits=_decimals(evidence),
+    )
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
 
 
 def tables(shown: dict[str, Any]) -> list[Table]:
     """The contents of evidence.json as tables for a terminal."""
+    digits = _decimals(shown)
+    found = [_estimates_table(shown, digits), _ladder_table(shown, digits)]
+    return [*found, _comparisons_table(shown["comparisons"], digits)] if shown["comparisons"] else found
+
+
+def _estimates_table(shown: dict[str, Any], digits: int) -> Table:
     exact = (shown["exact"] or {}).get("values", {})
-    verdicts = {rung["policy"]: rung for rung in shown["ladder"]}
-    estimates = Table(title="Value of each policy on the gate split, with 95% intervals", title_justify="left")
-    estimates.add_column("policy", no_wrap=True)
-    for name in ESTIMATORS:
-        estimates.add_column(name, justify="right", no_wrap=True)
-    estimates.add_column("ESS", justify="right", no_wrap=True)
+    table = Table(title="Value of each policy on the gate split, with 95% intervals", title_justify="left")
+    table.add_column("policy", no_wrap=True)
+    for name in (*ESTIMATORS, "ESS"):
+        table.add_column(name, justify="right", no_wrap=True)
     if exact:
-        estimates.add_column("exact*", justify="right", style="yellow", no_wrap=True)
+        table.add_column("exact*", justify="right", style="yellow", no_wrap=True)
     for row in policy_rows(shown):
-        intervals = [row["estimates"][name] for name in ESTIMATORS]
-        cells = [f"{_number(i['estimate'])}\n[dim]{_short(i['low'])}–{_short(i['high'])}[/]" for i in intervals]
-        truth = [f"{exact[row['policy']]:.4f}"] if exact else []
-        estimates.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
-    ladder = Table(title="The gate, rung by rung", title_justify="left")
+        cells = [_cell(row["estimates"][name], digits) for name in ESTIMATORS]
+        truth = [_number(exact[row["policy"]], digits + 1)] if exact else []
+        table.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
+    return table
+
+
+def _ladder_table(shown: dict[str, Any], digits: int) -> Table:
+    verdicts = {rung["policy"]: rung for rung in shown["ladder"]}
+    table = Table(title="The gate, rung by rung", title_justify="left")
     for column in ("policy", "verdict", "gain", "at least", "reason"):
-        ladder.add_column(
-            column, justify="right" if column in ("gain", "at least") else "left", no_wrap=column != "reason"
-        )
+        justify = "right" if column in ("gain", "at least") else "left"
+        table.add_column(column, justify=justify, no_wrap=column != "reason")
     for row in shown["candidates"]:
         if row["policy"] not in verdicts:
-            ladder.add_row(row["policy"], "not entered", "", "", f"ranked {row['rank']} on the selection split")
+            table.add_row(row["policy"], "not entered", "", "", f"ranked {row['rank']} on the selection split")
     for rung in shown["ladder"]:
-        measures = rung["measures"]
-        gain, bound = f"{measures['difference']:+.4f}", f"{measures['lower_bound']:+.4f}"
-        ladder.add_row(rung["policy"], rung["status"], gain, bound, rung["reason"])
-    return [estimates, ladder]
+        gains = [_gain(rung["measures"][name], digits + 1) for name in ("difference", "lower_bound")]
+        table.add_row(rung["policy"], rung["status"], *gains, rung["reason"])
+    return table
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+def _comparisons_table(comparisons: dict[str, Any], digits: int) -> Table:
+    note = comparisons["note"]
+    table = Table(
+        title="Beside another policy's own log", title_justify="left", caption=f"{note[0].upper()}{note[1:]}."
+    )
+    table.caption_justify = "left"
+    table.add_column("policy", no_wrap=True)
+    for column in (*STATED, "ESS", "gate episodes", "logged mean", "logged rows"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in comparisons["rows"]:
+        cells = [_cell(row["estimates"][name], digits) for name in STATED]
+        sizes = [f"{row[name]:,.0f}" for name in ("effective_episodes", "gate_episodes")]
+        error = _short(row["logged_standard_error"], digits)
+        logged = f"{_number(row['logged_mean'], digits)}\n[dim]± {error}[/]"
+        table.add_row(row["policy"], *cells, *sizes, logged, f"{row['logged_rows']:,}")
+    return table
 
 
-def _short(value: float | None) -> str:
-    if value is None:
-        return "?"
-    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"
+def _cell(interval: dict[str, Any], digits: int) -> str:
+    low, high = (_short(interval[end], digits - 1) for end in ("low", "high"))
+    return f"{_number(interval['estimate'], digits)}\n[dim]{low}–{high}[/]"
+
+
+def _decimals(evidence: dict[str, Any]) -> int:
+    """Three, or as many more as show two digits of the champion's value."""
+    value = abs(evidence["champion"]["value"])
+    return max(3, 1 - math.floor(math.log10(value))) if value else 3
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
+
+
+def _gain(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}"
+
+
+def _short(value: float | None, digits: int) -> str:
+    """Without the zero before the point."""
+    return "?" if value is None else f"{value:.{digits}f}".replace("0.", ".", 1 if abs(value) < 1 else 0)

@@ -21,6 +21,7 @@ PICTURES = {
     "visits.png": "Visits of the states and actions seen most",
     "overlap.png": "With which probability the logged actions were drawn",
     "actions.png": "How often each action was taken, by policy version",
+    "rewards.png": "Rewards, over the range of the contract",
     "returns.png": "Returns of episodes",
     "lengths.png": "Lengths of episodes",
     "cells.png": "Visits per state-action cell",
@@ -39,7 +40,8 @@ figure { display: inline-block; width: 48%; margin: 0 0 1rem; } img { width: 100
 </style></head><body><h1>Coverage of {{ dataset }}</h1>
 <p class="lead">{% if blocked %}<b class="no">Blocked:</b> {{ blocked | length }} of {{ results | length }} checks stop this log.
 {% else %}
-<b class="ok">The log may be used:</b> no check blocks it{% if warned %}, {{ warned | length }} warn{% endif %}.{% endif %}
+<b class="ok">The log may be used:</b> no check blocks it
+{%- if warned %}, {{ warned | length }} {{ "warns" if warned | length == 1 else "warn" }}{% endif %}.{% endif %}
 {{ "{:,}".format(card.rows) }} decisions in {{ "{:,}".format(card.episodes) }} episodes, {{ card.batches }} batches.</p>
 {% if problems %}<h2>Which rows</h2><table><tr><th>batch</th><th>check</th><th>column</th><th>rows</th><th>first row</th>
 <th>what</th></tr>
@@ -54,7 +56,8 @@ figure { display: inline-block; width: 48%; margin: 0 0 1rem; } img { width: 100
 {% elif r.passed %}<b class="ok">holds</b>
 {% elif r.blocking %}<b class="no">blocks</b>{% else %}<b class="warn">warns</b>{% endif %}</td>
 <td>{{ r.sentence if not r.passed or r.sentence.startswith("not applicable") else r.title }}</td>
-<td><a href="{{ r.page.removeprefix(prefix) }}">expectations</a></td></tr>{% endfor %}</table>
+<td>{% if not r.sentence.startswith("not applicable") %}
+<a href="{{ r.page.removeprefix(prefix) }}">expectations</a>{% endif %}</td></tr>{% endfor %}</table>
 <h2>What the log covers</h2>
 {% for file, caption in pictures.items() %}<figure>
 <img src="../{{ file }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption>
@@ -68,7 +71,8 @@ figure { display: inline-block; width: 48%; margin: 0 0 1rem; } img { width: 100
 
 def draw(measured: Coverage, reports: Path) -> dict[str, str]:
     """Write every picture that the log gives material for. Returns file -> caption."""
-    drawn = ["returns.png", "lengths.png", "cells.png"]
+    drawn = ["rewards.png", "returns.png", "lengths.png", "cells.png"]
+    _draw_histogram(measured.rewards, "Rewards", reports / "rewards.png")
     plots.histogram(measured.returns["return"].to_numpy(), "Returns", "discounted return", reports / "returns.png")
     lengths = measured.episodes
     plots.weighted_histogram(
@@ -88,10 +92,7 @@ def draw(measured: Coverage, reports: Path) -> dict[str, str]:
         _draw_actions(measured.actions, reports / "actions.png")
         drawn.append("actions.png")
     if measured.overlap["rows"].sum():
-        plots.bars(
-            [f"{low:.2f}" if i % 10 == 0 else "" for i, low in enumerate(measured.overlap["from"])],
-            measured.overlap["rows"].to_list(), "Overlap", "rows", reports / "overlap.png",
-        )  # fmt: skip
+        _draw_histogram(measured.overlap, "Overlap", reports / "overlap.png")
         drawn.append("overlap.png")
         known = measured.cells.filter(
             pl.col("mean_action_prob").is_not_null() & pl.col("mean_action_prob").is_not_nan()
@@ -99,6 +100,11 @@ def draw(measured: Coverage, reports: Path) -> dict[str, str]:
         if _draw_propensities(known, reports / "propensities.png"):
             drawn.append("propensities.png")
     return {file: caption for file, caption in PICTURES.items() if file in drawn}
+
+
+def _draw_histogram(counts: pl.DataFrame, title: str, path: Path) -> None:
+    labels = [f"{low:.3g}" if i % 10 == 0 else "" for i, low in enumerate(counts["from"])]
+    plots.bars(labels, counts["rows"].to_list(), title, "rows", path)
 
 
 def _most_visited(cells: pl.DataFrame) -> np.ndarray:

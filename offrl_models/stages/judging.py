@@ -52,7 +52,7 @@ def _log_of(pipeline: Pipeline, wanted: ComparisonConfig) -> Path:
     return path
 
 
-def _compare(
+def compare(
     pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, shares: Float64[np.ndarray, "samples episodes"]
 ) -> dict[str, Any]:
     """What the gate split says of another policy, and what its own log says. Raises InputError where that log breaks a rule."""
@@ -77,7 +77,7 @@ def _compare(
         "cells": list(wanted.cells),
         "logged_rows": len(reward),
         "logged_mean": float(reward.mean()),
-        "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
+        "logged_standard_error": float(reward.std(ddof=0) / np.sqrt(len(reward))),
         "gate_episodes": gate.n_episodes,
         **estimate_stated(gate, probs, shares).to_json(),
     }
@@ -137,12 +137,13 @@ def evidence(pipeline: Pipeline) -> Stage:
         judged = {**asdict(verdicts[final].measures), "policy": name, "influence": verdicts[final].measures.influence}
         judged.pop("fqe_differences")
         results = checks.check_evidence([judged], config.gate.model_dump(), config.coverage, docs)
+        found["comparisons"] = [compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
         storage.write_json(folder / "evidence.json", found)
         storage.write_json(folder / "verdict.json", verdicts[final].to_json())
         exact = None
         if config.known_world:
             exact = evidence_report.exact_values(config.known_world, policies, config.logs.gamma)
-        compared = [_compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
+        compared = [compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
         evidence_report.write(found, exact, compared, pipeline.reports)
         return {
             "status": verdicts[final].status,
