@@ -13,7 +13,7 @@ PORT ?= 3000
 PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
-.PHONY: help install logs demo ui new check test clean
+.PHONY: help install logs demo ui new check test bench-data clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ test: install  ## style, types and every test
 	pyright
 	dg check defs
 	pytest
+
+bench-data: install  ## from 10 million raw rows to episodes, and every check of them, beside polars, DuckDB and pandas
+	@python -m benchmarks.data
+	@python -m benchmarks.coverage
 
 clean:  ## remove everything that can be made again, but no raw logs and no released policy
 	rm -rf data/*/{coverage,episodes,behavior,candidates,leaderboard,evidence,shift,reports}

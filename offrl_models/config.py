@@ -57,7 +57,7 @@ class RetrainConfig(Strict):
 
 
 class ComparisonConfig(Strict):
-    """Another policy that left a log of its own, from which what it earned is known. It is reported on and decides nothing."""
+    """Another policy, which left a log of its own. What it earned is shown beside an estimate, and decides nothing."""
 
     name: str = Field(min_length=1)
     log: str  # one batch with the columns of the contract that are used, relative to the project

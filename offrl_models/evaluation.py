@@ -174,8 +174,8 @@ def visit_frequencies(
     """The policy that another log shows: how often each action was taken where the observation was the one asked about.
 
     The frequency is an unbiased estimate of the mean probability of an action in its cell. The mean of its logged
-    propensities is not: an action is logged more often when its probability is high. Raises InputError naming `log` when
-    it has no row in a cell that is asked about.
+    propensities is not: an action is logged more often when its probability is high.
+    Raises InputError naming `log` when it has no row in a cell that is asked about.
     """
     cell = np.unique(np.concatenate([visited, asked]), axis=0, return_inverse=True)[1].ravel()
     visits = np.zeros((int(cell.max()) + 1, n_actions))

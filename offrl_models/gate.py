@@ -141,12 +141,12 @@ def findings(m: Measures, config: GateConfig) -> list[Finding]:
                 f"{m.episodes} gate episodes are fewer than the {config.first_look} of a first look"),
         Finding("effective transitions", m.effective_transitions >= config.effective_transitions, Status.INCONCLUSIVE,
                 m.effective_transitions, config.effective_transitions, f"{m.effective_transitions:.0f} effective "
-                f"transitions are fewer than {config.effective_transitions:.0f}"),
+                f"transitions of {m.rows:,} are fewer than {config.effective_transitions:.0f}"),
         Finding("effective episodes", m.effective_episodes >= config.effective_episodes, Status.INCONCLUSIVE,
-                m.effective_episodes, config.effective_episodes, f"{m.effective_episodes:.0f} effective episodes are "
-                f"fewer than {config.effective_episodes:.0f}"),
+                m.effective_episodes, config.effective_episodes, f"{m.effective_episodes:.0f} effective episodes of "
+                f"{m.episodes:,} are fewer than {config.effective_episodes:.0f}"),
         Finding("influence", m.influence >= 0, Status.INCONCLUSIVE, m.without_top, 0.0,
-                f"without its 0.5% most influential episodes the difference is {m.without_top:+.4f}, of another sign"),
+                f"without its 0.5% most influential episodes the difference is {m.without_top:+.3g}, of another sign"),
         Finding("fitted Q evaluation", all(d > 0.0 for d in m.fqe_differences), Status.INCONCLUSIVE, smallest, 0.0,
                 f"a member of the FQE ensemble puts the difference at {smallest:+.4f}"),
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,

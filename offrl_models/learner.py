@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.schema import InputError, TransitionBatch
+from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
+from offrl_models.schema import InputError
 
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
 

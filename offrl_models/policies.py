@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from offrl_models import storage
 from offrl_models.schema import Episodes, InputError
+from offrl_models.tensors import write_tensors
 
 BEHAVIOR_SHARE = 1e-6  # of the behavior policy in a capped policy, so that the cap can always be met
 
@@ -122,7 +123,7 @@ def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Onnx
     Raises RuntimeError when a probability differs by more than PARITY.
     """
     export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
-    storage.write_tensors(folder / "policy.safetensors", weights(policy))
+    write_tensors(folder / "policy.safetensors", weights(policy))
     exported = OnnxPolicy(folder / "policy.onnx")
     difference = float(np.abs(exported.on(episodes) - probs_of(policy, episodes)).max())
     if not difference <= PARITY:

@@ -1,13 +1,12 @@
-"""The vocabulary every other module speaks: episodes, transition batches, and errors that a user can act on."""
+"""The vocabulary every other module speaks: episodes, and errors that a user can act on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
-from torch import Tensor
 
 
 class InputError(ValueError):
@@ -157,16 +156,3 @@ class Episodes:
     def bootstrappable(self) -> Bool[np.ndarray, "rows"]:
         """Rows whose target can be formed: the task ended there, or the actions allowed next are known."""
         return self.terminated | self.next_mask.any(1) if self.n_actions else np.ones(self.n_rows, bool)
-
-
-class TransitionBatch(NamedTuple):
-    """Transitions for all seeds at once; the seed axis always leads."""
-
-    observation: Float[Tensor, "seed batch columns"]
-    action: Int64[Tensor, "seed batch"]
-    reward: Float[Tensor, "seed batch"]
-    discount: Float[Tensor, "seed batch"]  # gamma * (1 - terminated)
-    next_observation: Float[Tensor, "seed batch columns"]
-    mask: Bool[Tensor, "seed batch actions"]
-    next_mask: Bool[Tensor, "seed batch actions"]
-    row: Int64[Tensor, "seed batch"]  # where in the split it came from

@@ -19,8 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
-from torch import Tensor
 
 from offrl_models.schema import InputError
 
@@ -160,14 +158,6 @@ def read_parquet(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"{path} cannot be read as Parquet ({reason}); write the file again or remove it.") from error
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_bytes(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load(path.read_bytes())
 
 
 def remove(path: Path) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
-    {"schema", "storage", "mapped", "progress"},
+    {"schema", "storage", "mapped", "tensors", "progress"},
     {"logs", "datasets", "nets", "losses"},
     {"policies"},
     {"algorithms", "ope"},

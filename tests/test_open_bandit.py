@@ -1,4 +1,4 @@
-"""The second bundled pipeline, on real clicks: the walk, another policy's log beside the estimate, and a gate that refuses."""
+"""The pipeline on real clicks: the whole walk, another policy's log beside its estimate, and a gate that refuses."""
 
 import importlib.util
 import shutil
@@ -247,8 +247,8 @@ def test_frequencies_are_counted_cell_by_cell() -> None:
 def uniform_policy_measured(log: Path, n_items: int, folder: Path) -> Measures:
     """What the gate measures of uniform play on a log of the dataset, under its logged propensities.
 
-    The champion plays as often as the log does at each position. FQE is fitted on the rows that it is evaluated on, which
-    can only flatter.
+    The champion plays as often as the log does at each position. FQE is fitted on the rows that it is evaluated on,
+    which can only flatter.
     """
     users = [f"user_feature_{i}" for i in range(4)]
     labels = {"position": [1, 2, 3], **{name: sorted(pl.read_csv(log)[name].unique()) for name in users}}
@@ -277,7 +277,7 @@ def uniform_policy_measured(log: Path, n_items: int, folder: Path) -> Measures:
 
 
 def test_ten_thousand_rows_that_are_worth_two_are_refused(logs: Path, tmp_path: Path) -> None:
-    """Thompson sampling hardly ever shows most of the 46 items of women; one click on one of them would be everything."""
+    """Thompson sampling hardly ever shows most of the 46 items; a click on one of them would be everything."""
     measures = uniform_policy_measured(logs / "others" / "women-bts.csv", 46, tmp_path)
     propensity = pl.read_csv(logs / "others" / "women-bts.csv")["propensity_score"].to_numpy()
     known = np.square((1 / propensity).sum()) / np.square(1 / propensity).sum()
@@ -290,7 +290,7 @@ def test_ten_thousand_rows_that_are_worth_two_are_refused(logs: Path, tmp_path: 
     (worth,) = (finding for finding in verdict.findings if finding.name == "effective episodes")
     assert not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective episodes")
     lenient = judge("0" * 64, measures, GateConfig(unsupported_mass=1.0))
-    assert lenient.status == "INCONCLUSIVE" and lenient.reason == "2 effective transitions are fewer than 500"
+    assert lenient.status == "INCONCLUSIVE" and lenient.reason.startswith("2 effective transitions")
 
 
 def test_the_same_policy_on_the_uniform_log_has_every_row(logs: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models import storage
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, OnnxPolicy, export_checked, project, weights
 from offrl_models.schema import Episodes, InputError
+from offrl_models.tensors import read_tensors
 from tests.conftest import chain_world, codes
 
 
@@ -97,7 +97,7 @@ def test_a_capped_policy_exports_with_its_behavior_model_inside(episodes: Episod
     found = export_checked(capped, episodes, tmp_path).on(episodes)
     behavior = world.behavior[episodes.observation[:, 0].astype(int)]
     assert float((found / behavior).max()) <= 1.2 + 1e-6
-    assert "behavior.known" in storage.read_tensors(tmp_path / "policy.safetensors")
+    assert "behavior.known" in read_tensors(tmp_path / "policy.safetensors")
 
 
 def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.losses import negative_log_likelihood
 from offrl_models.nets import MLP, masked_log_softmax
-from offrl_models.schema import TransitionBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.losses import double_q_value, huber, negative_log_likelihood, take, td_target
 from offrl_models.nets import MLP, masked_log_softmax
-from offrl_models.schema import TransitionBatch
 
 
 @dataclass(frozen=True, kw_only=True)

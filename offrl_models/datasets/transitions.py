@@ -1,10 +1,26 @@
 """Transitions on the training device, sampled with replacement, one generator per seed."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from offrl_models.schema import Episodes, InputError, TransitionBatch
+from offrl_models.schema import Episodes, InputError
+
+
+class TransitionBatch(NamedTuple):
+    """Transitions for all seeds at once; the seed axis always leads."""
+
+    observation: Float[Tensor, "seed batch columns"]
+    action: Int64[Tensor, "seed batch"]
+    reward: Float[Tensor, "seed batch"]
+    discount: Float[Tensor, "seed batch"]  # gamma * (1 - terminated)
+    next_observation: Float[Tensor, "seed batch columns"]
+    mask: Bool[Tensor, "seed batch actions"]
+    next_mask: Bool[Tensor, "seed batch actions"]
+    row: Int64[Tensor, "seed batch"]  # where in the split it came from
 
 
 class Transitions:

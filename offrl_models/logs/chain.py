@@ -48,7 +48,7 @@ class Chain:
         stated = zip(chunk[chain.previous].to_list(), chunk[chain.hash].to_list(), strict=True)
         for row, (previous, own) in zip(content.iter_rows(named=True), stated, strict=True):
             follows = previous is not None and (last is None or previous == last)
-            broken += not (follows and own == link(previous, row))
+            broken += not (follows and own == link(str(previous), row))
             last = own
         self.last[batch], self.broken[batch] = last or "", broken
 

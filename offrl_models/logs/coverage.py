@@ -69,7 +69,12 @@ def measure(log: Log, seed: int = 0, screened: Screened | None = None) -> Covera
         episodes=lengths,
         returns=pl.DataFrame({"return": sample.return_}),
         card=_card(tally, held.index, sample, cells, len(log.batches)),
-        derived={**_derived(sample, contract, seed), **times.found(contract), "C18": tally.exploration(), "C34": chain.found()},
+        derived={
+            **_derived(sample, contract, seed),
+            **times.found(contract),
+            "C18": tally.exploration(),
+            "C34": chain.found(),
+        },
         violations=held.violations,
     )
 
@@ -193,7 +198,10 @@ def _card(tally: Tally, found: Index, sample: Sample, cells: pl.DataFrame, batch
     counts = (
         np.zeros(0)
         if tally.actions == {}
-        else tally.action_frequencies().group_by("action", maintain_order=True).agg(pl.col("rows").sum())["rows"].to_numpy()
+        else tally.action_frequencies()
+        .group_by("action", maintain_order=True)
+        .agg(pl.col("rows").sum())["rows"]
+        .to_numpy()
     )
     frequency = counts / max(counts.sum(), 1)
     whole = max(found.episodes.height, 1)

@@ -24,9 +24,7 @@ class Index:
     """The episodes of a log."""
 
     runs: pl.DataFrame  # in order of reading: batch, row (of the batch), rows, episode, step, ...
-    episodes: (
-        pl.DataFrame
-    )  # sorted by id: episode, entity, length, rows, gap, pending, terminated, truncated, open, labels
+    episodes: pl.DataFrame  # sorted by id: see `_episodes`
     problems: tuple[Problem, ...]
     duplicates: dict[int, int]  # batch -> rows that repeat an earlier one exactly
     rows: dict[int, int]  # batch -> rows
@@ -144,9 +142,13 @@ def analyse(runs: pl.DataFrame, rows: dict[int, int], clock: datetime | None, lo
     found, repeated = problems(ordered, by_batch, contract), {}
     if (ordered["overlap"] > 0).any():
         repeated, *conflicts = _repeated_rows(ordered, log)
-        what = "episode and step" if contract.step else "episode"
-        found += [Problem("C03", contract.step or contract.episode_column, *rows, f"contradicting another row of the same {what}",
-                  "keep one row for each decision.", across) for across, rows in enumerate(conflicts)]  # fmt: skip
+        said = f"contradicting another row of the same {'episode and step' if contract.step else 'episode'}"
+        found += [
+            Problem(
+                "C03", contract.step or contract.episode_column, *rows, said, "keep one row for each decision.", across
+            )
+            for across, rows in zip((False, True), conflicts, strict=True)
+        ]
     if log.late_rewards is not None:
         once = dict(log.late_rewards.group_by(BATCH).len().iter_rows())
         for number, batch in enumerate(log.batches):
@@ -220,7 +222,7 @@ def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Fou
 
 
 def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None) -> pl.DataFrame:
-    """One row per episode, sorted by id."""
+    """One row per episode, sorted by id: entity, length, rows, repeated, gap, pending, terminated, truncated, open, labels."""
     starts = np.flatnonzero(~ordered["same"].to_numpy())
     firsts = ["episode", "entity", *(f"label.{name}" for name in contract.labels)]
     final = ordered["final"].to_numpy()

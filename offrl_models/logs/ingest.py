@@ -113,7 +113,7 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         for path, reason in refused.items():
             target = _free_name(folders.quarantine / path.name)
             storage.move(path, target)
-            storage.write_json(target.with_suffix(".reason.json"), {"reason": reason})
+            storage.write_json(_reason(target), {"reason": reason})
             quarantined[folders.shown(target)] = reason.replace(f"{folders.root}/", "")
         kept = [path for path in [*raw, *new] if path not in refused]
         for path in new:
@@ -150,9 +150,8 @@ def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Scr
         except InputError as error:
             refused[path] = str(error)
     while kept := [path for path in files if path not in refused]:
-        log = Log.open(kept, contract)
         try:
-            found = screen(log, now)
+            found = screen(Log.open(kept, contract), now)
         except DamagedBatchError as error:
             refused[error.path] = str(error)
             continue
@@ -210,8 +209,13 @@ def _require_contract_fits(folders: Folders, raw: list[Path], accepted: list[Pat
         )
 
 
+def _reason(path: Path) -> Path:
+    """Where it stands why a batch was refused."""
+    return path.with_suffix(".reason.json")
+
+
 def _free_name(path: Path) -> Path:
     number, free = 1, path
-    while free.exists():
+    while free.exists() or _reason(free).exists():
         free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return free

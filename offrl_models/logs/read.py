@@ -262,7 +262,8 @@ def count_rows(path: Path, contract: Contract) -> int:
     """Rows of a batch whatever its columns are; 0 where it cannot be read."""
     try:
         names = formats.schema(path, contract.format, {}).names
-        return sum(table.num_rows for table in formats.chunks(path, contract.format, names[:1], {}, CHUNK))
+        single = [name for name in names if names.count(name) == 1][:1]
+        return sum(table.num_rows for table in formats.chunks(path, contract.format, single, {}, CHUNK))
     except InputError:
         return 0
 

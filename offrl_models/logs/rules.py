@@ -1,5 +1,6 @@
 """The row-level rules of a contract: what one row, or it and the one before, may hold."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -35,6 +36,7 @@ BACKWARDS, CORRECT_CLOCKS = (
     "earlier than the decision before it in the episode",
     "correct the clocks, the times or the steps.",
 )
+CORRECT_RANGE = "correct them or the range in the contract."
 FUTURE, EARLY = "later than the present", "earlier than the decision that they reward"
 MISSING, FILL = "missing, NaN or infinite", "fill them at the source or leave their episodes out."
 
@@ -69,7 +71,7 @@ def _present(contract: Contract) -> list[Rule]:
     return found
 
 
-def _shown(low: float | None, high: float | None) -> str:
+def shown_range(low: float | None, high: float | None) -> str:
     return f"[{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}]"
 
 
@@ -92,8 +94,8 @@ def _observed(name: str, column: ObservationColumn) -> list[Rule]:
         numbers = pl.col(name).cast(pl.List(pl.Float64) if column.size else pl.Float64)
         lowest, highest = (numbers.list.min(), numbers.list.max()) if column.size else (numbers, numbers)
         outside = ~(within(lowest, low, None) & within(highest, None, high)) & lowest.is_not_nan()
-        found.append(Rule("C11", name, outside, f"outside the range {_shown(low, high)}",
-                          "correct them or the range in the contract."))  # fmt: skip
+        found.append(Rule("C11", name, outside, f"outside the range {shown_range(low, high)}",
+                          CORRECT_RANGE))  # fmt: skip
     return found
 
 
@@ -107,7 +109,7 @@ def _actions(contract: Contract) -> list[Rule]:
                           "recode it or add it to `values` in the contract."))  # fmt: skip
     for name, low, high in zip(action.columns, *action.bounds, strict=False):
         outside = ~within(pl.col(name), low, high) & pl.col(name).cast(pl.Float64).is_finite()
-        found.append(Rule("C13", name, outside, f"holding an action outside {_shown(low, high)}",
+        found.append(Rule("C13", name, outside, f"holding an action outside {shown_range(low, high)}",
                           "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
     if action.size and action.column:
         each = pl.col(action.column).cast(pl.List(pl.Float64)).list
@@ -158,7 +160,7 @@ def _rewards(contract: Contract, clock: datetime | None) -> list[Rule]:
     value = values.reward(contract, clock)
     wrong = value.is_nan() | value.is_infinite()
     found = [Rule("C12", reward.name, ~within(value, low, high) & value.is_finite(),
-                  f"outside the reward range {_shown(low, high)}", "correct them or the range in the contract.")]  # fmt: skip
+                  f"outside the reward range {shown_range(low, high)}", CORRECT_RANGE)]  # fmt: skip
     if reward.window_hours:
         due = values.window_closed(contract, clock) & value.is_null()
         found += [Rule("C10", reward.name, wrong, MISSING, FILL),
@@ -170,7 +172,7 @@ def _rewards(contract: Contract, clock: datetime | None) -> list[Rule]:
         if cost.range:
             column = pl.col(cost.column).cast(pl.Float64)
             found.append(Rule("C12", cost.column, ~within(column, *cost.range) & column.is_finite(),
-                              f"outside the range {_shown(*cost.range)}", "correct them or the range in the contract.")
+                              f"outside the range {shown_range(*cost.range)}", CORRECT_RANGE)
                          )  # fmt: skip
     if contract.interval:
         found.append(Rule("C11", contract.interval, pl.col(contract.interval) < 0, "with a negative time between decisions",
@@ -237,4 +239,28 @@ def rules(contract: Contract, clock: datetime | None = None, now: datetime | Non
         found.append(Rule("C17", contract.policy_version, ~known,
                           f"of a policy version other than {', '.join(contract.policy_versions)}",
                           "name the version in the contract if it is right."))  # fmt: skip
+    return found
+
+
+def late_reward_rules(contract: Contract, now: datetime | None, columns: Sequence[str]) -> list[Rule]:
+    """The rules of a batch of rewards with these columns, joined by key to what is `known`: null where there is no decision."""
+    name, keys, bounds = contract.reward.name, contract.reward_keys, contract.reward.range
+    value, told = values.reward_sum(contract), pl.struct(contract.reward.terms)
+    usable = pl.col("known").is_not_null() & value.is_finite()
+    contradicts = pl.any_horizontal(pl.col(n).ne_missing(pl.col(f"{n}_known")) for n in contract.reward.terms)
+    other, once = "with another reward than the one known", "a reward is logged once: correct the one that is wrong."
+    found = [
+        Rule("C31", keys[0], pl.col("known").is_null(), "with a reward for a decision that no batch has",
+             "land its decisions first, or correct the key."),
+        Rule("C03", name, usable & (told != told.first().over(keys)), other, once),
+        Rule("C03", name, usable & contradicts, other, once, across=True),
+        Rule("C10", name, ~value.is_finite() | value.is_null(), MISSING, "leave out rewards that have not come."),
+        Rule("C12", name, usable & ~within(value, *bounds), f"outside the reward range {shown_range(*bounds)}", CORRECT_RANGE),
+    ]  # fmt: skip
+    arrived = contract.reward.arrived_at
+    if arrived and arrived in columns and now is not None:
+        found.append(Rule("C08", arrived, pl.col(arrived) > now + CLOCK_SKEW, FUTURE, CORRECT_CLOCKS))
+    if arrived and arrived in columns and contract.decided_at:
+        early = pl.col(arrived) + CLOCK_SKEW < pl.col(contract.decided_at)
+        found.append(Rule("C08", arrived, early, EARLY, CORRECT_CLOCKS))
     return found

@@ -1,25 +1,18 @@
 """What is wrong in a log, batch by batch: the row-level rules and the structure of its episodes, in two passes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from offrl_models.logs.index import Index, index
 from offrl_models.logs.read import BATCH, Log, ahead
-from offrl_models.logs.rules import Rule, rules
+from offrl_models.logs.rules import Rule, late_reward_rules, rules
 
-STRUCTURAL = (
-    "C03",
-    "C04",
-    "C05",
-    "C07",
-    "C10",
-    "C12",
-    "C27",
-    "C31",
-)  # found across rows, or in batches of late rewards
+# found across rows, or in batches of late rewards
+STRUCTURAL = ("C03", "C04", "C05", "C07", "C08", "C10", "C12", "C27", "C31")
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,7 @@ class Violation:
     first: int  # the first of them, counted from 0 in its file
     problem: str
     remedy: str
+    across: bool = False  # it sets batches against each other
 
     def sentence(self, file: str) -> str:
         noun, which = ("row", "row") if self.rows == 1 else ("rows", "the first is row")
@@ -54,10 +48,10 @@ class Screened:
     def reasons(self) -> dict[Path, str]:
         """Batches that break a rule -> one sentence about the first rule broken.
 
-        A rule that sets rows of different batches against each other counts only where no batch breaks another rule: the
-        earlier batch may itself be refused.
+        A rule that sets batches against each other counts only where no batch breaks another rule: the earlier batch may
+        itself be refused.
         """
-        own = [violation for violation in self.violations if violation.check not in ("C03", "C04", "C31")]
+        own = [violation for violation in self.violations if not violation.across]
         found: dict[Path, str] = {}
         for violation in own or self.violations:
             path = self.log.batches[violation.batch].path
@@ -76,29 +70,33 @@ def screen(log: Log, now: datetime | None = None) -> Screened:
     """Hold every batch against every rule. `now` is when it is read: no decision may be later."""
     found = index(log)
     table = rules(log.contract, found.clock, now)
-    violations: dict[tuple[int, int], Violation] = {}
+    broken = [
+        Violation(p.check, batch, p.column, n, p.first[batch], p.problem, p.remedy, p.across)
+        for p in found.problems
+        for batch, n in p.rows.items()
+    ]
     done = dict.fromkeys(found.rows, 0)
     for chunk in ahead(log.chunks()):
         if chunk.height == 0:
             continue
         batch = int(chunk[BATCH][0])
-        for i, (rule, (n, first)) in enumerate(zip(table, broken_rows(chunk, table), strict=True)):
+        for rule, (n, first) in zip(table, broken_rows(chunk, table), strict=True):
             if n:
-                before = violations.get((batch, i))
-                total, start = (before.rows + n, before.first) if before else (n, done[batch] + first)
-                violations[batch, i] = Violation(
-                    rule.check, batch, rule.column, total, start, rule.problem, rule.remedy
-                )
+                at = (rule.check, batch, rule.column, n, done[batch] + first)
+                broken.append(Violation(*at, rule.problem, rule.remedy, rule.across))
         done[batch] += chunk.height
-    structural = [
-        Violation(p.check, batch, p.column, n, p.first[batch], p.problem, p.remedy)
-        for p in found.problems
-        for batch, n in p.rows.items()
-    ]
-    everything = sorted(
-        [*violations.values(), *structural, *late_reward_violations(log)], key=lambda v: (v.batch, v.check)
-    )
+    everything = sorted(_together([*broken, *late_reward_violations(log, now)]), key=lambda v: (v.batch, v.check))
     return Screened(log, found, _table(found, table, everything), tuple(everything))
+
+
+def _together(violations: list[Violation]) -> list[Violation]:
+    """One violation for each rule and batch: what chunks, or chunks and runs, found apart."""
+    found: dict[tuple[Any, ...], Violation] = {}
+    for v in violations:
+        key = (v.batch, v.check, v.column, v.problem, v.across)
+        before = found.get(key)
+        found[key] = replace(v, rows=v.rows + before.rows, first=min(v.first, before.first)) if before else v
+    return list(found.values())
 
 
 def _table(found: Index, table: list[Rule], violations: list[Violation]) -> pl.DataFrame:
@@ -113,43 +111,23 @@ def _table(found: Index, table: list[Rule], violations: list[Violation]) -> pl.D
     return pl.DataFrame({"batch": list(found.rows), "rows": list(found.rows.values()), **columns})
 
 
-def late_reward_violations(log: Log) -> list[Violation]:
-    """Late rewards that fit no decision, or contradict a reward that is known (C03, C31)."""
-    numbers = {number for number, batch in enumerate(log.batches) if batch.rewards_only}
+def late_reward_violations(log: Log, now: datetime | None = None) -> list[Violation]:
+    """Late rewards that fit no decision, contradict a reward that is known, or break a rule of rewards."""
+    numbers = [number for number, batch in enumerate(log.batches) if batch.rewards_only]
     if not numbers:
         return []
     contract = log.contract
-    keys, terms = list(contract.reward_keys), list(contract.reward.terms)
-    known = pl.concat((frame.select(*keys, *terms) for frame in log.chunks([*keys, *terms])), how="vertical_relaxed")
-    come = pl.concat((log.raw(number, [*keys, *terms]) for number in sorted(numbers)), how="vertical_relaxed")
-    value = pl.sum_horizontal(
-        *(pl.col(name).cast(pl.Float64) * w for name, w in contract.reward.terms.items()), ignore_nulls=False
-    )
-    low, high = contract.reward.range
-    first = pl.struct(terms).first().over(keys)
-    come = come.with_columns(row=pl.int_range(pl.len()).over(BATCH))
-    joined = come.join(known, on=keys, how="left", suffix="_known", maintain_order="left").with_columns(
-        lost=~pl.struct(keys).is_in(known.select(pl.struct(keys)).to_series().implode()),
-        contradicts=pl.any_horizontal(*(pl.col(n).ne_missing(pl.col(f"{n}_known")) for n in terms)) | (pl.struct(terms) != first),
-        empty=value.is_null() | ~value.is_finite(),
-        outside=~value.is_between(low, high),
-    )  # fmt: skip
-    said = {
-        "lost": ("C31", keys[0], "with a reward for a decision that no batch has", "land its decisions first, or correct the key."),
-        "contradicts": ("C03", contract.reward.name, "with another reward than the one known", "a reward is logged once; "
-                        "correct the one that is wrong at the source."),
-        "empty": ("C10", contract.reward.name, "missing, NaN or infinite", "leave out rewards that have not come."),
-        "outside": ("C12", contract.reward.name, f"outside the reward range [{low:g}, {high:g}]",
-                    "correct them or the range in the contract."),
-    }  # fmt: skip
-    violations = []
-    for name, (check, column, problem, remedy) in said.items():
-        wrong = joined.filter(
-            pl.col(name).fill_null(False)
-            & (pl.lit(True) if name in ("lost", "empty") else ~pl.col("lost") & ~pl.col("empty"))
-        )
-        for batch, n, first in (
-            wrong.group_by(BATCH).agg(pl.len(), pl.col("row").min().alias("first")).sort(BATCH).iter_rows()
-        ):
-            violations.append(Violation(check, int(batch), column, int(n), int(first), problem, remedy))
-    return violations
+    keys, facts = list(contract.reward_keys), [*contract.reward_keys, *contract.reward.terms]
+    facts += [contract.decided_at] if contract.decided_at and contract.decided_at not in keys else []
+    known = pl.concat((frame.select(facts) for frame in log.chunks(facts)), how="vertical_relaxed")
+    known = known.unique(keys, keep="first", maintain_order=True).with_columns(known=True)
+    found = []
+    for number in numbers:
+        come = log.raw(number, list(log.batches[number].kinds))
+        joined = come.join(known, on=keys, how="left", suffix="_known", maintain_order="left")
+        table = late_reward_rules(contract, now, come.columns)
+        for rule, (n, first) in zip(table, broken_rows(joined, table), strict=True):
+            if n:
+                at = (rule.check, number, rule.column, n, first)
+                found.append(Violation(*at, rule.problem, rule.remedy, rule.across))
+    return found

@@ -67,7 +67,9 @@ class Tally:
     propensities: Int64[np.ndarray, "bins"] = field(
         default_factory=lambda: np.zeros(BINS, np.int64)
     )  # histogram over [0, 1]
-    reward_counts: Int64[np.ndarray, "bins"] = field(default_factory=lambda: np.zeros(BINS, np.int64))  # over their range
+    reward_counts: Int64[np.ndarray, "bins"] = field(
+        default_factory=lambda: np.zeros(BINS, np.int64)
+    )  # over their range
     at_bounds: int = 0
     rewards: set[float] = field(default_factory=set)
     cells: Int64[np.ndarray, "cells"] | None = (

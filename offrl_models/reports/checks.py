@@ -137,7 +137,13 @@ def check_logs(
         "subgroups": derived["C36"],
     }
     given = {name: table for name, table in tables.items() if table is not None and table.height}
-    asked = [one for one in [*_row_level(measured), *_log_level(thresholds)] if one.table in given]
+    silent = {"C07"} if contract.next_observation is None else set()
+    silent |= set() if contract.reward_keys and contract.reward.arrived_at else {"C31"}
+    asked = [
+        one
+        for one in [*_row_level(measured), *_log_level(thresholds)]
+        if one.table in given and one.check not in silent
+    ]
     said = {check: sentence for check in CHECKS if (sentence := _of_rows(measured.violations, check))}
     return run_suites(given, asked, docs, asset="raw_logs", absent=_absent(contract, given), said=said)
 

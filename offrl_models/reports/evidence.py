@@ -16,6 +16,7 @@ from offrl_models.policies import OnnxPolicy
 from offrl_models.reports import plots
 from offrl_models.schema import InputError
 
+LOGGED = "logged"
 STATEMENT = (
     "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
     "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state. "
@@ -36,7 +37,8 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } td:first-child, .l { text-align: left; }
-small { color: #718096; display: block; } small, td:first-child { white-space: nowrap; } img { max-width: 100%; } .exact { background: #fffaf0; }
+small { color: #718096; display: block; } small, td:first-child { white-space: nowrap; }
+img { max-width: 100%; } .exact { background: #fffaf0; }
 .verdict { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .PASS { border-color: #2f855a; } .INCONCLUSIVE { border-color: #b7791f; } .FAIL, .INVALID { border-color: #c53030; }
 </style></head><body>
@@ -44,7 +46,8 @@ small { color: #718096; display: block; } small, td:first-child { white-space: n
 <p class="verdict {{ e.verdict.status }}"><b>{{ e.verdict.status }}</b>: {{ e.verdict.policy_name }}.
 {{ e.verdict.reason[0] | upper }}{{ e.verdict.reason[1:] }}.</p>
 <p>Champion: {{ e.champion.name }}, mean return {{ number(e.champion.value, digits + 1) }} over
-{{ "{:,}".format(e.gate_episodes) }} episodes of the gate split.</p>
+{{ "{:,}".format(e.gate_episodes) }} episodes of the gate split. Certificate: <b>{{ e.certificate.color }}</b>,
+{{ e.certificate.reason }}.</p>
 <p><img src="evidence.png" alt="Estimates and intervals of every policy"></p>
 <h2>Every policy</h2>
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
@@ -56,6 +59,15 @@ small { color: #718096; display: block; } small, td:first-child { white-space: n
 {% if e.exact %}<td class="exact">{{ number(e.exact["values"][row.policy], digits + 1) }}</td>{% endif %}</tr>{% endfor %}
 </table>
 {% if e.exact %}<p>* {{ e.exact.note }}.</p>{% endif %}
+<h2>The ladder</h2>
+<table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
+<th>ESS, transitions</th><th class="l">reason</th></tr>
+{% for rung in e.ladder %}<tr><td>{{ rung.policy }}</td><td class="l"><b>{{ rung.status }}</b></td>
+<td>{{ gain(rung.measures.difference, digits + 1) }}</td><td>{{ gain(rung.measures.lower_bound, digits + 1) }}</td>
+<td>{{ "{:,.0f}".format(rung.measures.effective_episodes) }}</td>
+<td>{{ "{:,.0f}".format(rung.measures.effective_transitions) }}</td><td class="l">{{ rung.reason }}</td></tr>{% endfor %}
+</table>
+<p>Bounds: {{ e.ladder[0].measures.bound }}.</p>
 {% if e.comparisons %}<h2>Beside another policy's own log</h2>
 <p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
 <table><tr><th class="l">policy</th><th class="l">counted by</th>
@@ -69,15 +81,6 @@ small { color: #718096; display: block; } small, td:first-child { white-space: n
 <td>{{ number(row.logged_mean, digits) }}<small>± {{ number(row.logged_standard_error, digits) }}</small></td>
 <td>{{ "{:,}".format(row.logged_rows) }}</td></tr>{% endfor %}
 </table>{% endif %}
-<h2>The ladder</h2>
-<table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
-<th>ESS, transitions</th><th class="l">reason</th></tr>
-{% for rung in e.ladder %}<tr><td>{{ rung.policy }}</td><td class="l"><b>{{ rung.status }}</b></td>
-<td>{{ gain(rung.measures.difference, digits + 1) }}</td><td>{{ gain(rung.measures.lower_bound, digits + 1) }}</td>
-<td>{{ "{:,.0f}".format(rung.measures.effective_episodes) }}</td>
-<td>{{ "{:,.0f}".format(rung.measures.effective_transitions) }}</td><td class="l">{{ rung.reason }}</td></tr>{% endfor %}
-</table>
-<p>Bounds: {{ e.ladder[0].measures.bound }}.</p>
 <h2>What this rests on</h2><p>{{ e.statement }}</p>
 </body></html>
 """
@@ -96,6 +99,21 @@ def exact_values(world: str, policies: dict[str, OnnxPolicy], gamma: float) -> d
     return {name: known.value(policy.probs(states, known.mask)) for name, policy in policies.items()}
 
 
+def certificate(evidence: dict[str, Any]) -> dict[str, str]:
+    """The color of the certificate, and what it is of: where propensities come from, and which policies wrote the log."""
+    behavior = evidence["behavior"]
+    logged = behavior["propensities"] == LOGGED
+    reason = (
+        "propensities were logged"
+        if logged
+        else (
+            f"propensities were estimated from the log itself (calibration error {behavior['ece']:.3f}), at half the error rate"
+        )
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in behavior["versions"].items())
+    return {"color": "GREEN" if logged else "AMBER", "reason": reason + (f"; logged by {shares}" if shares else "")}
+
+
 def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     """The behavior policy, the candidates, then the rungs that are not a candidate themselves."""
     rungs = [rung for rung in evidence["ladder"] if rung["cap"] is not None]
@@ -105,10 +123,13 @@ def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
 def write(
     evidence: dict[str, Any], exact: dict[str, float] | None, comparisons: list[dict[str, Any]], folder: Path
 ) -> None:
-    """`evidence.json`, `evidence.html` and `evidence.png`. The exact values and comparisons are shown, and nothing else."""
+    """`evidence.json`, `evidence.html` and `evidence.png`. Exact values and comparisons are in these alone."""
     shown = {
         **evidence,
-        "statement": STATEMENT,
+        "statement": STATEMENT
+        if evidence["behavior"]["propensities"] == LOGGED
+        else STATEMENT.replace("logged", "estimated", 1),
+        "certificate": certificate(evidence),
         "exact": {"note": EXACT_NOTE, "values": exact} if exact else None,
         "comparisons": {"note": COMPARISON_NOTE, "rows": comparisons} if comparisons else None,
     }

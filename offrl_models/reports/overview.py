@@ -11,7 +11,7 @@ import polars as pl
 from offrl_models import storage
 from offrl_models.logs.coverage import Coverage
 from offrl_models.reports import plots
-from offrl_models.reports.quality import CheckResult
+from offrl_models.reports.quality import CHECKS, INFO, CheckResult
 
 SHOWN_STATES = 60  # most visited states in the heatmap
 SHOWN_VERSIONS = 6
@@ -54,7 +54,7 @@ figure { display: inline-block; width: 48%; margin: 0 0 1rem; } img { width: 100
 {% for r in results %}<tr><td>{{ r.check }}</td>
 <td>{% if r.sentence.startswith("not applicable") %}<span class="off">not applicable</span>
 {% elif r.passed %}<b class="ok">holds</b>
-{% elif r.blocking %}<b class="no">blocks</b>{% else %}<b class="warn">warns</b>{% endif %}</td>
+{% elif r.blocking %}<b class="no">blocks</b>{% elif r.check in noted %}notes{% else %}<b class="warn">warns</b>{% endif %}</td>
 <td>{{ r.sentence if not r.passed or r.sentence.startswith("not applicable") else r.title }}</td>
 <td>{% if not r.sentence.startswith("not applicable") %}
 <a href="{{ r.page.removeprefix(prefix) }}">expectations</a>{% endif %}</td></tr>{% endfor %}</table>
@@ -73,7 +73,9 @@ def draw(measured: Coverage, reports: Path) -> dict[str, str]:
     """Write every picture that the log gives material for. Returns file -> caption."""
     drawn = ["rewards.png", "returns.png", "lengths.png", "cells.png"]
     _draw_histogram(measured.rewards, "Rewards", reports / "rewards.png")
-    plots.histogram(measured.returns["return"].to_numpy(), "Returns", "discounted return", reports / "returns.png")
+    plots.histogram(
+        measured.returns["return"].to_numpy(), "Returns", "discounted return", reports / "returns.png", log=True
+    )
     lengths = measured.episodes
     plots.weighted_histogram(
         lengths["length"].to_numpy(), lengths["episodes"].to_numpy(), "Lengths", "decisions", reports / "lengths.png"
@@ -103,8 +105,10 @@ def draw(measured: Coverage, reports: Path) -> dict[str, str]:
 
 
 def _draw_histogram(counts: pl.DataFrame, title: str, path: Path) -> None:
-    labels = [f"{low:.3g}" if i % 10 == 0 else "" for i, low in enumerate(counts["from"])]
-    plots.bars(labels, counts["rows"].to_list(), title, "rows", path)
+    width = float(counts["from"][1] - counts["from"][0])
+    plots.weighted_histogram(
+        (counts["from"] + width / 2).to_numpy(), counts["rows"].to_numpy(), title, "", path, bins=counts.height
+    )
 
 
 def _most_visited(cells: pl.DataFrame) -> np.ndarray:
@@ -158,12 +162,14 @@ def write(
     docs: Path,
 ) -> None:
     """Write the page and its pictures. `problems` are broken rules by batch, `quarantined` batches with their reasons."""
+    noted = {name for name, check in CHECKS.items() if check.severity == INFO}
     page = PAGE.render(
         dataset=dataset,
         card=measured.card,
         results=results,
         blocked=[r for r in results if r.blocking and not r.passed],
-        warned=[r for r in results if not r.blocking and not r.passed],
+        warned=[r for r in results if not r.blocking and not r.passed and r.check not in noted],
+        noted=noted,
         problems=problems,
         quarantined=quarantined,
         pictures=draw(measured, reports),

@@ -50,7 +50,7 @@ def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> No
 
 def reliability(bins: list[dict[str, Any]], title: str, path: Path) -> None:
     """Probability against the frequency of the action."""
-    figure, axes = _axes(title, 4.2, 3.8)
+    figure, axes = _axes(title, 6.4, 3.4)
     axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
     sizes = np.array([row["pairs"] for row in bins], float)
     axes.scatter(
@@ -72,10 +72,12 @@ def histogram(values: Sequence[float] | np.ndarray, title: str, label: str, path
     save(figure, path)
 
 
-def weighted_histogram(values: np.ndarray, weights: np.ndarray, title: str, label: str, path: Path) -> None:
+def weighted_histogram(
+    values: np.ndarray, weights: np.ndarray, title: str, label: str, path: Path, *, bins: int = 40
+) -> None:
     """A histogram of values that stand for several things each."""
     figure, axes = _axes(title)
-    axes.hist(values, bins=40, weights=weights, color=BLUE, log=True)
+    axes.hist(values, bins=bins, weights=weights, color=BLUE, log=len(values) > 1)
     axes.set_xlabel(label)
     axes.set_ylabel("count")
     save(figure, path)

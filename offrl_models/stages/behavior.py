@@ -19,6 +19,7 @@ from offrl_models.reports import checks, plots
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
+from offrl_models.tensors import read_tensors
 from offrl_models.training import fit
 
 LOGGED, ESTIMATED = "logged", "estimated"
@@ -35,6 +36,7 @@ def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
         "training": None if config.logs.tabular_states else config.training.model_dump(),
         "seeds": [config.seed, config.seeds],
         "thresholds": config.coverage.model_dump(),
+        "clone": config.resolved_algorithm("bc") if "bc" in config.algorithms else None,
     }
 
 
@@ -107,8 +109,16 @@ def _model(pipeline: Pipeline, train: Episodes, tuned_on: Episodes) -> torch.nn.
 def _cloned(pipeline: Pipeline, episodes: Episodes) -> Mixture:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
-    cloned, _ = fit("bc", BCConfig(), episodes, encoder_of(pipeline), seeds=seeds, **config.training.model_dump())
+    cloned, _ = fit(
+        "bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **config.training.model_dump()
+    )
     return Mixture(cloned, config.seeds)
+
+
+def _clone_config(pipeline: Pipeline) -> BCConfig:
+    """That of the candidate bc, where it is one."""
+    config = pipeline.config.algorithm("bc") if "bc" in pipeline.config.algorithms else None
+    return config if isinstance(config, BCConfig) else BCConfig()
 
 
 def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
@@ -148,14 +158,14 @@ def read_evaluated(pipeline: Pipeline, split: str) -> Episodes:
 
 def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:
     """The behavior policy as it was exported."""
-    tensors = storage.read_tensors(pipeline.folder / "behavior" / bundle.WEIGHTS)
+    tensors = read_tensors(pipeline.folder / "behavior" / bundle.WEIGHTS)
     estimated = not pipeline.config.logs.action_prob
     prefix = "policy." if estimated else ""
     if f"{prefix}known" in tensors:
         inner: torch.nn.Module = BehaviorTable(tensors[f"{prefix}known"].double().numpy())
     else:
         seeds = range(pipeline.config.seeds)
-        inner = Mixture(BC(BCConfig(), encoder, pipeline.config.logs.action.n_actions, seeds), len(seeds))
+        inner = Mixture(BC(_clone_config(pipeline), encoder, pipeline.config.logs.action.n_actions, seeds), len(seeds))
     model = behavior.Calibrated(inner) if estimated else inner
     model.load_state_dict(tensors)
     return model

@@ -55,7 +55,10 @@ def _log_of(pipeline: Pipeline, wanted: ComparisonConfig) -> Path:
 def compare(
     pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, shares: Float64[np.ndarray, "samples episodes"]
 ) -> dict[str, Any]:
-    """What the gate split says of another policy, and what its own log says. Raises InputError where that log breaks a rule."""
+    """What the gate split says of another policy, and what its own log says.
+
+    Raises InputError where that log is missing, breaks a rule of the contract, or leaves out a cell of the gate split.
+    """
     contract = wanted.contract(pipeline.config.logs)
     log = Log.open([_log_of(pipeline, wanted)], contract)
     broken = screen(log).violations
@@ -77,7 +80,7 @@ def compare(
         "cells": list(wanted.cells),
         "logged_rows": len(reward),
         "logged_mean": float(reward.mean()),
-        "logged_standard_error": float(reward.std(ddof=0) / np.sqrt(len(reward))),
+        "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
         "gate_episodes": gate.n_episodes,
         **estimate_stated(gate, probs, shares).to_json(),
     }
@@ -137,7 +140,6 @@ def evidence(pipeline: Pipeline) -> Stage:
         judged = {**asdict(verdicts[final].measures), "policy": name, "influence": verdicts[final].measures.influence}
         judged.pop("fqe_differences")
         results = checks.check_evidence([judged], config.gate.model_dump(), config.coverage, docs)
-        found["comparisons"] = [compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
         storage.write_json(folder / "evidence.json", found)
         storage.write_json(folder / "verdict.json", verdicts[final].to_json())
         exact = None

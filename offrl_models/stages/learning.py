@@ -18,6 +18,7 @@ from offrl_models.selection import rank
 from offrl_models.stages.behavior import current_behavior, read_evaluated
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
+from offrl_models.tensors import read_tensors
 from offrl_models.training import fit, run_side_by_side
 
 
@@ -80,7 +81,7 @@ def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
     _, kind = ALGORITHMS[name]
     algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.n_actions, seeds)  # pyright: ignore[reportArgumentType]
     model = Mixture(algorithm, len(seeds))
-    model.load_state_dict(storage.read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
+    model.load_state_dict(read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
 
 
