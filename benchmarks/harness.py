@@ -190,6 +190,9 @@ def print_table(title: str, costs: Costs, compared: Sequence[Figure]) -> None:
             f"{name:12}{wall:8.2f}{min(walls):8.2f}{max(walls):8.2f}{cpu:8.2f}{peak:10.0f}{anonymous:11.0f}{others:14.2f}"
         )
     for figure in compared:
+        if figure.ratio is None:
+            lines.append(f"{figure.name}: {figure.value:.2f} {figure.unit} (target: under {figure.target})")
+            continue
         sign = "at least" if figure.unit == "s" else "at most"
         lines.append(f"{figure.name}: {figure.ratio:.2f} against {figure.peer} (target: {sign} {figure.target})")
     print("\n".join(lines), file=sys.stderr)

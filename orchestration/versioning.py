@@ -1,29 +1,11 @@
 """DVC, kept at arm's length: it stores the bytes of raw logs, and its lock files say which version they are."""
 
 import os
-from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from offrl_models.config import Pipeline
-from offrl_models.logs.read import log_version
+from offrl_models.logs.versions import log_version, recorded
 from offrl_models.schema import InputError
-
-
-def recorded(root: Path, folder: Path) -> tuple[str | None, str | None]:
-    """The digest that `dvc.lock` or a `.dvc` file holds for a folder, and the stage or file that holds it."""
-    relative = str(folder.relative_to(root))
-    if (root / "dvc.lock").exists():
-        lock = yaml.safe_load((root / "dvc.lock").read_text()) or {}
-        for stage, facts in lock.get("stages", {}).items():
-            for out in facts.get("outs", []):
-                if out["path"] == relative:
-                    return out["md5"], stage
-    beside = folder.with_suffix(".dvc")
-    if beside.exists():
-        return yaml.safe_load(beside.read_text())["outs"][0]["md5"], str(beside.relative_to(root))
-    return None, None
 
 
 def record(pipeline: Pipeline) -> str:

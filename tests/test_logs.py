@@ -14,9 +14,10 @@ from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import measure
 from offrl_models.logs.ingest import ingest
-from offrl_models.logs.read import Log, batch_files, log_version
+from offrl_models.logs.read import Log, batch_files
 from offrl_models.logs.rules import rules
 from offrl_models.logs.screen import screen
+from offrl_models.logs.versions import log_version
 from offrl_models.reports import quality
 from offrl_models.reports.checks import check_logs
 from offrl_models.schema import InputError
@@ -302,3 +303,25 @@ def test_string_ids_and_dictionary_columns_are_read(contract: Contract, tmp_path
     storage.write_parquet(tmp_path / "b.parquet", table.set_column(0, "episode", names))
     log = Log.open([tmp_path / "b.parquet"], contract)
     assert log.frame(["episode"])["episode"].dtype == pl.String and screen(log).violations == ()
+
+
+def test_an_accepted_batch_that_changed_is_neither_used_nor_moved(pipeline: Pipeline) -> None:
+    """C02: what was accepted is not altered behind our back; another version that DVC recorded is welcome."""
+    ingest(pipeline.folders, pipeline.config.logs)
+    path = batch_files(pipeline.raw)[0]
+    changed = pl.read_parquet(path).with_columns(reward=0.5 - pl.col("reward"))
+    storage.write_parquet(path, changed.to_arrow())
+    with pytest.raises(InputError, match=r"data/toy/raw/batch-1.parquet has changed since it was accepted \(C02\)"):
+        ingest(pipeline.folders, pipeline.config.logs)
+    lock = {"stages": {"toy": {"outs": [{"path": "data/toy/raw", "md5": log_version(pipeline.raw)}]}}}
+    (pipeline.root / "dvc.lock").write_text(json.dumps(lock))
+    ingest(pipeline.folders, pipeline.config.logs).require_clean()
+
+
+def test_the_reason_names_everything_that_is_wrong_with_a_batch(pipeline: Pipeline) -> None:
+    land(pipeline, put(put(new_batch(), "reward", float("nan"), 3), "prob", 2.0, 2, after=5))
+    with pytest.raises(InputError, match=r"'reward' has 3 rows .*\(C10\), the first is row 0"):
+        ingest(pipeline.folders, pipeline.config.logs).require_clean()
+    reason = json.loads((pipeline.folders.quarantine / "batch-9.reason.json").read_text())
+    assert len(reason["all"]) == 2 and reason["reason"] == reason["all"][0]
+    assert "'prob' has 2 rows with a propensity outside (0, 1] (C14), the first is row 5" in reason["all"][1]

@@ -251,7 +251,7 @@ def test_a_blocking_coverage_check_stops_the_run_and_the_library(toy: Pipeline) 
     result = run(toy)
     assert not result.success and made(result) == {"raw_logs"}
     assert printed(toy, result)[1].startswith("Error: check C15_mean_importance_ratios_are_1 blocks: the mean ratio of")
-    with pytest.raises(InputError, match="check C15 blocks the log: the mean ratio of policy"):
+    with pytest.raises(InputError, match="check C15 blocks the log: the mean ratio of 'uniform'"):
         stages.episodes(toy)
 
 

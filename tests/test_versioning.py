@@ -11,7 +11,7 @@ import yaml
 
 from offrl_models import stages, storage
 from offrl_models.config import Pipeline
-from offrl_models.logs.read import log_version
+from offrl_models.logs.versions import log_version, recorded
 from orchestration import versioning
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_accepted_batches_become_a_version_and_older_ones_come_back(repository: 
     versioning.record(repository)
     newer = dataset(repository)
     assert newer["train.arrow"] != older["train.arrow"] and newer["moments.json"] != older["moments.json"]
-    assert second != first and versioning.recorded(repository.root, repository.raw)[0] == second
+    assert second != first and recorded(repository.root, repository.raw)[0] == second
     (repository.root / "data/toy/raw.dvc").write_text(old)
     dvc(repository.root, "checkout", "-q", "--force")
     assert log_version(repository.raw) == first
@@ -68,7 +68,7 @@ def test_a_folder_without_dvc_still_has_a_version(toy: Pipeline) -> None:
 
 def test_the_lock_of_the_example_is_what_its_stage_makes() -> None:
     """The digest in dvc.lock; where the raw logs were made on this machine, they have it."""
-    digest, holder = versioning.recorded(ROOT, ROOT / "data" / "icu_sepsis" / "raw")
+    digest, holder = recorded(ROOT, ROOT / "data" / "icu_sepsis" / "raw")
     assert holder == "icu_sepsis" and digest is not None and digest.endswith(".dir")
     if (ROOT / "data" / "icu_sepsis" / "raw").exists():
         assert log_version(ROOT / "data" / "icu_sepsis" / "raw") == digest

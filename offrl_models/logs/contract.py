@@ -135,7 +135,7 @@ class Contract(Strict):
         kinds: dict[str, tuple[str, str]] = {}
         for role, name, kind in self._roles():
             earlier = kinds.setdefault(name, (role, kind))
-            if earlier[1] != kind and "label" not in (earlier[1], kind) and "key" not in (earlier[1], kind):
+            if _narrower(earlier[1], kind) is None:
                 raise ValueError(f"column {name!r} cannot be {earlier[0]} ({earlier[1]}) and {role} ({kind}) at once")
         return self
 
@@ -208,7 +208,7 @@ class Contract(Strict):
         """Every column the contract names -> the kind of type it must have; the narrower where it plays two roles."""
         found: dict[str, str] = {}
         for _, name, kind in self._roles():
-            found[name] = kind if found.get(name, "label") in ("label", "key") else found[name]
+            found[name] = _narrower(found.get(name, kind), kind) or kind
         return found
 
     @cached_property
@@ -216,6 +216,15 @@ class Contract(Strict):
         """Columns by which a reward that comes later finds its decision; none where it cannot."""
         order = self.step or (self.decided_at if self.horizon is None else None)
         return (self.episode_id, *([order] if order else [])) if self.episode_id else ()
+
+
+def _narrower(kind: str, other: str) -> str | None:
+    """The kind of a column that plays two roles: any label may be one, a whole number is a number; else None."""
+    if kind == other or other in ("label", "key"):
+        return kind
+    if kind in ("label", "key"):
+        return other
+    return "integer" if {kind, other} == {"integer", "number"} else None
 
 
 def arrow_type(kind: str) -> pa.DataType:

@@ -80,7 +80,7 @@ def _runs(frame: pl.DataFrame, contract: Contract, first_row: int) -> pl.DataFra
         pl.Series("row", at + first_row), pl.Series("rows", rows), pl.lit(False).alias("pending")
     )
     if contract.reward.window_hours:
-        waiting = frame.select(values.reward(contract).is_null()).to_series().to_numpy()
+        waiting = frame.select(values.reward_sum(contract).is_null()).to_series().to_numpy()
         closes = frame.select(pl.when(pl.lit(waiting)).then(pl.col(str(contract.decided_at)))).to_series()
         latest = closes.to_frame("at").with_columns(run=pl.Series(np.repeat(np.arange(len(at)), rows)))
         runs = runs.with_columns(
@@ -198,7 +198,7 @@ def _is_in_order(runs: pl.DataFrame, by: list[str]) -> bool:
 
 
 def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Found, Found]:
-    """Per batch, rows that repeat an earlier row exactly, that contradict one of their batch, and one of any batch."""
+    """Per batch, rows that repeat an earlier row exactly, that contradict one of their batch, and one of an earlier batch."""
     contract = log.contract
     keys = [contract.episode_column, contract.step_column]
     wanted = ordered.filter(pl.col("overlap") > 0).select(pl.col("episode").unique().alias(keys[0]))
@@ -218,7 +218,7 @@ def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Fou
         return {int(batch): int(n) for batch, n, _ in counted}, {int(batch): int(row) for batch, _, row in counted}
 
     own, any_batch = (pl.col("content") != first.over(over) for over in ([*keys, BATCH], keys))
-    return count(repeats)[0], count(own), count(any_batch)
+    return count(repeats)[0], count(own), count(any_batch & ~own)
 
 
 def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None) -> pl.DataFrame:

@@ -11,8 +11,9 @@ from offrl_models import storage
 from offrl_models.logs import formats
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.landing import fetch
-from offrl_models.logs.read import DamagedBatchError, Log, batch_files, count_rows, log_version, open_batch
+from offrl_models.logs.read import DamagedBatchError, Log, batch_files, count_rows, open_batch
 from offrl_models.logs.screen import Screened, screen
+from offrl_models.logs.versions import log_version, recorded
 from offrl_models.schema import InputError
 
 
@@ -95,6 +96,7 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         ledger = storage.read_json(folders.ledger) if folders.ledger.exists() else {}
         raw, landed = batch_files(folders.raw, contract.format), batch_files(folders.landing, contract.format)
         digest = {path: storage.sha256_tree(path) for path in [*raw, *landed]}
+        _require_unchanged(folders, [path for path in raw if ledger.get(path.name, digest[path]) != digest[path]])
         taken = {path.name: digest[path] for path in raw}
         first_of: dict[str, Path] = {}
         for path in [*raw, *landed]:
@@ -105,16 +107,17 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         screened, refused = _screened([*raw, *new], contract, now)
         _require_contract_fits(folders, raw, [p for p in raw if ledger.get(p.name) == digest[p]], refused)
         for path in namesakes:
-            refused[path] = f"{path}: another batch of this name was accepted before; give the new one its own name."
+            refused[path] = [f"{path}: another batch of this name was accepted before; give the new one its own name."]
         count = _count(screened, refused, twins, contract)
         for path in twins:
             storage.remove(path)  # the same batch again
         quarantined = {}
-        for path, reason in refused.items():
+        for path, sentences in refused.items():
             target = _free_name(folders.quarantine / path.name)
             storage.move(path, target)
-            storage.write_json(_reason(target), {"reason": reason})
-            quarantined[folders.shown(target)] = reason.replace(f"{folders.root}/", "")
+            said = [sentence.replace(f"{folders.root}/", "") for sentence in sentences]
+            storage.write_json(_reason(target), {"reason": said[0], "all": said})
+            quarantined[folders.shown(target)] = said[0]
         kept = [path for path in [*raw, *new] if path not in refused]
         for path in new:
             if path in kept:
@@ -141,19 +144,19 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
     return report
 
 
-def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Screened | None, dict[Path, str]]:
-    """The log of the batches that hold to the contract and break no rule, and the reason for each of the others."""
-    refused: dict[Path, str] = {}
+def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Screened | None, dict[Path, list[str]]]:
+    """The log of the batches that hold to the contract and break no rule, and what is wrong with each of the others."""
+    refused: dict[Path, list[str]] = {}
     for path in files:
         try:
             open_batch(path, contract)
         except InputError as error:
-            refused[path] = str(error)
+            refused[path] = [str(error)]
     while kept := [path for path in files if path not in refused]:
         try:
             found = screen(Log.open(kept, contract), now)
         except DamagedBatchError as error:
-            refused[error.path] = str(error)
+            refused[error.path] = [str(error)]
             continue
         broken = found.reasons()
         if not broken:
@@ -162,7 +165,7 @@ def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Scr
     return None, refused
 
 
-def _count(screened: Screened | None, refused: dict[Path, str], twins: list[Path], contract: Contract) -> Count:
+def _count(screened: Screened | None, refused: dict[Path, list[str]], twins: list[Path], contract: Contract) -> Count:
     """Where every row went that was read; each of the numbers is counted on its own."""
     again = sum(count_rows(path, contract) for path in twins)
     refused_rows = sum(count_rows(path, contract) for path in refused)
@@ -198,11 +201,25 @@ def _write_left_out(folders: Folders, screened: Screened) -> None:
         storage.write_json(path, facts)
 
 
-def _require_contract_fits(folders: Folders, raw: list[Path], accepted: list[Path], refused: dict[Path, str]) -> None:
+def _require_unchanged(folders: Folders, changed: list[Path]) -> None:
+    """C02. Raises InputError when accepted batches are other files than those that were accepted.
+
+    Unless DVC has recorded the folder as it is: another version of the logs was checked out, or made.
+    """
+    if changed and recorded(folders.root, folders.raw)[0] != log_version(folders.raw):
+        raise InputError(
+            f"{folders.shown(changed[0])} has changed since it was accepted (C02), and so have {len(changed) - 1} other batches; "
+            "bring them back with `dvc checkout`, or put what is new into the landing folder under a name of its own."
+        )
+
+
+def _require_contract_fits(
+    folders: Folders, raw: list[Path], accepted: list[Path], refused: dict[Path, list[str]]
+) -> None:
     """Raises InputError, before anything moved, when accepted batches are refused, or all there are."""
     misfits = [path for path in accepted if path in refused] or (raw if all(path in refused for path in raw) else [])
     if misfits:
-        reason = refused[misfits[0]].replace(f"{folders.root}/", "").rstrip(".")
+        reason = refused[misfits[0]][0].replace(f"{folders.root}/", "").rstrip(".")
         raise InputError(
             f"{reason}. The same contract refuses {len(misfits)} of {len(raw)} batches in {folders.shown(folders.raw)}, so "
             "nothing was moved: correct the contract, or bring the batches back with `dvc checkout`."

@@ -3,8 +3,6 @@
 A batch brings decisions, or only rewards that came later than theirs.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,6 @@ from offrl_models.schema import InputError
 
 BATCH = "_batch"  # index of the file a row came from, in the order in which the batches are read
 CHUNK = 262_144  # rows that are in memory at a time
-LARGEST = 2**63 - 1  # what is beyond it is neither a step nor a code, and stays none
 WORKERS = min(2, os.cpu_count() or 1)  # batches that are worked on at a time; each takes memory of its own
 T = TypeVar("T")
 
@@ -93,7 +90,8 @@ def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: boo
         case "label":
             return column.cast(pl.String)
         case "integer":
-            return column.clip(upper_bound=LARGEST).cast(pl.Int64) if dtype == pl.UInt64 else column.cast(pl.Int64)
+            # from 2**63 on they turn negative, which neither a step nor a code may be
+            return column.reinterpret(signed=True) if dtype == pl.UInt64 else column.cast(pl.Int64)
         case "number" if dtype == pl.UInt64:
             return column.cast(pl.Float64)
         case "number" if dtype.is_unsigned_integer() or dtype == pl.Boolean:
@@ -275,14 +273,3 @@ def ahead(items: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
-
-
-def log_version(folder: Path) -> str:
-    """The digest that DVC gives a folder of batches: md5 over the list of its files and their md5."""
-    files = []
-    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).parts):
-        if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-            files.append({"md5": content, "relpath": path.relative_to(folder).as_posix()})
-    return hashlib.md5(json.dumps(files, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"

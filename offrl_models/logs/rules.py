@@ -47,7 +47,7 @@ def _not_finite(column: pl.Expr, kind: str) -> pl.Expr:
         return number.is_null() | number.is_nan() | number.is_infinite()
     if kind.startswith("numbers"):
         each = column.cast(pl.List(pl.Float64)).list
-        return column.is_null() | ~each.sum().is_finite() | (each.drop_nulls().len() != each.len())
+        return column.is_null() | ~each.sum().is_finite() | each.contains(None)
     return column.is_null()
 
 
@@ -245,15 +245,16 @@ def rules(contract: Contract, clock: datetime | None = None, now: datetime | Non
 def late_reward_rules(contract: Contract, now: datetime | None, columns: Sequence[str]) -> list[Rule]:
     """The rules of a batch of rewards with these columns, joined by key to what is `known`: null where there is no decision."""
     name, keys, bounds = contract.reward.name, contract.reward_keys, contract.reward.range
-    value, told = values.reward_sum(contract), pl.struct(contract.reward.terms)
+    value, told = values.reward_sum(contract), pl.struct(list(contract.reward.terms))
+    unlike_first = told != told.first().over(keys)
     usable = pl.col("known").is_not_null() & value.is_finite()
     contradicts = pl.any_horizontal(pl.col(n).ne_missing(pl.col(f"{n}_known")) for n in contract.reward.terms)
     other, once = "with another reward than the one known", "a reward is logged once: correct the one that is wrong."
     found = [
         Rule("C31", keys[0], pl.col("known").is_null(), "with a reward for a decision that no batch has",
              "land its decisions first, or correct the key."),
-        Rule("C03", name, usable & (told != told.first().over(keys)), other, once),
-        Rule("C03", name, usable & contradicts, other, once, across=True),
+        Rule("C03", name, usable & unlike_first, other, once),
+        Rule("C03", name, usable & contradicts & ~unlike_first, other, once, across=True),
         Rule("C10", name, ~value.is_finite() | value.is_null(), MISSING, "leave out rewards that have not come."),
         Rule("C12", name, usable & ~within(value, *bounds), f"outside the reward range {shown_range(*bounds)}", CORRECT_RANGE),
     ]  # fmt: skip

@@ -45,17 +45,17 @@ class Screened:
     broken: pl.DataFrame  # one row per batch: rows, and one column of broken rows per rule
     violations: tuple[Violation, ...]
 
-    def reasons(self) -> dict[Path, str]:
-        """Batches that break a rule -> one sentence about the first rule broken.
+    def reasons(self) -> dict[Path, list[str]]:
+        """Batches that break a rule -> one sentence about each rule broken.
 
         A rule that sets batches against each other counts only where no batch breaks another rule: the earlier batch may
         itself be refused.
         """
         own = [violation for violation in self.violations if not violation.across]
-        found: dict[Path, str] = {}
+        found: dict[Path, list[str]] = {}
         for violation in own or self.violations:
             path = self.log.batches[violation.batch].path
-            found.setdefault(path, violation.sentence(str(path)))
+            found.setdefault(path, []).append(violation.sentence(str(path)))
         return found
 
 

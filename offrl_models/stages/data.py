@@ -13,7 +13,8 @@ from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
 from offrl_models.datasets.leakage import split_tables
 from offrl_models.logs import coverage as log_coverage
 from offrl_models.logs import ingest as log_ingest
-from offrl_models.logs.read import Log, batch_files, log_version
+from offrl_models.logs.read import Log, batch_files
+from offrl_models.logs.versions import log_version
 from offrl_models.reports import checks, overview, plots
 from offrl_models.reports.quality import CheckResult
 from offrl_models.schema import Episodes, InputError
