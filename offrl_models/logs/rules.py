@@ -66,8 +66,8 @@ def _present(contract: Contract) -> list[Rule]:
         if column.missing is not None and kinds[name] == "number":
             found.append(Rule("C10", name, pl.col(name).cast(pl.Float64).is_infinite(), "infinite", FILL))
         elif column.missing is not None and column.size:
-            each = pl.col(name).cast(pl.List(pl.Float64)).list
-            found.append(Rule("C10", name, each.eval(pl.element().is_infinite()).list.any(), "infinite", FILL))
+            infinite = pl.col(name).cast(pl.List(pl.Float64)).list.eval(pl.element().is_infinite())
+            found.append(Rule("C10", name, infinite.list.any(), "infinite", FILL))
     return found
 
 
