@@ -84,27 +84,34 @@ def _require_rising(last: int | None, first: int, file: Path) -> None:
 
 
 def polars(files: Sequence[Path], folder: Path) -> None:
-    """One lazy plan, its streaming engine, one sort; the moments in the same engine."""
+    """The keys first; then one lazy plan for all splits in the streaming engine, sorted only where the rows are in no order."""
     import polars as pl
 
     log = pl.scan_parquet(list(files))
-    ids = log.select("episode_id").unique().collect(engine="streaming")["episode_id"]
-    side = pl.DataFrame({"episode_id": ids, "split": split_numbers(ids.to_list())}, schema_overrides={"split": pl.Int8})
-    placed = log.join(side.lazy(), on="episode_id", how="left").sort("split", *KEY).collect(engine="streaming")
+    keys = log.select(KEY).collect(engine="streaming")
+    episode, step = keys["episode_id"].diff(), keys["step"].diff()
+    ordered = bool(((episode > 0) | ((episode == 0) & (step > 0))).drop_nulls().all())
+    ids = keys["episode_id"].rle().struct.field("value") if ordered else keys["episode_id"].unique()
+    side = pl.DataFrame({"episode_id": ids, "split": split_numbers(ids.to_list())})
     rows = [
         *KEY, pl.concat_arr(FEATURES).alias("observation"), pl.col("action").cast(pl.Int64),
         pl.col("reward").cast(pl.Float64), "terminated", pl.col("action_prob").cast(pl.Float64),
     ]  # fmt: skip
-    first = 0
-    heights = placed["split"].value_counts().sort("split")["count"]
-    for number, (name, height) in enumerate(zip(FIRST_BUCKET, heights, strict=True)):
-        part = placed.slice(first, height)
-        first += height
-        part.select(rows).write_ipc(folder / f"{name}.arrow", compression="uncompressed")
-        if number == 0:
-            numbers = part.lazy().select(pl.col(FEATURES).cast(pl.Float64))
-            mean, std = pl.collect_all([numbers.mean(), numbers.std(ddof=0)], engine="streaming")
-            write_moments(folder, mean.to_numpy()[0], std.to_numpy()[0])
+    joined = log.join(side.lazy(), on="episode_id", how="left", maintain_order="left")
+    joined = joined if ordered else joined.sort(KEY)
+    written = [
+        joined.filter(split=number)
+        .select(rows)
+        .sink_ipc(folder / f"{name}.arrow", compression="uncompressed", lazy=True, maintain_order=True)
+        for number, name in enumerate(FIRST_BUCKET)
+    ]
+    numbers = pl.col(FEATURES).cast(pl.Float64)
+    moments = joined.filter(split=0).select(
+        numbers.mean().name.suffix(" mean"), numbers.std(ddof=0).name.suffix(" std")
+    )
+    *_, found = pl.collect_all([*written, moments], engine="streaming")
+    row = found.to_numpy()[0]
+    write_moments(folder, row[: len(FEATURES)], row[len(FEATURES) :])
 
 
 def polars_in_order(files: Sequence[Path], folder: Path) -> None:

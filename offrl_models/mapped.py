@@ -117,6 +117,10 @@ class Columns:
             content = os.pread(self.descriptor, size, start + first * width)
             yield np.frombuffer(content, view.dtype).reshape(-1, *view.shape[1:])
 
+    def sync(self) -> None:
+        """Bring what was written to disk; the file takes its name when it is closed."""
+        os.fsync(self.descriptor)
+
     def __enter__(self) -> "Columns":
         return self
 
@@ -126,7 +130,7 @@ class Columns:
         self.views, self.data = {}, np.zeros(0, np.uint8)
         self.map.close()
         if kind is None:
-            os.fsync(self.descriptor)
+            self.sync()
         os.close(self.descriptor)
         if kind is None:
             self.partial.replace(self.path)

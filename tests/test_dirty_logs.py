@@ -867,6 +867,33 @@ def test_ids_and_steps_beyond_64_bits_are_refused_or_read_and_never_a_crash(tmp_
     assert named(reason).check == "C04" and "with a step outside 0 to" in reason
 
 
+@pytest.mark.parametrize("column", ["episode", "step"])
+def test_a_batch_without_a_single_key_is_refused_and_not_a_crash(tmp_path: Path, column: str) -> None:
+    pipeline = pipeline_in(tmp_path)
+    land(pipeline, "a", [{**row, column: None} for row in BASE])
+    with pytest.raises(InputError, match=rf"column '{column}' has {len(BASE)} rows missing, NaN or infinite \(C10\)"):
+        take_in(pipeline)
+
+
+@pytest.mark.parametrize("step", ["step", None])
+@pytest.mark.parametrize("column", ["at", "reward"])
+def test_a_damaged_column_refuses_its_batch_alone_at_whatever_pass_it_is_met(
+    tmp_path: Path, step: str | None, column: str
+) -> None:
+    """Where the log has no step, the keys are read before anything else is."""
+    pipeline = pipeline_in(tmp_path, step=step)
+    land(pipeline, "a", BASE)
+    path = land(pipeline, "b", clean_rows(range(200)))
+    chunk = pq.read_metadata(path).row_group(0).column(SCHEMA.get_field_index(column))
+    content = bytearray(path.read_bytes())
+    content[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(bytes(content))
+    report = take_in(pipeline)
+    assert report.accepted == ["a.parquet"]
+    [reason] = report.quarantined.values()
+    assert "landing/b.parquet cannot be read as Parquet" in reason
+
+
 # --- rewards that come later ------------------------------------------------------------------------------------------
 
 WINDOW = timedelta(hours=48)
@@ -990,6 +1017,7 @@ def test_a_wrong_late_reward_refuses_its_batch_and_not_the_decisions(tmp_path: P
 def test_a_reward_other_than_the_one_known_is_a_contradiction_of_the_later_batch(tmp_path: Path) -> None:
     pipeline = late_pipeline(tmp_path, ROWS)
     write_rewards(pipeline, "c", TOLD[:2])
+    write_rows(pipeline.folders.landing / "b2.parquet", [untold(row) for row in ROWS[:3]])  # decisions once more
     take_in(pipeline).require_clean()
     other = [
         {**TOLD[1], "reward": 0.999},
@@ -1002,7 +1030,7 @@ def test_a_reward_other_than_the_one_known_is_a_contradiction_of_the_later_batch
     write_rewards(pipeline, "e", [TOLD[0], TOLD[2]])  # one is known already
     report = take_in(pipeline)
     report.require_clean()
-    assert report.count.duplicates == 1
+    assert report.count.duplicates == 3 + 1
 
 
 def test_rewards_of_a_refused_batch_are_of_no_decision(tmp_path: Path) -> None:

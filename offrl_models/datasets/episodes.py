@@ -26,7 +26,7 @@ from offrl_models.mapped import Columns, open_columns, read_table, write_table
 from offrl_models.schema import Episodes, InputError
 
 MOMENTS = "moments.json"  # of the observed columns of the train split
-BLOCK = 65_536  # rows whose moments are taken at a time
+BLOCK = 4096  # rows whose moments are taken at a time: they stay in the cache of the processor
 
 
 def _row_columns(contract: Contract) -> dict[str, tuple[Any, int | None]]:
@@ -97,17 +97,19 @@ def write_splits(log: Log, salt: str, folder: Path, found: Index | None = None) 
             mine = np.flatnonzero(to.inside(split))
             rows = to.row[mine]
             for name, array in arrays.items():
-                file.write(name, rows, array[mine])
+                file.write(name, rows, np.take(array, mine, axis=0, mode="clip"))
         _keep_finals(finals, chunk, arrays["observation"], to, contract)
 
     with train, selection, gate:
         for _ in log.each(write, _columns_read(contract)):
             pass
         for file, part in zip((train, selection, gate), parts.values(), strict=True):
-            last = (part["start"] + part["length"] - 1).to_numpy()
-            for flag in ("terminated", "truncated"):
-                file.write(flag, last, part[flag].to_numpy())
-        moments = _moments(train, width)
+            _write_flags(file, part)
+        with ThreadPoolExecutor(1) as pool:
+            written = [pool.submit(file.sync) for file in (selection, gate, train)]  # while the moments are taken
+            moments = _moments(train, width)
+            for file in written:
+                file.result()
     for (name, part), final in zip(parts.items(), finals, strict=True):
         write_table(folder / f"{name}.episodes.arrow", _episode_table(part, contract))
         if contract.horizon is None:
@@ -117,6 +119,15 @@ def write_splits(log: Log, salt: str, folder: Path, found: Index | None = None) 
                 file.write("observation", np.arange(len(final)), final)
     storage.write_json(folder / MOMENTS, moments.to_json(contract.features))
     return counts
+
+
+def _write_flags(file: Columns, part: pl.DataFrame) -> None:
+    """The flags of the end, on the last row of every episode."""
+    last = (part["start"] + part["length"] - 1).to_numpy()
+    for flag in ("terminated", "truncated"):
+        values = np.zeros(file.rows, bool)
+        values[last] = part[flag].to_numpy()
+        file.write(flag, np.arange(file.rows), values)
 
 
 def _moments(train: Columns, width: int) -> Moments:

@@ -11,6 +11,7 @@ from offrl_models.logs.contract import Contract
 from offrl_models.logs.roles import ActionComponent, Label, ObservationColumn
 
 EPOCH = datetime(2000, 1, 1)
+BLOCK = 4096  # rows that are turned from columns into a matrix at a time: they stay in the cache of the processor
 
 
 def within(value: pl.Expr, low: float | None, high: float | None) -> pl.Expr:
@@ -64,16 +65,21 @@ def _numbers(name: str, column: ObservationColumn) -> list[pl.Expr]:
 
 def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -> Float32[np.ndarray, "rows columns"]:
     """The observation matrix from the columns `names`, in the order of the contract; NaN where a number is missing."""
-    matrix, at = np.empty((frame.height, len(contract.features)), np.float32), 0
+    columns: list[np.ndarray] = []  # [rows] or [rows, size]
     for name, column in zip(names, contract.observation, strict=True):
         if column.size:
-            values = frame[name].cast(pl.Array(pl.Float32, column.size)).to_numpy()
-            matrix[:, at : at + column.size] = values
-            at += column.size
-            continue
-        for expression in _numbers(name, column):
-            matrix[:, at] = frame.select(expression).to_series().to_numpy()
-            at += 1
+            columns.append(frame[name].cast(pl.Array(pl.Float32, column.size)).to_numpy())
+        elif column.labels or column.timestamp or column.n_categories is not None:
+            columns += [frame.select(expression).to_series().to_numpy() for expression in _numbers(name, column)]
+        else:
+            columns.append(frame[name].to_numpy())
+    matrix = np.empty((frame.height, len(contract.features)), np.float32)
+    for start in range(0, frame.height, BLOCK):
+        rows, at = slice(start, start + BLOCK), 0
+        for values in columns:
+            width = values.shape[1] if values.ndim > 1 else 1
+            matrix[rows, at : at + width] = values[rows].reshape(-1, width)
+            at += width
     return matrix
 
 
