@@ -325,3 +325,27 @@ def test_the_reason_names_everything_that_is_wrong_with_a_batch(pipeline: Pipeli
     reason = json.loads((pipeline.folders.quarantine / "batch-9.reason.json").read_text())
     assert len(reason["all"]) == 2 and reason["reason"] == reason["all"][0]
     assert "'prob' has 2 rows with a propensity outside (0, 1] (C14), the first is row 5" in reason["all"][1]
+
+
+def test_choices_that_were_sure_warn_and_forced_ones_do_not(contract: Contract, tmp_path: Path) -> None:
+    """C18: three in ten choices drawn with certainty; where only one action is allowed there is no choice."""
+    log = pl.DataFrame(as_table(WORLD.simulate(400, seed=3)))
+    sure = pl.int_range(pl.len()) % 10 < 3
+    found = check(contract, log.with_columns(prob=pl.when(sure).then(0.9999).otherwise("prob")), tmp_path)
+    assert not found["C18"].passed and not found["C18"].blocking
+    assert found["C18"].sentence.startswith(
+        "30.0% of the choices of version 'all' were drawn with a propensity over .999"
+    )
+    taken = pl.concat_list([pl.col("action") == action for action in range(3)]).list.to_array(3)
+    forced = pl.when(sure).then(taken).otherwise("allowed")
+    certain = pl.when(sure).then(1.0).otherwise("prob")
+    assert check(contract, log.with_columns(allowed=forced, prob=certain), tmp_path)["C18"].passed
+
+
+def test_a_log_with_many_open_episodes_is_blocked(contract: Contract, tmp_path: Path) -> None:
+    """C06: each of them is acceptable, 5% of them are not."""
+    log = pl.DataFrame(as_table(WORLD.simulate(400, seed=3)))
+    goes_on = log["episode"].is_in(range(20)) & log["terminated"]
+    found = check(contract, log.with_columns(terminated=pl.col("terminated") & ~goes_on), tmp_path)
+    assert not found["C06"].passed and found["C06"].blocking
+    assert found["C06"].sentence.startswith("5.0% of the episodes are open")

@@ -173,18 +173,6 @@ def test_outliers_do_not_depend_on_units(shift: float, scale: float) -> None:
     assert share[0] > 0 and support.outliers(sample_from(values * scale + shift))["share"].equals(share)
 
 
-def test_exploration_per_policy_version() -> None:
-    version = np.array(["a", "a", "a", "a", "b", "b"])
-    prob = np.array([1.0, 0.9995, 0.999, 0.5, 0.5, 0.5])
-    frame = support.exploration(sample_from(np.zeros((6, 1)), action_prob=prob, policy_version=version))
-    assert frame.rows() == [("a", 4, 0.5), ("b", 2, 0.0)]
-    assert support.exploration(sample_from(np.zeros((6, 1)), action_prob=prob)).rows() == [
-        ("all", 6, pytest.approx(2 / 6))
-    ]
-    with pytest.raises(InputError, match="in all 6 rows"):
-        support.exploration(sample_from(np.zeros((6, 1)), action_prob=None))
-
-
 def test_visits_of_a_table_are_counts() -> None:
     episodes = WORLD.simulate(300, seed=2)
     sample = sample_of(episodes, WORLD.n_states)
@@ -544,23 +532,11 @@ def test_mixed_columns_with_gaps_are_predicted_too() -> None:
     assert 0.2 < only(frame, "r2", target="x1") < 0.6 and abs(only(frame, "gain", target="x1")) < 0.01
 
 
-# --- C08, C12, C17, C31, C32, C33 ------------------------------------------------------------------------------------
+# --- C12, C17, C31, C32, C33 ------------------------------------------------------------------------------------
 
 
 def times(*minutes: float) -> np.ndarray:
     return np.datetime64("2025-03-01T10:00", "us") + (np.array(minutes) * 60e6).astype("timedelta64[us]")
-
-
-def test_time_runs_backwards_within_episodes_only() -> None:
-    decided = times(0, 1, 2, -50, -40, -47)
-    sample = sample_from(np.zeros((6, 1)), steps=3, decided_at=decided, batch=np.array([0, 0, 0, 1, 1, 1]))
-    assert timing.time_violations(sample).rows() == [(0, 3, 0, 0.0, 0.0), (1, 3, 1, pytest.approx(1 / 3), 7.0)]
-    with pytest.raises(InputError, match="column 'decided_at' was not logged for any of the 2 rows"):
-        timing.time_violations(sample_from(np.zeros((2, 1))))
-    with pytest.raises(InputError, match="column 'decided_at' has 1 rows without a time"):
-        timing.time_violations(
-            sample_from(np.zeros((2, 1)), decided_at=np.array(["2025-01-01", "NaT"], "datetime64[us]"))
-        )
 
 
 def test_clock_skew_per_source() -> None:
@@ -636,12 +612,10 @@ def test_drift_of_rewards_is_clustered_by_episode() -> None:
 # --- what all of them promise -----------------------------------------------------------------------------------------
 
 MEASURES: dict[str, Callable[[Sample], pl.DataFrame]] = {
-    "C08": timing.time_violations,
     "C09": lambda s: independence.leakage(s, seed=0),
     "C11": support.outliers,
     "C12": lambda s: timing.reward_facts(s, 0.0, 1.0),
     "C17": timing.version_mixture,
-    "C18": support.exploration,
     "C21": support.cell_visits,
     "C23": lambda s: support.dataset_quality(s, low=0.0, high=1.0),
     "C26": lambda s: support.outside_support(s, s, seed=0),

@@ -50,25 +50,6 @@ def outliers(sample: Sample) -> pl.DataFrame:
     return pl.DataFrame(found, schema=columns, orient="row")
 
 
-def exploration(sample: Sample) -> pl.DataFrame:
-    """C18: per policy version ("all" where versions are not logged), the share of rows with a propensity over .999.
-
-    Raises InputError when propensities were not logged, or are the densities of continuous actions.
-    """
-    if sample.action_prob is None or sample.n_actions is None:
-        raise InputError(
-            f"exploration (C18) needs the probability of the logged action in all {sample.n_rows} rows; log the propensity "
-            "of a discrete action, or leave the check out."
-        )
-    version = np.full(sample.n_rows, ALL) if sample.policy_version is None else sample.policy_version.astype(str)
-    rows = pl.DataFrame({"policy_version": version, "near_certain": sample.action_prob > NEAR_CERTAIN})
-    return (
-        rows.group_by("policy_version")
-        .agg(pl.len().cast(pl.Int64).alias("rows"), pl.col("near_certain").mean().alias("share_near_certain"))
-        .sort("policy_version")
-    )
-
-
 def state_cells(sample: Sample, *, seed: int, cells: int = 1024) -> Int64[np.ndarray, "rows"]:
     """C21: a cell for each row's observation.
 

@@ -20,31 +20,6 @@ FEWEST_EPISODES = 10  # on either side of a comparison of batches
 ALL = "all"
 
 
-def time_violations(sample: Sample) -> pl.DataFrame:
-    """C08: per batch, the rows decided before the row that precedes them in their episode; the largest step back in minutes.
-
-    Raises InputError when decision times were not logged or some are missing.
-    """
-    if sample.decided_at is None:
-        raise _not_logged(sample, "decided_at", "C08")
-    decided = _times(sample.decided_at, "decided_at")
-    back_min = np.zeros(sample.n_rows)
-    back_min[1:] = _minutes(decided[1:], decided[:-1])
-    back_min[sample.first] = 0.0
-    rows = pl.DataFrame({"batch": sample.batch, "back": back_min.clip(0)})
-    broken = pl.col("back") > 0
-    return (
-        rows.group_by("batch")
-        .agg(
-            pl.len().cast(pl.Int64).alias("rows"),
-            broken.sum().cast(pl.Int64).alias("backwards"),
-            broken.mean().alias("share"),
-            pl.col("back").max().alias("largest_min"),
-        )
-        .sort("batch")
-    )
-
-
 def clock_skew(
     decided_at: Shaped[np.ndarray, "rows"], ingested_at: Shaped[np.ndarray, "rows"], source: Shaped[np.ndarray, "rows"]
 ) -> pl.DataFrame:
