@@ -540,6 +540,27 @@ def test_only_truncation_may_be_logged(tmp_path: Path) -> None:
     assert not episodes.terminated.any() and episodes.truncated.sum() == 3
 
 
+def test_lists_of_other_kinds_and_widths_are_the_same_rows(tmp_path: Path) -> None:
+    observed = {"observation": [{"column": "x", "size": 2}], "next_observation": ["y"]}
+    kinds = [pa.list_(pa.float64()), pa.list_(pa.float32(), 2), pa.large_list(pa.int8())]
+    following = [PAIRS[1], *PAIRS[1:]]
+    batches = [{"x": pa.array(PAIRS, x), "y": pa.array(following, y)} for x, y in zip(kinds, kinds[::-1], strict=True)]
+    assert screen(log_of(tmp_path, observed, *batches)).index.duplicates == {1: 4, 2: 4}
+    assert np.array_equal(dataset(tmp_path, observed, *batches).observation, numbers(*PAIRS))
+    first, rest = ([0], [1, 2, 3])  # what follows lies in a batch of another kind
+    parts = [
+        {name: pa.array(values, from_pandas=False).take(pa.array(rows)) for name, values in {**LOG, **batch}.items()}
+        for rows, batch in ((first, batches[0]), (rest, batches[1]))
+    ]
+    assert screen(log_of(tmp_path, observed, *parts)).violations == ()
+
+
+def test_a_row_of_another_entity_that_does_not_follow_is_counted_once(tmp_path: Path) -> None:
+    roles = {"entity": "who", "next_observation": ["y"]}
+    found = screen(log_of(tmp_path, roles, {"who": [1, 2, 3, 4], "y": [0.0] * 4})).violations
+    assert [(violation.check, violation.rows, violation.first) for violation in found] == [("C07", 1, 1), ("C27", 1, 1)]
+
+
 def test_a_column_may_play_several_roles(tmp_path: Path) -> None:
     """The step and the id's number may be observed, an observed category may be a subgroup."""
     observed = [

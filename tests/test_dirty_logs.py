@@ -820,6 +820,26 @@ def test_a_batch_that_contradicts_an_accepted_one_is_refused_and_nothing_else(tm
     )
 
 
+def test_where_batches_do_not_fit_together_the_one_that_came_later_is_blamed(tmp_path: Path) -> None:
+    """By the order of batches, not of steps; and what an earlier batch says already is not held against a later one."""
+    rows = [row for row in clean_rows(range(6)) if row["episode"] == 0]
+    assert len(rows) > 2
+    torn = [{**rows[0], "next_age": 99.0}]
+    orders = {
+        "b": {"a": rows[1:], "b": torn},  # the later batch has the earlier step
+        "c": {"b": torn, "c": rows[1:], "d": torn + torn},  # the batch before has it, and so has one that follows
+    }
+    for number, (blamed, batches) in enumerate(orders.items()):
+        pipeline = pipeline_in(tmp_path / str(number))
+        land(pipeline, "Base", BASE)
+        for name, part in batches.items():
+            land(pipeline, name, part)
+        report = take_in(pipeline)
+        reason = report.quarantined[f"data/toy/quarantine/{blamed}.parquet"]
+        assert named(reason) == Defect("C07", "next_state", 1, 0)
+        assert report.accepted[0] == "Base.parquet" and f"{blamed}.parquet" not in report.accepted
+
+
 def test_columns_of_other_widths_kinds_and_encodings_are_the_same_rows(tmp_path: Path) -> None:
     """Ids as text, as unsigned and as dictionaries, numbers of other widths, fixed lists: still exact repetitions."""
     pipeline = pipeline_in(tmp_path)
