@@ -463,7 +463,9 @@ def test_two_rows_of_one_id_in_a_bandit_log_are_a_repetition_or_a_contradiction(
     columns = {"id": [GATE, TRAIN, SELECTION, GATE], "x": [0.5, 1.5, 2.5, 0.5], "a": [0] * 4, "r": [0.5] * 4}
     assert screen(log_of(tmp_path, BANDIT, columns)).index.duplicates == {0: 1}
     assert dataset(tmp_path, BANDIT, columns).n_rows == 3
-    [violation] = screen(log_of(tmp_path, BANDIT, columns | {"r": [0.5, 0.5, 0.5, 1.0]})).violations
+    found = screen(log_of(tmp_path, BANDIT, columns | {"r": [0.5, 0.5, 0.5, 1.0]}))
+    assert found.index.duplicates == {}
+    [violation] = found.violations
     assert violation.sentence("b0.parquet") == (
         "b0.parquet: column 'id' has 1 row contradicting another row of the same episode (C03), row 3; keep one row for "
         "each decision."
@@ -553,6 +555,22 @@ def test_lists_of_other_kinds_and_widths_are_the_same_rows(tmp_path: Path) -> No
         for rows, batch in ((first, batches[0]), (rest, batches[1]))
     ]
     assert screen(log_of(tmp_path, observed, *parts)).violations == ()
+
+
+def test_what_is_wrong_within_a_batch_is_not_said_again_of_several(tmp_path: Path) -> None:
+    """Rows of one episode that lie apart in their batch, and the episode goes on in another."""
+    wrong = {
+        "id": [TRAIN] * 2,
+        "t": [1, 0],
+        "x": [1.0, 0.0],
+        "y": [2.0, 9.0],
+        "a": [0] * 2,
+        "r": [0.0] * 2,
+        "end": [False] * 2,
+    }
+    after = {"id": [TRAIN], "t": [2], "x": [2.0], "y": [3.0], "a": [0], "r": [0.0], "end": [True]}
+    found = screen(log_of(tmp_path, {"next_observation": ["y"]}, wrong, after)).violations
+    assert [(v.check, v.batch, v.rows, v.first, v.across) for v in found] == [("C07", 0, 1, 0, False)]
 
 
 def test_a_row_of_another_entity_that_does_not_follow_is_counted_once(tmp_path: Path) -> None:
@@ -1281,6 +1299,15 @@ MISFITS: dict[str, tuple[dict[str, Any], Columns, str]] = {
     ),
     "nothing at all": ({}, {"x": pa.nulls(4)}, "column 'x' is null in all 4 rows where the contract needs a number"),
 }
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    table = pa.table(LOG).append_column("x", [LOG["x"]])
+    storage.write_parquet(tmp_path / "b.parquet", table)
+    with pytest.raises(
+        InputError, match=r"b\.parquet: column 'x' is there twice in all 4 rows \(C01\); the contract needs it once"
+    ):
+        Log.open([tmp_path / "b.parquet"], contract_of())
 
 
 @pytest.mark.parametrize("name", MISFITS)
