@@ -334,7 +334,7 @@ def test_choices_that_were_sure_warn_and_forced_ones_do_not(contract: Contract, 
     found = check(contract, log.with_columns(prob=pl.when(sure).then(0.9999).otherwise("prob")), tmp_path)
     assert not found["C18"].passed and not found["C18"].blocking
     assert found["C18"].sentence.startswith(
-        "30.0% of the choices of version 'all' were drawn with a propensity over .999"
+        "30.1% of the choices of version 'all' were drawn with a propensity over .999"
     )
     taken = pl.concat_list([pl.col("action") == action for action in range(3)]).list.to_array(3)
     forced = pl.when(sure).then(taken).otherwise("allowed")
