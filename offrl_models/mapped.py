@@ -4,9 +4,11 @@ The file is uncompressed Arrow IPC with one record batch, so that every column i
 and here a column is a numpy array over the mapped file. Booleans are stored as bytes (uint8).
 """
 
+import itertools
+import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from jaxtyping import Int64, Shaped
 from offrl_models import storage
 from offrl_models.schema import InputError
 
+STRETCH = 64  # rows that follow one another, on average, from which on writing beats mapping
 HOLE = 1 << 16  # buffers from this size on are left as holes of the file until they are filled
 
 
@@ -66,7 +69,7 @@ def _columns(data: np.ndarray) -> dict[str, np.ndarray]:
     for field, column in zip(batch.schema, batch.columns, strict=True):
         shape: tuple[int, ...] = (len(column),)
         if pa.types.is_fixed_size_list(field.type):
-            shape, column = (len(column), field.type.list_size), column.flatten()
+            shape, column = (len(column), field.type.list_size), column.values
         dtype = np.dtype(np.bool_) if column.type == pa.uint8() else np.dtype(column.type.to_pandas_dtype())
         buffer = column.buffers()[1]
         start = (buffer.address - whole.address if buffer else 0) + column.offset * dtype.itemsize
@@ -91,31 +94,39 @@ class Columns:
         self.data = np.frombuffer(self.map, np.uint8)
         self.views = _columns(self.data)
 
-    def write(self, name: str, at: Int64[np.ndarray, "n"], values: Shaped[np.ndarray, "n ..."]) -> None:
-        """Put `values` into the rows `at`. Rows that follow one another go to the file without being mapped."""
+    def write(self, at: Int64[np.ndarray, "n"], columns: Mapping[str, Shaped[np.ndarray, "n ..."]]) -> None:
+        """Put the values of some columns into the rows `at`, which rise."""
         if len(at) == 0:
             return
-        view = self.views[name]
-        if int(at[-1]) - int(at[0]) == len(at) - 1 and bool((np.diff(at) == 1).all()):
-            width = view.itemsize * int(np.prod(view.shape[1:], dtype=np.int64))
-            start = view.ctypes.data - self.data.ctypes.data + int(at[0]) * width
-            content = np.ascontiguousarray(values, view.dtype).data.cast("B")
-            while content:
-                done = os.pwrite(self.descriptor, content, start)
-                content, start = content[done:], start + done
-        else:
-            view[at] = values
-            self.map.madvise(mmap.MADV_DONTNEED)  # what was written stays in the file; the memory is given back
+        cuts = [0, *(np.flatnonzero(np.diff(at) != 1) + 1).tolist(), len(at)]  # rows between them follow one another
+        for name, values in columns.items():
+            if len(cuts) * STRETCH <= len(at) + 2 * STRETCH:
+                for low, high in itertools.pairwise(cuts):
+                    self.fill(name, int(at[low]), values[low:high])
+                continue
+            self.views[name][at] = values
+            first, end = self._place(name, int(at[0])), self._place(name, int(at[-1]) + 1)
+            first -= first % mmap.PAGESIZE  # what was written stays in the file; the memory is given back
+            self.map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
-    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """What a column holds by now, so many rows at a time, read from the file without mapping it."""
+    def fill(self, name: str, start: int, values: Shaped[np.ndarray, "n ..."]) -> None:
+        """Put `values` into the rows from `start` on; they go to the file without being mapped."""
+        position = self._place(name, start)
+        content = np.ascontiguousarray(values, self.views[name].dtype).data.cast("B")
+        while content:
+            done = os.pwrite(self.descriptor, content, position)
+            content, position = content[done:], position + done
+
+    def read(self, name: str, start: int, rows: int) -> np.ndarray:
+        """What a column holds by now from the row `start` on, read from the file without mapping it."""
+        view, first = self.views[name], self._place(name, start)
+        content = os.pread(self.descriptor, self._place(name, min(start + rows, self.rows)) - first, first)
+        return np.frombuffer(content, view.dtype).reshape(-1, *view.shape[1:])
+
+    def _place(self, name: str, row: int) -> int:
+        """Byte of the file at which a row begins."""
         view = self.views[name]
-        start = view.ctypes.data - self.data.ctypes.data
-        width = view.itemsize * int(np.prod(view.shape[1:], dtype=np.int64))
-        for first in range(0, self.rows, rows):
-            size = min(rows, self.rows - first) * width
-            content = os.pread(self.descriptor, size, start + first * width)
-            yield np.frombuffer(content, view.dtype).reshape(-1, *view.shape[1:])
+        return view.ctypes.data - self.data.ctypes.data + row * view.itemsize * math.prod(view.shape[1:])
 
     def sync(self) -> None:
         """Bring what was written to disk; the file takes its name when it is closed."""

@@ -4,15 +4,18 @@
 `<split>.finals.arrow` what was observed after the last of its rows.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool
 
 from offrl_models import storage
 from offrl_models.datasets.moments import Moments
@@ -20,13 +23,15 @@ from offrl_models.datasets.placement import Destination, Placement, place
 from offrl_models.datasets.split import SPLITS, require_split
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.index import Index, index
-from offrl_models.logs.read import WORKERS, Log
+from offrl_models.logs.index import index
+from offrl_models.logs.read import CHUNK, WORKERS, Log
 from offrl_models.mapped import Columns, open_columns, read_table, write_table
 from offrl_models.schema import Episodes, InputError
 
 MOMENTS = "moments.json"  # of the observed columns of the train split
-BLOCK = 4096  # rows whose moments are taken at a time: they stay in the cache of the processor
+BLOCK = 16_384  # rows that are gathered and written at a time
+CACHED = 8192  # rows whose moments are taken at a time: in double precision they stay in the cache
+SYNC_S = 0.25  # between two times that what was written is brought to disk, while more is being written
 
 
 def _row_columns(contract: Contract) -> dict[str, tuple[Any, int | None]]:
@@ -46,12 +51,11 @@ def _row_columns(contract: Contract) -> dict[str, tuple[Any, int | None]]:
     return found | {f"cost.{cost.column}": (np.float64, None) for cost in contract.costs}
 
 
-def _row_values(chunk: pl.DataFrame, found: Index, contract: Contract) -> dict[str, np.ndarray]:
-    """The columns of one chunk, but for the flags of the end."""
+def _row_values(chunk: pl.DataFrame, clock: datetime | None, contract: Contract) -> dict[str, np.ndarray]:
+    """The columns of one chunk, but for the observation and the flags of the end."""
     arrays: dict[str, np.ndarray] = {
-        "observation": values.observed_now(chunk, contract),
         "action": values.action(chunk, contract),
-        "reward": values.rewards(chunk, contract, found.clock),
+        "reward": values.rewards(chunk, contract, clock),
         "action_prob": values.propensities(chunk, contract),
     }
     allowed = values.mask(chunk, contract)
@@ -77,87 +81,129 @@ def _columns_read(contract: Contract) -> list[str]:
     return list(dict.fromkeys([*read, *(name for name in more if name)]))
 
 
-def write_splits(log: Log, salt: str, folder: Path, found: Index | None = None) -> dict[str, dict[str, int]]:
+def write_splits(log: Log, salt: str, folder: Path) -> dict[str, dict[str, int]]:
     """Split a checked log by entity and write its episodes. Returns rows and episodes per split.
 
-    `found` is the index of the log, where it is known already. Raises InputError when a split would be empty.
+    Raises InputError when a split would be empty.
     """
-    contract, found = log.contract, found or index(log)
-    placed = place(found, contract, salt)
-    placements = Placement.by_batch(found, placed)
-    parts = {name: placed.filter(pl.col("split") == number) for number, name in enumerate(SPLITS)}
-    counts = {name: {"rows": int(part["length"].sum()), "episodes": part.height} for name, part in parts.items()}
-    width, row_columns = len(contract.features), _row_columns(contract)
-    finals = [np.zeros((part.height if contract.horizon is None else 0, width), np.float32) for part in parts.values()]
-    train, selection, gate = (Columns(folder / f"{name}.arrow", row_columns, counts[name]["rows"]) for name in SPLITS)
-
-    def write(number: int, first: int, chunk: pl.DataFrame) -> None:
-        arrays, to = _row_values(chunk, found, contract), placements[number].of_rows(first, chunk.height)
-        for split, file in enumerate((train, selection, gate)):
-            mine = np.flatnonzero(to.inside(split))
-            rows = to.row[mine]
-            for name, array in arrays.items():
-                file.write(name, rows, np.take(array, mine, axis=0, mode="clip"))
-        _keep_finals(finals, chunk, arrays["observation"], to, contract)
-
-    with train, selection, gate:
-        for _ in log.each(write, _columns_read(contract)):
+    splits = _Splits(log, salt, folder)
+    with splits.filled():
+        for _ in log.each(splits.write, _columns_read(log.contract)):
             pass
-        for file, part in zip((train, selection, gate), parts.values(), strict=True):
-            _write_flags(file, part)
-        with ThreadPoolExecutor(1) as pool:
-            written = [pool.submit(file.sync) for file in (selection, gate, train)]  # while the moments are taken
-            moments = _moments(train, width)
-            for file in written:
-                file.result()
-    for (name, part), final in zip(parts.items(), finals, strict=True):
-        write_table(folder / f"{name}.episodes.arrow", _episode_table(part, contract))
-        if contract.horizon is None:
-            with Columns(
-                folder / f"{name}.finals.arrow", {"observation": row_columns["observation"]}, len(final)
-            ) as file:
-                file.write("observation", np.arange(len(final)), final)
-    storage.write_json(folder / MOMENTS, moments.to_json(contract.features))
-    return counts
+        splits.write_flags()
+        moments = splits.moments()
+    splits.write_episodes()
+    storage.write_json(folder / MOMENTS, moments.to_json(log.contract.features))
+    return splits.counts
 
 
-def _write_flags(file: Columns, part: pl.DataFrame) -> None:
-    """The flags of the end, on the last row of every episode."""
-    last = (part["start"] + part["length"] - 1).to_numpy()
-    for flag in ("terminated", "truncated"):
-        values = np.zeros(file.rows, bool)
-        values[last] = part[flag].to_numpy()
-        file.write(flag, np.arange(file.rows), values)
+class _Splits:
+    """The files of all splits while they are filled; several threads may write at a time."""
 
+    def __init__(self, log: Log, salt: str, folder: Path):
+        self.contract, self.folder = log.contract, folder
+        found = index(log)
+        placed = place(found, self.contract, salt)
+        self.clock, self.placements = found.clock, Placement.by_batch(found, placed)
+        self.episodes = [placed.filter(pl.col("split") == number) for number in range(len(SPLITS))]
+        self.counts = {
+            name: {"rows": int(part["length"].sum()), "episodes": part.height}
+            for name, part in zip(SPLITS, self.episodes, strict=True)
+        }
+        width, several = len(self.contract.features), self.contract.horizon is None
+        self.finals = [np.zeros((part.height if several else 0, width), np.float32) for part in self.episodes]
+        columns = _row_columns(self.contract)
+        self.files = [Columns(folder / f"{name}.arrow", columns, self.counts[name]["rows"]) for name in SPLITS]
 
-def _moments(train: Columns, width: int) -> Moments:
-    """Of the train split in its own order, so that they do not depend on the order in which rows arrived."""
-    found = Moments(width)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for part in pool.map(Moments.of, train.blocks("observation", BLOCK)):
-            found.merge(part)
-    return found
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """The files take their names at the end. What is written is brought to disk in the meantime, so that little is left
+        to wait for then."""
+        over = threading.Event()
 
+        def sync() -> None:
+            while not over.wait(SYNC_S):
+                for file in self.files:
+                    file.sync()
 
-def _keep_finals(
-    finals: Sequence[np.ndarray],
-    chunk: pl.DataFrame,
-    observation: Float32[np.ndarray, "rows columns"],
-    to: Destination,
-    contract: Contract,
-) -> None:
-    """What was observed after the last row that an episode keeps, where the chunk has it."""
-    if contract.horizon == 1:
-        return
-    if contract.next_observation is None:
-        here = np.flatnonzero((to.split >= 0) & (to.row == to.end))
-        observed = observation[here]
-    else:
-        here = np.flatnonzero((to.split >= 0) & (to.row == to.end - 1))
-        observed = values.observation(chunk[here], contract, contract.next_observation)
-    for number, final in enumerate(finals):
-        mine = to.split[here] == number
-        final[to.episode[here][mine]] = observed[mine]
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+            for file in self.files:
+                stack.enter_context(file)
+            syncing = pool.submit(sync)
+            try:
+                yield
+            finally:
+                over.set()
+                syncing.result()
+
+    def write(self, number: int, first: int, chunk: pl.DataFrame) -> None:
+        """The rows of one chunk, which begins at row `first` of its batch, but for the flags of the end."""
+        contract, placement = self.contract, self.placements[number]
+        arrays = _row_values(chunk, self.clock, contract)
+        observed = values.observed(chunk, contract, [column.column for column in contract.observation])
+        to = placement.of_rows(first, chunk.height)
+        order = None if placement.rises else np.lexsort((to.row, to.split))
+        for start in range(0, chunk.height, BLOCK):
+            rows = slice(start, start + BLOCK) if order is None else order[start : start + BLOCK]
+            here = Destination(*(part[rows] for part in to))
+            block = {
+                "observation": values.matrix(observed, rows),
+                **{name: array[rows] for name, array in arrays.items()},
+            }
+            for split, file in enumerate(self.files):
+                mine = np.flatnonzero(here.inside(split))
+                file.write(
+                    here.row[mine], {name: np.take(array, mine, 0, mode="clip") for name, array in block.items()}
+                )
+        self._keep_finals(chunk, observed, to)
+
+    def _keep_finals(self, chunk: pl.DataFrame, observed: Sequence[np.ndarray], to: Destination) -> None:
+        """What was observed after the last row that an episode keeps, where the chunk has it."""
+        if self.contract.horizon == 1:
+            return
+        if self.contract.next_observation is None:
+            here = np.flatnonzero((to.split >= 0) & (to.row == to.end))
+            last = values.matrix(observed, here)
+        else:
+            here = np.flatnonzero((to.split >= 0) & (to.row == to.end - 1))
+            last = values.observation(chunk[here], self.contract, self.contract.next_observation)
+        for number, final in enumerate(self.finals):
+            mine = to.split[here] == number
+            final[to.episode[here][mine]] = last[mine]
+
+    def write_flags(self) -> None:
+        """The flags of the end, on the last row of every episode."""
+        for file, part in zip(self.files, self.episodes, strict=True):
+            last = (part["start"] + part["length"] - 1).to_numpy()
+            for flag in ("terminated", "truncated"):
+                flags = np.zeros(file.rows, bool)
+                flags[last] = part[flag].to_numpy()
+                file.fill(flag, 0, flags)
+
+    def moments(self) -> Moments:
+        """Of the train split in its own order, so that they do not depend on the order in which rows arrived."""
+        train, width = self.files[0], len(self.contract.features)
+
+        def of_stretch(first: int) -> Moments:
+            found = Moments(width)
+            for start in range(first, min(first + CHUNK, train.rows), CACHED):
+                found.add(train.read("observation", start, CACHED))
+            return found
+
+        found = Moments(width)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for part in pool.map(of_stretch, range(0, train.rows, CHUNK)):
+                found.merge(part)
+        return found
+
+    def write_episodes(self) -> None:
+        """One row per episode, and what was observed after its last."""
+        for name, part, final in zip(SPLITS, self.episodes, self.finals, strict=True):
+            write_table(self.folder / f"{name}.episodes.arrow", _episode_table(part, self.contract))
+            if self.contract.horizon is None:
+                column = {"observation": (np.float32, final.shape[1])}
+                with Columns(self.folder / f"{name}.finals.arrow", column, len(final)) as file:
+                    file.fill("observation", 0, final)
 
 
 def _episode_table(part: pl.DataFrame, contract: Contract) -> pa.Table:

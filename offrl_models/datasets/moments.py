@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
 from offrl_models.schema import Feature
 
@@ -23,18 +23,18 @@ class Moments:
     def of(cls, values: Float[np.ndarray, "rows columns"]) -> "Moments":
         """The moments of one piece."""
         found, numbers = cls(values.shape[1]), values.astype(np.float64)
-        known = np.isfinite(numbers)
-        whole = bool(known.all())
-        found.count = np.full(values.shape[1], float(len(values))) if whole else known.sum(0).astype(np.float64)
-        if not whole:
-            numbers[~known] = 0.0
-        ones = np.ones(len(numbers))
-        found.mean = ones @ numbers / np.maximum(found.count, 1.0)
+        total, missing = _sum(numbers), None
+        found.count += len(values)
+        if not np.isfinite(total).all():
+            missing = ~np.isfinite(numbers)
+            found.count -= missing.sum(0)
+            numbers[missing] = 0.0
+            total = _sum(numbers)
+        found.mean = total / np.maximum(found.count, 1.0)
         numbers -= found.mean
-        if not whole:
-            numbers[~known] = 0.0
-        np.square(numbers, out=numbers)
-        found.squares = ones @ numbers
+        if missing is not None:
+            numbers[missing] = 0.0
+        found.squares = _sum(np.square(numbers, out=numbers))
         return found
 
     def merge(self, other: "Moments") -> None:
@@ -59,3 +59,10 @@ class Moments:
             {"name": feature.name, "mean": float(mean), "std": float(std), "known": int(count)}
             for feature, mean, std, count in zip(features, self.mean, self.std, self.count, strict=True)
         ]
+
+
+def _sum(values: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "columns"]:
+    """Over the rows, 64 of them side by side: short rows summed one after the other take four times as long."""
+    whole, columns = len(values) // 64 * 64, values.shape[1]
+    wide = values[:whole].reshape(-1, 64 * columns).sum(0)
+    return wide.reshape(64, columns).sum(0) + values[whole:].sum(0)

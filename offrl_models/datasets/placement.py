@@ -1,6 +1,7 @@
 """Where every row of a log goes: which split, and which row of it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +24,14 @@ def place(found: Index, contract: Contract, salt: str) -> pl.DataFrame:
     kept = found.episodes.filter(~pl.col("gap") & ~pl.col("pending")).with_columns(truncated=~pl.col("terminated"))
     if contract.next_observation is None:
         kept = kept.with_columns(pl.col("length") - pl.col("truncated")).filter(pl.col("length") > 0)
-    entities = kept["entity"].unique()
-    side = pl.DataFrame({"entity": entities, "bucket": buckets(entities.to_numpy(), salt)})
+    if contract.entity is None:  # every episode is an entity of its own
+        kept = kept.with_columns(bucket=pl.Series(buckets(kept["entity"].to_numpy(), salt)))
+    else:
+        entities = kept["entity"].unique()
+        side = pl.DataFrame({"entity": entities, "bucket": buckets(entities.to_numpy(), salt)})
+        kept = kept.join(side, on="entity", how="left", maintain_order="left")
     later = [numbers.start for numbers in list(SPLITS.values())[1:]]
-    split = pl.sum_horizontal(*((pl.col("bucket") >= start).cast(pl.Int64) for start in later))
-    kept = kept.join(side, on="entity", how="left", maintain_order="left").with_columns(split=split)
+    kept = kept.with_columns(split=pl.sum_horizontal(*((pl.col("bucket") >= start).cast(pl.Int64) for start in later)))
     for number, name in enumerate(SPLITS):
         if not (kept["split"] == number).any():
             raise InputError(f"the log has {kept.height} episodes and none falls into the {name} split; collect more.")
@@ -73,6 +77,12 @@ class Placement:
             )
             for (number,), part in parts.items()
         }
+
+    @cached_property
+    def rises(self) -> bool:
+        """Whether the rows of each split come in the order in which it keeps them."""
+        first = [self.runs.row[self.runs.split == split] for split in range(len(SPLITS))]
+        return all(bool((np.diff(rows) > 0).all()) for rows in first)
 
     def of_rows(self, first: int, rows: int) -> Destination:
         """The destination of `rows` rows of the batch from `first` on."""

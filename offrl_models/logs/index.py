@@ -128,14 +128,17 @@ def index(log: Log) -> Index:
         raise DamagedBatchError(
             f"{first}: it brings rewards only, and no batch has decisions; land those first.", first
         )
-    return analyse(pl.concat((runs for runs, _ in found), how="vertical_relaxed"), rows, clock, log)
+    frames = [runs for runs, _ in found]
+    del found
+    runs = pl.concat(frames, how="vertical_relaxed", rechunk=True)
+    del frames
+    return analyse(runs, rows, clock, log)
 
 
 def analyse(runs: pl.DataFrame, rows: dict[int, int], clock: datetime | None, log: Log) -> Index:
     """Episodes and broken rules from the runs of a log."""
     contract = log.contract
-    runs = runs.with_columns(last=pl.col("row") + pl.col("rows") - 1)
-    usable = runs.filter(pl.col("episode").is_not_null() & pl.col("step").is_not_null())
+    usable = runs.drop_nulls(["episode", "step"]) if runs["episode"].has_nulls() or runs["step"].has_nulls() else runs
     ordered = _in_order(usable, ["episode"])
     shared = (ordered["same"] & (ordered["batch"] != ordered["batch"].shift(1))).any()
     by_batch = _in_order(usable, ["batch", "episode"]) if shared else ordered
@@ -164,16 +167,20 @@ def _in_order(runs: pl.DataFrame, by: list[str]) -> pl.DataFrame:
     missing before it.
     """
     if not _is_in_order(runs, by):
-        runs = runs.sort(*by, "step", "batch", "row")
+        runs = _sorted(runs, by)
     same = _is_same(runs, by)
     step = runs["step"].clip(-1, LAST_STEP).to_numpy()
     end = step + runs["rows"].to_numpy()
     starts = np.flatnonzero(~same)
-    number = (~same).cumsum() - 1
-    far = number * (2 * LAST_STEP)  # keeps the running maximum of one episode out of the next
-    before = np.append(0, np.maximum.accumulate(end + far)[:-1]) - far
-    reached = np.where(same, before, 0)
-    furthest = np.maximum.reduceat(end, starts)[number] if len(starts) else end
+    far = (~same).cumsum()
+    far *= 2 * LAST_STEP  # keeps the running maximum of one episode out of the next
+    reached = end + far
+    np.maximum.accumulate(reached, out=reached)
+    reached[1:] = reached[:-1]
+    reached -= far
+    del far
+    reached[starts] = 0
+    furthest = np.repeat(np.maximum.reduceat(end, starts), np.diff(starts, append=len(end))) if len(starts) else end
     return runs.with_columns(
         end=pl.Series(end),
         same=pl.Series(same),
@@ -182,6 +189,19 @@ def _in_order(runs: pl.DataFrame, by: list[str]) -> pl.DataFrame:
         gap=pl.Series(step > reached),
         final=pl.Series(end == furthest),
     )
+
+
+def _sorted(runs: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """By group and step; what has the same stays in order of reading."""
+    if by == ["episode"] and runs.schema["episode"] == pl.Int64:  # sorting by one number takes a third of the time
+        episode, step = runs["episode"], runs["step"].clip(-1, LAST_STEP) + 1
+        low, high = (int(value) for value in (episode.min(), episode.max()) if isinstance(value, int))
+        if (high - low + 1) * (LAST_STEP + 2) < 2**63:
+            key = (episode - low) * (LAST_STEP + 2) + step
+            order = key.arg_sort()
+            if not (key.gather(order).diff() == 0).any():
+                return runs[order]
+    return runs.sort(*by, "step", "batch", "row")
 
 
 def _is_same(runs: pl.DataFrame, by: list[str]) -> Bool[np.ndarray, "runs"]:

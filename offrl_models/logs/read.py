@@ -143,13 +143,13 @@ class Log:
         types = {name: arrow_type(kind) for name, kind in batch.kinds.items()}
         for table in _whole(formats.chunks(batch.path, self.contract.format, columns, types, rows), batch.path):
             frame = pl.DataFrame(table)
-            yield frame.with_columns(
-                *(
-                    _in_one_type(frame, name, batch.kinds[name], integer_keys=self.integer_keys)
-                    for name in frame.columns
-                ),
-                pl.lit(number, pl.Int32).alias(BATCH),
-            )
+            typed = [
+                _in_one_type(frame, name, batch.kinds[name], integer_keys=self.integer_keys) for name in frame.columns
+            ]
+            frame = frame.with_columns(*typed, pl.lit(number, pl.Int32).alias(BATCH))
+            del table  # none of this is kept while the next chunk is read
+            yield frame
+            del frame
 
     def chunks_of(
         self, number: int, columns: Iterable[str] | None = None, rows: int = CHUNK
@@ -173,9 +173,10 @@ class Log:
             if contract.step is None:
                 steps = 0 if self.derived_steps is None else pl.Series(self.derived_steps[number][row.to_numpy()])
                 frame = frame.with_columns(pl.lit(steps).cast(pl.Int64).alias(STEP))
-            chosen = frame.select(BATCH, *(n for n in frame.columns if n in wanted or n in (EPISODE, STEP)))
-            yield first, chosen
+            frame = frame.select(BATCH, *(n for n in frame.columns if n in wanted or n in (EPISODE, STEP)))
             first += frame.height
+            yield first - frame.height, frame
+            del frame
 
     def chunks(self, columns: Iterable[str] | None = None, rows: int = CHUNK) -> Iterator[pl.DataFrame]:
         """All decisions, in order of batch and row; see `chunks_of`."""
@@ -188,7 +189,12 @@ class Log:
         wanted = None if columns is None else list(columns)
 
         def whole(number: int) -> list[T]:
-            return [work(number, first, frame) for first, frame in self.chunks_of(number, wanted) if frame.height]
+            results = []
+            for first, frame in self.chunks_of(number, wanted):
+                if frame.height:
+                    results.append(work(number, first, frame))
+                del frame
+            return results
 
         with ThreadPoolExecutor(WORKERS) as pool:
             for results in pool.map(whole, [number for number, _ in self.decisions]):

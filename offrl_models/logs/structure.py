@@ -30,8 +30,11 @@ class Problem:
 
 def problems(ordered: pl.DataFrame, by_batch: pl.DataFrame, contract: Contract) -> list[Problem]:
     """Every rule but C03 that runs break. `ordered` has them by episode and step, `by_batch` those of each batch apart."""
-    mixed = ordered.filter(pl.col("same") & (pl.col("batch") != pl.col("batch").shift(1)))
-    mixed = ordered.join(mixed.select(pl.col("episode").unique()), on="episode", how="semi", maintain_order="left")
+    same_frame, last = by_batch is ordered, pl.col("row") + pl.col("rows") - 1
+    ordered = ordered.with_columns(last=last)
+    by_batch = ordered if same_frame else by_batch.with_columns(last=last)
+    mixed = ordered.filter(pl.col("same") & (pl.col("batch") != pl.col("batch").shift(1)))["episode"].unique()
+    mixed = ordered.filter(pl.col("episode").is_in(mixed.implode())) if len(mixed) else ordered.clear()
     flags = pl.col("terminated") | pl.col("truncated")
     wrong_end = by_batch.filter((flags & ~pl.col("final")) | (pl.col("terminated") & pl.col("truncated")))
     ends = contract.terminated or contract.truncated or contract.step_column
@@ -48,6 +51,8 @@ def problems(ordered: pl.DataFrame, by_batch: pl.DataFrame, contract: Contract) 
             strangers = _strangers(runs, across)
             found.append(Problem("C27", contract.entity, *_count(strangers), "belonging to another entity than their episode",
                          "an episode belongs to one entity: correct its id.", across))  # fmt: skip
+        if not (contract.next_observation or contract.decided_at):
+            continue
         joined = _joined(runs, across)
         if contract.next_observation:
             differs = joined.filter(pl.col("observed") != pl.col("expected_before"))
@@ -69,7 +74,9 @@ def _count(runs: pl.DataFrame, rows: str | int = "rows", first: str = "row") -> 
 
 def _gaps(ordered: pl.DataFrame) -> Found:
     """Rows after a gap, of the batches in which more than a few episodes have one."""
-    share = ordered.group_by("batch", "episode").agg(pl.col("gap").any()).group_by("batch").agg(pl.col("gap").mean())
+    concerned = ordered.filter("gap")["batch"].unique().to_list()
+    episodes = ordered.filter(pl.col("batch").is_in(concerned)).group_by("batch", "episode").agg(pl.col("gap").any())
+    share = episodes.group_by("batch").agg(pl.col("gap").mean())
     too_many = share.filter(pl.col("gap") > GAPS_LEFT_OUT)["batch"].to_list()
     return _count(ordered.filter(pl.col("gap") & pl.col("batch").is_in(too_many)), rows=1)
 
@@ -103,6 +110,8 @@ def _joined(runs: pl.DataFrame, across: bool) -> pl.DataFrame:
     """
     by = ["episode"] if across else ["batch", "episode"]
     follow = runs.filter(pl.col("same") & (pl.col("overlap") == 0) & (pl.col("missing") == 0))
+    if follow.is_empty():
+        runs = runs.clear()
     ends = runs.join(follow.select(by).unique(), on=by, how="semi", maintain_order="left").sort("batch", "row")
     told = [name for name in ("batch", "last", "expected", "until") if name in runs.columns]
     ends = ends.unique([*by, "end"], keep="first").select(*by, "end", pl.col(told).name.suffix("_before"))

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.roles import ActionComponent, Label, ObservationColumn
@@ -63,8 +63,8 @@ def _numbers(name: str, column: ObservationColumn) -> list[pl.Expr]:
     return [values]
 
 
-def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -> Float32[np.ndarray, "rows columns"]:
-    """The observation matrix from the columns `names`, in the order of the contract; NaN where a number is missing."""
+def observed(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -> list[Shaped[np.ndarray, "rows ..."]]:
+    """What was observed in the columns `names`, in the order of the contract, one array per column; see `matrix`."""
     columns: list[np.ndarray] = []  # [rows] or [rows, size]
     for name, column in zip(names, contract.observation, strict=True):
         if column.size:
@@ -73,14 +73,27 @@ def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -
             columns += [frame.select(expression).to_series().to_numpy() for expression in _numbers(name, column)]
         else:
             columns.append(frame[name].to_numpy())
-    matrix = np.empty((frame.height, len(contract.features)), np.float32)
-    for start in range(0, frame.height, BLOCK):
-        rows, at = slice(start, start + BLOCK), 0
-        for values in columns:
-            width = values.shape[1] if values.ndim > 1 else 1
-            matrix[rows, at : at + width] = values[rows].reshape(-1, width)
-            at += width
-    return matrix
+    return columns
+
+
+def matrix(
+    columns: Sequence[Shaped[np.ndarray, "all ..."]], rows: slice | Int64[np.ndarray, "rows"]
+) -> Float32[np.ndarray, "rows columns"]:
+    """Some rows of observed columns as one matrix; NaN where a number is missing."""
+    parts = [values[rows] if isinstance(rows, slice) else np.take(values, rows, 0, mode="clip") for values in columns]
+    widths = [part.shape[1] if part.ndim > 1 else 1 for part in parts]
+    found, at = np.empty((len(parts[0]), sum(widths)), np.float32), 0
+    for part, width in zip(parts, widths, strict=True):
+        found[:, at : at + width] = part.reshape(-1, width)
+        at += width
+    return found
+
+
+def observation(frame: pl.DataFrame, contract: Contract, names: Sequence[str]) -> Float32[np.ndarray, "rows columns"]:
+    """The observation matrix from the columns `names`."""
+    columns = observed(frame, contract, names)
+    blocks = [matrix(columns, slice(start, start + BLOCK)) for start in range(0, max(frame.height, 1), BLOCK)]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 def observed_now(frame: pl.DataFrame, contract: Contract) -> Float32[np.ndarray, "rows columns"]:

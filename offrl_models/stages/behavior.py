@@ -127,7 +127,7 @@ def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
         episodes = read_episodes(pipeline, name)
         estimated = _estimated(pipeline, episodes)
         with Columns(folder / f"{name}.arrow", {"action_prob": (np.float64, None)}, episodes.n_rows) as file:
-            file.write("action_prob", np.arange(episodes.n_rows), estimated)
+            file.fill("action_prob", 0, estimated)
 
 
 def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
