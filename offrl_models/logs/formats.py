@@ -161,14 +161,14 @@ def _parquet_chunks(path: Path, columns: Sequence[str], types: Types, rows: int)
             if size <= rows:
                 yield _row_group(file, group, list(columns))
                 continue
-            for batch in file.iter_batches(rows, [group], list(columns), use_threads=False):
+            for batch in file.iter_batches(rows, [group], list(columns)):
                 yield pa.Table.from_batches([batch])
 
 
 def _row_group(file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
     """A few columns at a time, which takes half the memory and no more time than all of them at once."""
     parts = [columns[start : start + AT_A_TIME] for start in range(0, len(columns), AT_A_TIME)]
-    tables = [file.read_row_group(group, part, use_threads=False) for part in parts]
+    tables = [file.read_row_group(group, part) for part in parts]
     named = {field.name: table[field.name] for table in tables for field in table.schema}
     return pa.table([named[name] for name in columns], names=columns)
 
