@@ -3,7 +3,7 @@
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -49,6 +49,12 @@ class DriftConfig(Strict):
 
     amber: float = Field(default=0.1, gt=0)
     red: float = Field(default=0.25, gt=0)
+
+
+class BehaviorConfig(Strict):
+    """How propensities that were not logged are estimated."""
+
+    calibration: Literal["temperature", "isotonic"] = "temperature"
 
 
 class RetrainConfig(Strict):
@@ -98,6 +104,7 @@ class PipelineConfig(Strict):
     algorithms: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: int = Field(default=5, ge=1)
     seed: int = 0  # of everything random
+    behavior: BehaviorConfig = BehaviorConfig()
     training: TrainingConfig = TrainingConfig()
     fqe: FQEConfig = FQEConfig()
     bootstrap_samples: int = Field(default=1000, ge=100)

@@ -76,8 +76,8 @@ def test_temperature_one_changes_nothing_and_the_mask_holds() -> None:
     mask = np.array(episodes.mask)
     mask[:, 0] &= episodes.action == 0
     masked = dataclasses.replace(episodes, mask=mask)
-    assert np.abs(probs_of(behavior.Calibrated(table, 1.0), masked) - probs_of(table, masked)).max() < 1e-9
-    hot = behavior.Calibrated(table, 3.0)
+    assert np.abs(probs_of(behavior.Warmed(table, 1.0), masked) - probs_of(table, masked)).max() < 1e-9
+    hot = behavior.Warmed(table, 3.0)
     with torch.no_grad():
         probs = hot(torch.as_tensor(masked.observation), torch.as_tensor(mask)).numpy()
     assert (probs[~mask] == 0).all() and np.abs(probs.sum(1) - 1).max() < 1e-12
@@ -92,9 +92,71 @@ def test_smoothing_is_chosen_by_what_was_not_counted() -> None:
     assert np.abs(probs_of(counted, other) - 1 / 3).max() < 0.1
 
 
-@pytest.mark.parametrize("numeric", [False, True])
-def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(tmp_path: Path, numeric: bool) -> None:
+def curved(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions, a mask, and actions drawn with other probabilities: a curve that no temperature straightens."""
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(4), rows)
+    mask = rng.random(probs.shape) < 0.8
+    mask[:, 0] = True
+    probs = probs * mask / (probs * mask).sum(1, keepdims=True)
+    true = np.where(probs > 0.5, 0.5 * probs + 0.1, probs)
+    return probs, mask, ((true / true.sum(1, keepdims=True)).cumsum(1) < rng.random((rows, 1))).sum(1)
+
+
+class Known(torch.nn.Module):
+    """A policy whose probabilities are the observation."""
+
+    def forward(self, observation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return observation.double()
+
+
+def test_an_isotonic_curve_straightens_what_a_temperature_cannot() -> None:
+    errors = {}
+    for method in ("temperature", "isotonic"):
+        found = []
+        for seed in (0, 1):
+            probs, mask, action = curved(20_000, seed)
+            found.append(bandit_of(probs, mask, action))
+        tuned_on, other = found
+        model = behavior.calibrated(Known(), tuned_on, method)
+        calibrated = probs_of(model, other)
+        assert np.abs(calibrated.sum(1) - 1).max() < 1e-9 and (calibrated[~other.mask] == 0).all()
+        errors[method] = behavior.calibration(other, calibrated)["ece"]
+    assert errors["isotonic"] < 0.01 < errors["temperature"]
+
+
+def bandit_of(probs: np.ndarray, mask: np.ndarray, action: np.ndarray) -> Episodes:
+    rows = len(action)
+    return Episodes(
+        episode_id=np.arange(rows), offsets=np.arange(rows + 1), observation=probs.astype(np.float32),
+        final_observation=np.zeros_like(probs, np.float32), action=action, mask=mask, reward=np.zeros(rows),
+        terminated=np.ones(rows, bool), truncated=np.zeros(rows, bool), action_prob=np.full(rows, np.nan), gamma=1.0,
+    )  # fmt: skip
+
+
+@given(st.integers(0, 1000), st.integers(2, 400))
+def test_a_calibration_curve_rises_and_makes_nothing_impossible(seed: int, rows: int) -> None:
+    probs, mask, action = curved(rows, seed)
+    knots, levels = behavior.fit_curve(probs, mask, action)
+    assert knots[0] == 0 and knots[-1] == 1 and (np.diff(knots) > 0).all() and len(knots) <= behavior.MOST_KNOTS + 2
+    assert (np.diff(levels) >= 0).all() and levels[0] > 0 and levels[-1] <= 1
+
+
+def test_a_curve_of_two_predictions_is_their_frequencies() -> None:
+    probs = np.repeat([[0.25, 0.75], [0.75, 0.25]], 50, axis=0)
+    action = np.r_[np.zeros(10, int), np.ones(40, int), np.zeros(40, int), np.ones(10, int)]
+    knots, levels = behavior.fit_curve(probs, np.ones_like(probs, bool), action)
+    assert knots.tolist() == [0, 0.25, 0.75, 1] and levels == pytest.approx([0.2, 0.2, 0.8, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("numeric", "calibration"), [(False, "temperature"), (True, "temperature"), (True, "isotonic")]
+)
+def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(
+    tmp_path: Path, numeric: bool, calibration: str
+) -> None:
     configured = attributes(None if numeric else WORLD.n_states, 3)
+    configured["behavior"] = {"calibration": calibration}
     del configured["logs"]["action_prob"]
     configured["gate"] = {"first_look": 100, "effective_transitions": 10, "effective_episodes": 10}
     write_batches(tmp_path, WORLD.simulate(600, seed=3), numeric=numeric)

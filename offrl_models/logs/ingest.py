@@ -89,39 +89,23 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
     """
     now = now or datetime.now(UTC).replace(tzinfo=None)
     with storage.exclusive(folders.home / ".ingest.lock"):
-        if contract.landing:
-            known = storage.read_json(folders.fetched) if folders.fetched.exists() else {}
-            suffixes = formats.FORMATS[contract.format].suffixes
-            storage.write_json(folders.fetched, fetch(contract.landing, folders.landing, known, suffixes))
+        _fetch_landed(folders, contract)
         ledger = storage.read_json(folders.ledger) if folders.ledger.exists() else {}
-        raw, landed = batch_files(folders.raw, contract.format), batch_files(folders.landing, contract.format)
-        digest = {path: storage.sha256_tree(path) for path in [*raw, *landed]}
+        batches = _Batches.found(folders, contract)
+        digest, raw = batches.digest, batches.raw
         _require_unchanged(folders, [path for path in raw if ledger.get(path.name, digest[path]) != digest[path]])
-        taken = {path.name: digest[path] for path in raw}
-        first_of: dict[str, Path] = {}
-        for path in [*raw, *landed]:
-            first_of.setdefault(digest[path], path)
-        twins = [path for path in landed if first_of[digest[path]] != path]
-        namesakes = [path for path in landed if path.name in taken and path not in twins]
-        new = [path for path in landed if path.name not in taken and path not in twins]
-        screened, refused = _screened([*raw, *new], contract, now)
+        screened, refused = _screened([*raw, *batches.new], contract, now)
         _require_contract_fits(folders, raw, [p for p in raw if ledger.get(p.name) == digest[p]], refused)
-        for path in namesakes:
+        for path in batches.namesakes:
             refused[path] = [f"{path}: another batch of this name was accepted before; give the new one its own name."]
-        count = _count(screened, refused, twins, contract)
-        for path in twins:
-            storage.remove(path)  # the same batch again
-        quarantined = {}
-        for path, sentences in refused.items():
-            target = _free_name(folders.quarantine / path.name)
-            storage.move(path, target)
-            said = [sentence.replace(f"{folders.root}/", "") for sentence in sentences]
-            storage.write_json(_reason(target), {"reason": said[0], "all": said})
-            quarantined[folders.shown(target)] = said[0]
-        kept = [path for path in [*raw, *new] if path not in refused]
-        for path in new:
-            if path in kept:
-                storage.move(path, folders.raw / path.name)
+        count = _count(screened, refused, batches.twins, contract)
+        for path in batches.twins:
+            storage.remove(path)
+        quarantined = {folders.shown(path): reason for path, reason in _quarantine(folders, refused).items()}
+        accepted = [path for path in batches.new if path not in refused]
+        for path in accepted:
+            storage.move(path, folders.raw / path.name)
+        kept = [*(path for path in raw if path not in refused), *accepted]
         storage.write_json(folders.ledger, {path.name: digest[path] for path in kept})
         if screened is not None:
             _write_left_out(folders, screened)
@@ -129,7 +113,7 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         version=log_version(folders.raw),
         batches=len(kept),
         rows=sum(screened.index.rows.values()) if screened else 0,
-        accepted=[path.name for path in new if path in kept],
+        accepted=[path.name for path in accepted],
         quarantined=quarantined,
         count=count,
         left_out=screened.index.left_out.height if screened else 0,
@@ -142,6 +126,50 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
             f"no batch lies in {contract.source}; put {contract.format} files ({wanted}) into {folders.shown(folders.landing)}."
         )
     return report
+
+
+def _fetch_landed(folders: Folders, contract: Contract) -> None:
+    """Copy what is new at the landing URL into the landing folder."""
+    if contract.landing:
+        known = storage.read_json(folders.fetched) if folders.fetched.exists() else {}
+        suffixes = formats.FORMATS[contract.format].suffixes
+        storage.write_json(folders.fetched, fetch(contract.landing, folders.landing, known, suffixes))
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What lies in the raw and the landing folder."""
+
+    raw: list[Path]
+    new: list[Path]
+    twins: list[Path]  # landed, and the same as another batch byte by byte
+    namesakes: list[Path]  # landed under the name of a raw batch, and other than it
+    digest: dict[Path, str]  # sha256
+
+    @classmethod
+    def found(cls, folders: Folders, contract: Contract) -> "_Batches":
+        raw, landed = batch_files(folders.raw, contract.format), batch_files(folders.landing, contract.format)
+        digest = {path: storage.sha256_tree(path) for path in [*raw, *landed]}
+        first_of: dict[str, Path] = {}
+        for path in [*raw, *landed]:
+            first_of.setdefault(digest[path], path)
+        twins = [path for path in landed if first_of[digest[path]] != path]
+        taken = {path.name for path in raw}
+        namesakes = [path for path in landed if path.name in taken and path not in twins]
+        new = [path for path in landed if path.name not in taken and path not in twins]
+        return cls(raw, new, twins, namesakes, digest)
+
+
+def _quarantine(folders: Folders, refused: dict[Path, list[str]]) -> dict[Path, str]:
+    """Move refused batches away, each with the reasons beside it. Returns the new places, and the first reason of each."""
+    moved = {}
+    for path, sentences in refused.items():
+        target = _free_name(folders.quarantine / path.name)
+        storage.move(path, target)
+        said = [sentence.replace(f"{folders.root}/", "") for sentence in sentences]
+        storage.write_json(_reason(target), {"reason": said[0], "all": said})
+        moved[target] = said[0]
+    return moved
 
 
 def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Screened | None, dict[Path, list[str]]]:

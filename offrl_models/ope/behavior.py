@@ -13,12 +13,14 @@ from jaxtyping import Bool, Float, Float64, Int64
 from scipy import optimize
 from torch import Tensor, nn
 
-from offrl_models.policies import BehaviorTable
+from offrl_models.policies import BehaviorTable, probs_of
 from offrl_models.schema import Episodes, InputError
 
 FLOOR = 0.01  # of an estimated propensity: no single row may weigh more than the log can tell
 SMOOTHING = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0)  # rows that a state lends to its actions that were never taken
 COLDEST, HOTTEST = 0.2, 5.0
+MOST_KNOTS = 32  # of a calibration curve
+LEAST_LEVEL = 1e-6  # of a calibration curve: what is allowed may happen
 
 
 def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
@@ -66,7 +68,7 @@ def estimate_propensities(episodes: Episodes, states: int) -> Float64[np.ndarray
     return np.maximum(share[episodes.observation[:, 0].astype(np.int64), episodes.action], FLOOR)
 
 
-class Calibrated(nn.Module):
+class Warmed(nn.Module):
     """A policy at another temperature: probabilities to the power 1 / temperature, over the allowed actions."""
 
     temperature: Tensor
@@ -101,6 +103,66 @@ def fit_temperature(
 
     found = optimize.minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded")
     return float(np.exp(found.x))
+
+
+class Monotone(nn.Module):
+    """A policy whose probabilities went through a rising, piecewise linear curve, then add up to 1 over the allowed actions."""
+
+    knots: Tensor
+    levels: Tensor
+
+    def __init__(self, policy: nn.Module, knots: Float64[np.ndarray, "knots"], levels: Float64[np.ndarray, "knots"]):
+        super().__init__()
+        self.policy = policy
+        self.register_buffer("knots", torch.as_tensor(knots, dtype=torch.float64))
+        self.register_buffer("levels", torch.as_tensor(levels, dtype=torch.float64))
+
+    def forward(
+        self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
+    ) -> Float[Tensor, "batch actions"]:
+        probs = self.policy(observation, mask).double()
+        width, rise = self.knots.diff(), self.levels.diff()
+        along = ((probs.unsqueeze(-1) - self.knots[:-1]) / width).clamp(0.0, 1.0)
+        curved = (self.levels[0] + (along * rise).sum(-1)) * mask
+        return curved / curved.sum(-1, keepdim=True)
+
+
+def fit_curve(
+    probs: Float[np.ndarray, "rows actions"], mask: Bool[np.ndarray, "rows actions"], action: Int64[np.ndarray, "rows"]
+) -> tuple[Float64[np.ndarray, "knots"], Float64[np.ndarray, "knots"]]:
+    """Knots and levels of the rising curve from predicted probabilities to frequencies, over all allowed actions.
+
+    Isotonic regression: Zadrozny & Elkan (2002), "Transforming classifier scores into accurate multiclass probability
+    estimates". Its steps are joined by straight lines between their middles, and no allowed action ends up impossible.
+    """
+    taken = np.zeros_like(mask)
+    taken[np.arange(len(action)), action] = True
+    order = np.argsort(probs[mask], kind="stable")
+    predicted, happened = probs[mask][order].astype(np.float64), taken[mask][order].astype(np.float64)
+    cuts = np.flatnonzero(np.append(True, np.diff(predicted) > 0))  # what was predicted alike stays together
+    count = np.diff(np.append(cuts, len(predicted))).astype(np.float64)
+    middle, frequency = (np.add.reduceat(values, cuts) / count for values in (predicted, happened))
+    steps = optimize.isotonic_regression(frequency, weights=count).x
+    of_step = np.append(0, np.cumsum(np.diff(steps) > 0))
+    bands = of_step if of_step[-1] < MOST_KNOTS else np.minimum(
+        (np.cumsum(count) / count.sum() * MOST_KNOTS).astype(int), MOST_KNOTS - 1
+    )  # fmt: skip
+    weight = np.bincount(bands, count)
+    known = weight > 0
+    knots, levels = (np.bincount(bands, count * values)[known] / weight[known] for values in (middle, steps))
+    at = np.concatenate([[0.0], knots[(knots > 0) & (knots < 1)], [1.0]])
+    return at, np.maximum(np.interp(at, knots, levels), LEAST_LEVEL)
+
+
+def calibrated(policy: nn.Module, tuned_on: Episodes, method: str) -> nn.Module:
+    """The policy, brought in line with the actions that were taken in some other episodes than it was fitted on.
+
+    `method` is "temperature", which has one parameter, or "isotonic", which can straighten any rising curve and needs more rows.
+    """
+    probs, mask = probs_of(policy, tuned_on), np.array(tuned_on.mask)
+    if method == "isotonic":
+        return Monotone(policy, *fit_curve(probs, mask, tuned_on.action))
+    return Warmed(policy, fit_temperature(probs, mask, tuned_on.action))
 
 
 def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], bins: int = 10) -> dict[str, Any]:

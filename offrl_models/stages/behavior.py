@@ -36,6 +36,7 @@ def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
         "training": None if config.logs.tabular_states else config.training.model_dump(),
         "seeds": [config.seed, config.seeds],
         "thresholds": config.coverage.model_dump(),
+        "calibration": config.behavior.calibration,
         "clone": config.resolved_algorithm("bc") if "bc" in config.algorithms else None,
     }
 
@@ -61,14 +62,12 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
 
     def build(folder: Path) -> dict[str, Any]:
         train, held_out = read_episodes(pipeline, "train"), read_episodes(pipeline, "selection")
-        temperature = 1.0
         if config.logs.action_prob:
             model = _model(pipeline, train, held_out)
         else:
             tuned_on, held_out = behavior.halves(held_out)
             inner = _model(pipeline, train, tuned_on)
-            temperature = behavior.fit_temperature(probs_of(inner, tuned_on), tuned_on.mask, tuned_on.action)
-            model = behavior.Calibrated(inner, temperature)
+            model = behavior.calibrated(inner, tuned_on, config.behavior.calibration)
             _write_propensities(pipeline, folder)
         exported = export_checked(model, train, folder)
         found = behavior.calibration(held_out, exported.on(held_out))
@@ -78,7 +77,7 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
         return {
             "kind": "table" if config.logs.tabular_states else "behavior cloning",
             "propensities": propensities_are(pipeline),
-            "temperature": temperature,
+            "calibration": None if config.logs.action_prob else config.behavior.calibration,
             "versions": _versions(train),
             "checks": [result.to_json() for result in results],
             **found,
@@ -141,9 +140,8 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
     for mine in (even, ~even):
         fitted_on, other = episodes.take(~mine), episodes.take(mine)
         clone = _cloned(pipeline, fitted_on)
-        probs = probs_of(clone, other)
-        warm = behavior.Calibrated(clone, behavior.fit_temperature(probs, other.mask, other.action))
-        found[mine[episodes.episode_of_row]] = probs_of(warm, other)[np.arange(other.n_rows), other.action]
+        model = behavior.calibrated(clone, other, pipeline.config.behavior.calibration)
+        found[mine[episodes.episode_of_row]] = probs_of(model, other)[np.arange(other.n_rows), other.action]
     return np.maximum(found, behavior.FLOOR)
 
 
@@ -166,6 +164,10 @@ def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:
     else:
         seeds = range(pipeline.config.seeds)
         inner = Mixture(BC(_clone_config(pipeline), encoder, pipeline.config.logs.action.n_actions, seeds), len(seeds))
-    model = behavior.Calibrated(inner) if estimated else inner
+    model = inner
+    if estimated and "knots" in tensors:
+        model = behavior.Monotone(inner, *(tensors[name].double().numpy() for name in ("knots", "levels")))
+    elif estimated:
+        model = behavior.Warmed(inner)
     model.load_state_dict(tensors)
     return model
