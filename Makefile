@@ -13,10 +13,10 @@ PORT ?= 3000
 PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
-.PHONY: help install logs demo ui new check test bench-data clean
+.PHONY: help install logs demo ui new check test bench-data calibrate calibrate-smoke clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(VENV)/.installed  ## make .venv and install the pinned versions
 
@@ -50,6 +50,12 @@ test: install  ## style, types and every test
 bench-data: install  ## from 10 million raw rows to episodes, and every check of them, beside polars, DuckDB and pandas
 	@python -m benchmarks.data
 	@python -m benchmarks.coverage
+
+calibrate: install  ## how often the gate is wrong, on logs whose truth is known: hours; stop and start it at will
+	@python -m benchmarks.calibrate
+
+calibrate-smoke: install  ## two policies that are no better, on 60 logs: minutes
+	@python -m benchmarks.calibrate --smoke
 
 clean:  ## remove everything that can be made again, but no raw logs and no released policy
 	rm -rf data/*/{coverage,episodes,behavior,candidates,leaderboard,evidence,shift,reports}

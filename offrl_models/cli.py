@@ -3,6 +3,7 @@
 offrl run PIPELINE.yaml       raw logs to verdict, and to a release when the verdict is PASS
 offrl check PIPELINE.yaml     take in new batches and run the coverage checks
 offrl verify BUNDLE           hash every file of a released policy
+offrl evaluate LOG ...        anyone's logs, anyone's policy: is it any good?
 """
 
 import argparse
@@ -12,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from offrl_models import registry, stages, storage
+from offrl_models import assess, registry, stages, storage
 from offrl_models.config import Pipeline, read_pipeline
-from offrl_models.reports import evidence
+from offrl_models.reports import assessment, evidence
 from offrl_models.schema import InputError
 
 
@@ -51,6 +52,56 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    options = vars(arguments)
+    found = assess.assess(
+        arguments.log,
+        assess.contract_of(options),
+        assess.target_of(options),
+        assess.effort_of(options),
+        assess.salt_of(options),
+    )
+    assessment.write(found, arguments.html, arguments.json)
+    console.print(assessment.table(found))
+    for line in assessment.lines(found):
+        console.print(Text(line))
+    console.print(Text(f"The page: {arguments.html}"))
+    return 0
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    """The options of `offrl evaluate`; what they mean together is checked where they are used."""
+    command.add_argument("log", type=Path, nargs="+", help="files of the log, or their folder")
+    policy = command.add_argument_group("the policy, by one of these")
+    policy.add_argument("--policy", type=Path, metavar="BUNDLE_OR_ONNX", help="a released version, or a policy.onnx")
+    policy.add_argument(
+        "--policy-column", metavar="NAME", help="the probabilities of all actions, or that of the logged one"
+    )
+    policy.add_argument(
+        "--policy-callable", metavar="MODULE:FUNCTION", help="function(observation, mask) -> probabilities"
+    )
+    columns = command.add_argument_group("what the columns mean (a bundle brings its own contract)")
+    columns.add_argument("--contract", type=Path, metavar="YAML", help="a contract, or a pipeline's defs.yaml")
+    columns.add_argument("--format", help="where the file names do not say it")
+    columns.add_argument("--horizon", type=int, help="1 where every row stands alone")
+    for name in ("episode", "entity", "step", "action", "mask", "action-prob", "reward", "terminated", "truncated"):
+        columns.add_argument(f"--{name}", metavar="COLUMN")
+    columns.add_argument("--observation", metavar="COLUMNS", help="such as age,ward:12,sex:f|m,vitals[17]")
+    columns.add_argument("--actions", metavar="N_OR_LABELS", help="how many, coded from 0, or a,b,c")
+    columns.add_argument(
+        "--reward-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the true range of one reward"
+    )
+    columns.add_argument("--gamma", type=float, help="discount per step")
+    command.add_argument("--all-entities", action="store_true", help="also those that a released policy may have seen")
+    command.add_argument("--quick", action="store_true", help="train networks for fewer steps")
+    command.add_argument("--seed", type=int, default=0, help="of everything random")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    command.add_argument(
+        "--html", type=Path, default=Path("evaluation.html"), metavar="FILE", help="write the page there"
+    )
+    command.set_defaults(function=evaluate)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="offrl", description="Logged decisions to a gated policy.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -65,6 +116,7 @@ def main() -> int:
     command = commands.add_parser("verify", help="hash every file of a released policy")
     command.add_argument("bundle", type=Path, help="folder of a released version")
     command.set_defaults(function=verify)
+    _add_evaluate(commands.add_parser("evaluate", help="anyone's logs, anyone's policy: is it any good?"))
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 124)
     try:

@@ -1,37 +1,32 @@
 """Policies against logged episodes: fit the nuisances, run every estimator, and measure what the gate asks for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
+from offrl_models import legs
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.gate import GateConfig, Measures
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
+    largest_share,
     mean_ratio_z,
-    without_most_influential,
     worst_action_z,
 )
-from offrl_models.ope.doubly_robust import wdr
 from offrl_models.ope.estimates import LEVEL, Estimates, estimate
 from offrl_models.ope.fqe import FQEConfig, FQEValues
-from offrl_models.ope.importance import Terms, tis, trajectory_weights, wis
-from offrl_models.ope.intervals import (
-    bootstrap,
-    bootstrap_lower_bound,
-    bootstrap_shares,
-    confidence_sequence_lower_bound,
-)
-from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
+from offrl_models.ope.importance import tis, trajectory_weights, wis
+from offrl_models.ope.intervals import bootstrap, bootstrap_shares
 from offrl_models.ope.sequences import completed, ratios
+from offrl_models.ope.tabular import TabularModel
 from offrl_models.policies import OnnxPolicy
 from offrl_models.progress import progress
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit_fqe
 
-CHAMPION = "behavior"
+BEHAVIOR, CHAMPION = "behavior", "champion"  # who wrote the log, and what was released last
 STATED = ("TIS", "WIS")  # estimators that need no model of the values
 
 
@@ -49,14 +44,35 @@ class Evaluation:
     shares: Float64[np.ndarray, "samples episodes"]
     estimates: dict[str, Estimates]
 
-    @property
-    def champion_returns(self) -> Float64[np.ndarray, "episodes"]:
-        """Realised returns, with the champion's fitted value past a truncation."""
-        return completed(self.episodes, self.fqe.next_v[self.names.index(CHAMPION)]).return_
+    def side(self, name: str) -> legs.Side:
+        """What the legs of the gate need of one policy."""
+        place = self.names.index(name)
+        values = (part[place] for part in (self.fqe.q, self.fqe.v, self.fqe.next_v))
+        return legs.Side(self.policies[name].on(self.fitted_on), self.probs[name], self.ratio[name], *values)
 
-    def fqe_gains(self, name: str) -> list[float]:
+    @property
+    def logged_returns(self) -> Float64[np.ndarray, "episodes"]:
+        """Realised returns, with the behavior's fitted value past a truncation."""
+        return completed(self.episodes, self.fqe.next_v[self.names.index(BEHAVIOR)]).return_
+
+    def pseudo_outcome(self, name: str) -> Float64[np.ndarray, "episodes"]:
+        """Trajectory-wise doubly robust pseudo-outcome, less the realised return."""
+        return legs.trajectory_outcome(self.side(name), self.episodes) - self.logged_returns
+
+    def trajectory(self, name: str, champion: str) -> tuple[float, float]:
+        """Leg C: the trajectory-wise doubly robust difference to the champion, and its standard error."""
+        difference = self.pseudo_outcome(name)
+        if champion != BEHAVIOR:
+            difference = difference - self.pseudo_outcome(champion)
+        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+    def paired(self, name: str, model: TabularModel | None) -> legs.Paired | str:
+        """Leg A against the behavior, or the sentence that says why there is none."""
+        return legs.paired(self.side(name), self.side(BEHAVIOR), self.fitted_on, self.episodes, model)
+
+    def fqe_gains(self, name: str, champion: str | None = None) -> list[float]:
         """Each FQE member's value of a policy minus its value of the champion; both saw the same resample."""
-        members, base = (self.fqe.members(self.names.index(n)) for n in (name, CHAMPION))
+        members, base = (self.fqe.members(self.names.index(n)) for n in (name, champion or BEHAVIOR))
         return [value - reference for value, reference in zip(members, base, strict=True)]
 
 
@@ -89,79 +105,110 @@ def evaluate(
     return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, shares, estimates)
 
 
-def measure_rungs(
-    rungs: Sequence[str], found: Evaluation, thresholds: GateConfig, states: int | None, propensities: str
-) -> list[Measures]:
-    """What the gate asks of each rung. `propensities` says whether they were logged or estimated.
+@dataclass(frozen=True)
+class Question:
+    """What the gate asks, beside its thresholds."""
 
-    The bound is marginalised where the observation is one category of `states`, and comes from WDR otherwise.
-    """
-    gate, alpha = found.episodes, thresholds.alpha * (1.0 if propensities == "logged" else 0.5)
-    model = TabularModel.fit(found.fitted_on, states) if states is not None else None
-    rare = found.probs[CHAMPION] < thresholds.rare_prob
-    measures = []
-    for name in rungs:
-        bounds = _marginalised(name, found, model, thresholds.planned_episodes, alpha) if model else None
-        difference, lower, upper, weight, method, without_top = bounds or _weighted_doubly_robust(name, found, alpha)
-        ratio, probs = found.ratio[name], found.probs[name]
-        measures.append(
-            Measures(
-                episodes=gate.n_episodes,
-                rows=gate.n_rows,
-                alpha=alpha,
-                difference=difference,
-                lower_bound=lower,
-                upper_bound=upper,
-                bound=method,
-                fqe_differences=found.fqe_gains(name),
-                effective_transitions=effective_sample_size(weight),
-                effective_episodes=effective_sample_size(trajectory_weights(gate, ratio)),
-                mean_ratio_z=mean_ratio_z(ratio),
-                worst_action_z=worst_action_z(gate, ratio, probs),
-                unsupported_mass=float((probs * rare).sum(1).mean()),
-                ratio_q99=float(np.quantile(weight, 0.99)),
-                ratio_max=float(weight.max()),
-                chi_squared=float(np.square(weight).mean() - 1.0),
-                without_top=without_top,
-                propensities=propensities,
-            )
-        )
-    return measures
+    alpha: float  # of every bound
+    states: int | None  # of the observation, where it is one category
+    propensities: str  # "logged" or "estimated"
+    return_range: tuple[float, float] | None  # of the discounted return; leg B needs it
+    champion: str = BEHAVIOR  # the policy to beat
 
 
-# difference, lower, upper, row weights, method, difference without the most influential episodes
-Bounds = tuple[float, float, float, Float64[np.ndarray, "rows"], str, float]
+def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfig, asked: Question) -> list[Measures]:
+    """What the gate asks of each rung."""
+    model = TabularModel.fit(found.fitted_on, asked.states) if asked.states is not None else None
+    names = [*rungs, asked.champion] if asked.champion != BEHAVIOR else rungs
+    paired = {name: found.paired(name, model) for name in names}
+    return [_measure(name, found, thresholds, asked, paired) for name in rungs]
 
 
-def _marginalised(name: str, found: Evaluation, model: TabularModel, planned: int, alpha: float) -> Bounds | None:
-    """Leg A. None where the policy is no function of the state, or never ends an episode in the model."""
-    gate = found.episodes
-    table = policy_table(
-        [(found.fitted_on, found.policies[name].on(found.fitted_on)), (gate, found.probs[name])], len(model.initial)
+def _against_champion(
+    name: str, found: Evaluation, asked: Question, paired: Mapping[str, legs.Paired | str]
+) -> tuple[legs.Paired, str]:
+    """Leg A against the champion, and why it cannot be trusted; in doubt, the numbers are those of leg C."""
+    names = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
+    parts = [paired[each] for each in names]
+    doubt = next((f"{each}: {part}" for each, part in zip(names, parts, strict=True) if isinstance(part, str)), "")
+    if doubt:
+        method = "trajectory-wise doubly robust paired difference"
+        parts = [legs.Paired(found.pseudo_outcome(each), found.ratio[each], method) for each in names]
+    mine, *base = [part for part in parts if not isinstance(part, str)]
+    return (replace(mine, outcome=mine.outcome - base[0].outcome) if base else mine), doubt
+
+
+def _measure(
+    name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
+) -> Measures:
+    gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
+    mine, doubt = _against_champion(name, found, asked, paired)
+    overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
+    sure = legs.sure_share(gate)
+    trajectories = sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
+    difference, error = found.trajectory(name, asked.champion) if trajectories else (None, None)
+    betting = (
+        trajectories and asked.champion == BEHAVIOR and asked.return_range is not None and not gate.truncated.any()
     )
-    if table is None:
-        return None
-    paired = paired_differences(model, table, gate, found.ratio[name])
-    if paired is None:
-        return None
-    x, weight = paired
-    lower = confidence_sequence_lower_bound(x, alpha=alpha, planned=planned)
-    upper = -confidence_sequence_lower_bound(-x, alpha=alpha, planned=planned)
-    method = "marginalised doubly robust paired difference, one-sided asymptotic confidence sequence"
-    without_top = without_most_influential(Terms(x[:, None]), Terms(np.zeros((len(x), 1))))
-    return float(x.mean()), lower, upper, weight, method, without_top
+    probs, behavior = found.probs[name], found.probs[BEHAVIOR]
+    return Measures(
+        episodes=gate.n_episodes,
+        rows=gate.n_rows,
+        alpha=asked.alpha,
+        difference=overall.difference,
+        lower_bound=overall.lower_bound,
+        upper_bound=overall.upper_bound,
+        bound=f"{mine.method}, one-sided asymptotic confidence sequence",
+        doubt=doubt,
+        e_value=legs.betting(side, gate, asked.return_range, thresholds.margin)
+        if betting and asked.return_range
+        else None,
+        trajectory_difference=difference,
+        trajectory_error=error,
+        fqe_differences=found.fqe_gains(name, asked.champion),
+        effective_transitions=effective_sample_size(mine.weight),
+        effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),
+        mean_ratio_z=mean_ratio_z(side.ratio),
+        worst_action_z=worst_action_z(gate, side.ratio, probs),
+        unsupported_mass=float((probs * (behavior < thresholds.rare_prob)).sum(1).mean()),
+        few_visits_mass=_few_visits_mass(found, name, asked.states, thresholds.few_visits),
+        ratio_q99=float(np.quantile(mine.weight, 0.99)),
+        ratio_max=float(mine.weight.max()),
+        chi_squared=float(np.square(mine.weight).mean() - 1.0),
+        largest_share=largest_share(mine.outcome),
+        without_top=legs.influence(mine.outcome),
+        sure_share=sure,
+        propensities=asked.propensities,
+        costs=[
+            legs.contrast(column, _cost_rise(column, name, found, asked, paired), asked.alpha, planned)
+            for column in thresholds.constraints
+        ],
+        subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned),
+    )
 
 
-def _weighted_doubly_robust(name: str, found: Evaluation, alpha: float) -> Bounds:
-    """The stand-in for leg A where observations are not one category."""
-    position, ratio = found.names.index(name), found.ratio[name]
-    fqe = found.fqe
-    mine = wdr(completed(found.episodes, fqe.next_v[position]), ratio, fqe.q[position], fqe.v[position])
-    base = Terms(found.champion_returns[:, None])
-    difference, lower = bootstrap_lower_bound(mine, base, found.shares, 1 - alpha)
-    upper = -bootstrap_lower_bound(base, mine, found.shares, 1 - alpha)[1]
-    method = "paired WDR difference, one-sided percentile bootstrap over episodes"
-    return difference, lower, upper, ratio, method, without_most_influential(mine, base)
+def _cost_rise(
+    column: str, name: str, found: Evaluation, asked: Question, paired: Mapping[str, legs.Paired | str]
+) -> Float64[np.ndarray, "episodes"]:
+    """Per episode a number whose mean is the rise in the expected total of a cost over the champion's."""
+
+    def rise(policy: str) -> np.ndarray:
+        leg, side = paired[policy], found.side(policy)
+        weight = side.ratio if isinstance(leg, str) else leg.weight
+        return legs.cost_outcome(column, side, weight, found.fitted_on, found.episodes, asked.states)
+
+    return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)
+
+
+def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> float:
+    """The share of a policy's mass in state-action cells with fewer rows than `few` in all the log; 0 without such cells."""
+    if states is None:
+        return 0.0
+    visits = np.zeros((states, found.episodes.n_actions))
+    for episodes in (found.fitted_on, found.episodes):
+        np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
+    rare = visits[found.episodes.observation[:, 0].astype(np.int64)] < few
+    return float((found.probs[name] * rare).sum(1).mean())
 
 
 def visit_frequencies(

@@ -5,7 +5,7 @@ way around them.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from offrl_models.logs.contract import Strict
+
+TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from which leg C is informative
 
 
 class Status(StrEnum):
@@ -26,14 +28,29 @@ class Status(StrEnum):
 class GateConfig(Strict):
     """Thresholds of the gate."""
 
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)  # one-sided error rate of each rung
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)  # largest one-sided error rate of a release
+    yearly_alpha: float = Field(default=0.1, gt=0, lt=1)  # most that all looks of 365 days may spend together
+    long_run_alpha: float = Field(default=0.05, gt=0, lt=1)  # share of false ones among all releases, by e-LOND
     margin: float = 0.0  # by which the candidate must beat the champion, in units of return
-    caps: tuple[float | None, ...] = (
-        1.2,
-        1.5,
-        2.0,
-        None,
-    )  # ratio caps of the ladder, in the order tested; None is uncapped
+    caps: tuple[float | None, ...] = (1.2, 1.5, 2.0, 5.0, None)  # of the ladder, in the order tested; None is uncapped
+    planned_episodes: int = Field(default=5000, ge=500)  # gate episodes at which the bound is to be tightest
+    first_look: int = Field(default=500, ge=2)  # fewest gate episodes for a verdict
+    effective_transitions: float = Field(default=500, ge=0)  # floor, marginal weights
+    mean_ratio_z: float = Field(default=4.0, gt=0)  # largest |z| of the mean-ratio tests
+    rare_prob: float = Field(default=0.01, ge=0, lt=1)  # a behavior probability below it counts as unsupported
+    unsupported_mass: float = Field(default=0.05, ge=0, le=1)  # most of the candidate's mass where it is
+    few_visits: int = Field(default=5, ge=1)  # rows of a state-action cell below which nothing is known of it
+    few_visits_mass: float = Field(default=0.02, ge=0, le=1)  # most of the candidate's mass in such cells
+    largest_share: float = Field(default=0.05, gt=0, le=1)  # most that one episode may carry of the evidence
+    sure_share: float = Field(
+        default=0.2, ge=0, le=1
+    )  # rows with a propensity over .999 from which trajectory legs are off
+    return_range: tuple[float, float] | None = None  # of the discounted return, where more is known than of one reward
+    constraints: dict[str, float] = Field(
+        default_factory=dict
+    )  # cost column -> most by which its expected total may rise
+    subgroups: tuple[str, ...] = ()  # label columns in each of whose groups the candidate must not do harm
+    subgroup_margin: float = Field(default=0.0, ge=0)  # loss in a group that its lower bound must exclude; 0: harm only
 
     @field_validator("caps")
     @classmethod
@@ -43,13 +60,16 @@ class GateConfig(Strict):
             raise ValueError(f"caps {list(caps)} must be above 1 and rise from rung to rung, null (no cap) only last")
         return caps
 
-    planned_episodes: int = Field(default=5000, ge=500)  # gate episodes at which the bound is to be tightest
-    first_look: int = Field(default=500, ge=2)  # fewest gate episodes for a verdict
-    effective_transitions: float = Field(default=500, ge=0)  # floor, marginal weights
-    effective_episodes: float = Field(default=100, ge=0)  # floor, trajectory weights
-    mean_ratio_z: float = Field(default=4.0, gt=0)  # largest |z| of the mean-ratio tests
-    rare_prob: float = Field(default=0.01, ge=0, lt=1)  # a behavior probability below it counts as unsupported
-    unsupported_mass: float = Field(default=0.05, ge=0, le=1)  # most of the candidate's mass where it is
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference to the champion with one-sided bounds: of one subgroup, or of one cost."""
+
+    name: str
+    episodes: int
+    difference: float
+    lower_bound: float
+    upper_bound: float
 
 
 @dataclass(frozen=True)
@@ -58,22 +78,31 @@ class Measures:
 
     episodes: int
     rows: int
-    alpha: float  # error rate of each of the two bounds
-    difference: float
+    alpha: float  # error rate of each of the bounds
+    difference: float  # leg A, the primary one
     lower_bound: float  # one-sided, at 1 - alpha
     upper_bound: float  # one-sided, at 1 - alpha
     bound: str  # how the bounds were made
-    fqe_differences: list[float]  # each member's value of the rung minus its value of the champion
+    doubt: str  # why they cannot be trusted; empty where they can
+    e_value: float | None  # leg B: evidence that needs neither a model nor large numbers; None where it does not apply
+    trajectory_difference: float | None  # leg C: trajectory-wise doubly robust; None where it does not apply
+    trajectory_error: float | None  # its standard error
+    fqe_differences: list[float]  # leg D: each member's value of the rung minus its value of the champion
     effective_transitions: float
     effective_episodes: float
     mean_ratio_z: float
     worst_action_z: float
     unsupported_mass: float
+    few_visits_mass: float
     ratio_q99: float  # 99% quantile, largest value and chi-squared of the state-action ratios
     ratio_max: float
     chi_squared: float
+    largest_share: float  # of one episode in the sum of |X|
     without_top: float  # the difference without its 0.5% most influential episodes
+    sure_share: float  # of rows with a propensity over .999
     propensities: str  # "logged" or "estimated"
+    costs: list[Contrast] = field(default_factory=list)
+    subgroups: list[Contrast] = field(default_factory=list)
 
     @property
     def influence(self) -> float:
@@ -84,6 +113,14 @@ class Measures:
     def error_rate_share(self) -> float:
         """What is left of the error rate: estimating the propensities costs half of it."""
         return 1.0 if self.propensities == "logged" else 0.5
+
+    @property
+    def trajectory_top(self) -> float | None:
+        """Leg C plus twice its standard error, where enough episodes stand behind it; None where it cannot object."""
+        if self.trajectory_difference is None or self.trajectory_error is None:
+            return None
+        informative = self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.episodes)
+        return self.trajectory_difference + 2 * self.trajectory_error if informative else None
 
 
 @dataclass(frozen=True)
@@ -114,18 +151,31 @@ class Verdict:
         """GREEN where the propensities were logged; AMBER where the verdict rests on estimates of them."""
         return "GREEN" if self.measures.propensities == "logged" else "AMBER"
 
+    @property
+    def exact(self) -> bool:
+        """Whether leg B alone proves the gain: at any time, for any weights, without a Markov state."""
+        e = self.measures.e_value
+        return self.status is Status.PASS and e is not None and e >= 1.0 / self.measures.alpha
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def findings(m: Measures, config: GateConfig) -> list[Finding]:
     """Every check of one rung, in the order in which they decide."""
+    return [*_validity(m, config), *_harm(m, config), *_enough(m, config), *_evidence(m, config)]
+
+
+def _level(alpha: float) -> str:
+    return f"{1 - alpha:.1%}".replace(".0%", "%")
+
+
+def _validity(m: Measures, config: GateConfig) -> list[Finding]:
+    """What makes the numbers mean nothing."""
     alpha = config.alpha * m.error_rate_share
-    level = f"{1 - alpha:.1%}".replace(".0%", "%")
-    smallest = min(m.fqe_differences)
     return [
-        Finding("error rate", m.alpha <= alpha, Status.INVALID, m.alpha, alpha,
-                f"the bounds were made at an error rate of {m.alpha:g}, above the {alpha:g} that is asked"),
+        Finding("error rate", 0 < m.alpha <= alpha, Status.INVALID, m.alpha, alpha,
+                f"the bounds were made at an error rate of {m.alpha:g}, not above 0 and at most the {alpha:g} that is asked"),
         Finding("mean ratio", abs(m.mean_ratio_z) < config.mean_ratio_z, Status.INVALID, m.mean_ratio_z,
                 config.mean_ratio_z, f"the mean importance ratio has z = {m.mean_ratio_z:.1f} against 1: the logged "
                 "propensities are not those of the policy that acted"),
@@ -135,22 +185,62 @@ def findings(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("support", m.unsupported_mass <= config.unsupported_mass, Status.INVALID, m.unsupported_mass,
                 config.unsupported_mass, f"{m.unsupported_mass:.1%} of the policy's mass lies where the behavior plays "
                 f"with probability under {config.rare_prob:g}; at most {config.unsupported_mass:.1%} may"),
+        Finding("visits", m.few_visits_mass <= config.few_visits_mass, Status.INVALID, m.few_visits_mass,
+                config.few_visits_mass, f"{m.few_visits_mass:.1%} of the policy's mass lies where the log has under "
+                f"{config.few_visits} rows; at most {config.few_visits_mass:.1%} may"),
+    ]  # fmt: skip
+
+
+def _harm(m: Measures, config: GateConfig) -> list[Finding]:
+    """Evidence that the policy is worse than the champion, for all or for some."""
+    level = _level(m.alpha)
+    return [
         Finding("harm", m.upper_bound >= 0.0, Status.FAIL, m.upper_bound, 0.0,
-                f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4f} at {level}"),
+                f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4g} at {level}"),
+        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0, Status.FAIL, group.upper_bound, 0.0,
+                  f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference is at most "
+                  f"{group.upper_bound:+.4g} at {level}") for group in m.subgroups),
+        *(Finding(f"cost {cost.name}", cost.lower_bound <= config.constraints[cost.name], Status.FAIL, cost.lower_bound,
+                  config.constraints[cost.name], f"{cost.name} rises by at least {cost.lower_bound:+.4g} at {level}, and by "
+                  f"{config.constraints[cost.name]:+.4g} it may") for cost in m.costs),
+    ]  # fmt: skip
+
+
+def _enough(m: Measures, config: GateConfig) -> list[Finding]:
+    """Whether there is enough to judge by, and no single part of it decides."""
+    return [
         Finding("episodes", m.episodes >= config.first_look, Status.INCONCLUSIVE, m.episodes, config.first_look,
                 f"{m.episodes} gate episodes are fewer than the {config.first_look} of a first look"),
+        Finding("trust", not m.doubt, Status.INCONCLUSIVE, float(bool(m.doubt)), 0.0, m.doubt or "nothing is in doubt"),
         Finding("effective transitions", m.effective_transitions >= config.effective_transitions, Status.INCONCLUSIVE,
                 m.effective_transitions, config.effective_transitions, f"{m.effective_transitions:.0f} effective "
                 f"transitions of {m.rows:,} are fewer than {config.effective_transitions:.0f}"),
-        Finding("effective episodes", m.effective_episodes >= config.effective_episodes, Status.INCONCLUSIVE,
-                m.effective_episodes, config.effective_episodes, f"{m.effective_episodes:.0f} effective episodes of "
-                f"{m.episodes:,} are fewer than {config.effective_episodes:.0f}"),
+        Finding("one episode", m.largest_share <= config.largest_share, Status.INCONCLUSIVE, m.largest_share,
+                config.largest_share, f"one episode carries {m.largest_share:.1%} of the evidence; at most "
+                f"{config.largest_share:.1%} may"),
         Finding("influence", m.influence >= 0, Status.INCONCLUSIVE, m.without_top, 0.0,
                 f"without its 0.5% most influential episodes the difference is {m.without_top:+.3g}, of another sign"),
+    ]  # fmt: skip
+
+
+def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
+    """The vetoes of legs C and D, and the bounds that decide."""
+    level, top, smallest = _level(m.alpha), m.trajectory_top, min(m.fqe_differences)
+    return [
+        Finding("trajectory doubly robust", top is None or top >= 0.0, Status.INCONCLUSIVE, 0.0 if top is None else top,
+                0.0, f"trajectory-wise doubly robust estimation puts the difference at {m.trajectory_difference or 0:+.4g}, "
+                "more than 2 standard errors below 0"),
         Finding("fitted Q evaluation", all(d > 0.0 for d in m.fqe_differences), Status.INCONCLUSIVE, smallest, 0.0,
-                f"a member of the FQE ensemble puts the difference at {smallest:+.4f}"),
+                f"a member of the FQE ensemble puts the difference at {smallest:+.4g}"),
+        *(Finding(f"bound on {cost.name}", cost.upper_bound <= config.constraints[cost.name], Status.INCONCLUSIVE,
+                  cost.upper_bound, config.constraints[cost.name], f"{cost.name} may rise by {cost.upper_bound:+.4g} at "
+                  f"{level}, above the {config.constraints[cost.name]:+.4g} that is allowed") for cost in m.costs),
+        *(Finding(f"bound for {group.name}", group.lower_bound >= -config.subgroup_margin, Status.INCONCLUSIVE,
+                  group.lower_bound, -config.subgroup_margin, f"for {group.name} ({group.episodes:,} episodes) the "
+                  f"difference may be {group.lower_bound:+.4g} at {level}, below {-config.subgroup_margin:+.4g}")
+          for group in m.subgroups if config.subgroup_margin > 0),
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,
-                f"the lower bound of the difference is {m.lower_bound:+.4f} at {level}, not above {config.margin:+.4f}"),
+                f"the lower bound of the difference is {m.lower_bound:+.4g} at {level}, not above {config.margin:+.4g}"),
     ]  # fmt: skip
 
 
@@ -160,7 +250,7 @@ def judge(policy: str, measures: Measures, config: GateConfig) -> Verdict:
     objections = [finding for finding in found if not finding.holds]
     if not objections:
         reason = (
-            f"the difference to the champion is {measures.difference:+.4f}, at least {measures.lower_bound:+.4f} at "
+            f"the difference to the champion is {measures.difference:+.4g}, at least {measures.lower_bound:+.4g} at "
             f"{1 - measures.alpha:.1%} confidence".replace(".0%", "%")
         )
         return Verdict(Status.PASS, policy, "lower bound", reason, measures, found)
@@ -177,7 +267,15 @@ def verdict_from_json(data: dict[str, Any]) -> Verdict:
         policy=data["policy"],
         decided_by=data["decided_by"],
         reason=data["reason"],
-        measures=Measures(**data["measures"]),
+        measures=Measures(
+            **{
+                **data["measures"],
+                **{
+                    name: [Contrast(**contrast) for contrast in data["measures"][name]]
+                    for name in ("costs", "subgroups")
+                },
+            }
+        ),
         findings=[Finding(**{**f, "otherwise": Status(f["otherwise"])}) for f in data["findings"]],
     )
 

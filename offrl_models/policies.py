@@ -195,6 +195,15 @@ class OnnxPolicy:
         except (OSError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
             raise InputError(f"{path} cannot be loaded as an ONNX policy ({error}); export it again.") from error
 
+    def require_interface(self, columns: int, actions: int) -> None:
+        """Raises InputError when the policy takes other observations or actions than these."""
+        mine = {entry.name: entry.shape[1] for entry in self.session.get_inputs()}
+        if mine != {"observation": columns, "mask": actions}:
+            raise InputError(
+                f"{self.path} takes {mine.get('observation')} observed columns and {mine.get('mask')} actions, and the logs "
+                f"have {columns} and {actions}; a candidate cannot be held against it, so start a dataset of its own."
+            )
+
     def distinct_probs(
         self, observation: Float[np.ndarray, "rows columns"], mask: Bool[np.ndarray, "rows actions"]
     ) -> tuple[Float64[np.ndarray, "distinct actions"], Int64[np.ndarray, "rows"]]:

@@ -19,11 +19,11 @@ ROWS = [
     {"policies"},
     {"algorithms", "ope"},
     {"learner", "gate", "registry"},
-    {"config"},
+    {"config", "ledger", "legs"},
     {"training", "bundle"},
     {"evaluation"},
     {"reports", "selection"},
-    {"stages"},
+    {"stages", "assess"},
     {"cli"},
 ]
 

@@ -132,9 +132,9 @@ def test_the_behavior_model_and_the_newest_batch(tmp_path: Path) -> None:
     assert alone.passed and alone.sentence.startswith("not applicable: there is one batch only")
 
 
-GOOD = {"policy": "p", "unsupported_mass": 0.0, "effective_transitions": 900.0, "effective_episodes": 200.0,
+GOOD = {"policy": "p", "unsupported_mass": 0.0, "effective_transitions": 900.0,
         "ratio_q99": 3.0, "ratio_max": 9.0, "chi_squared": 1.0, "influence": 0.01, "without_top": 0.01}  # fmt: skip
-GATE = {"unsupported_mass": 0.05, "effective_transitions": 500, "effective_episodes": 100}
+GATE = {"unsupported_mass": 0.05, "effective_transitions": 500}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,6 @@ GATE = {"unsupported_mass": 0.05, "effective_transitions": 500, "effective_episo
     [
         ("C19", "unsupported_mass", 0.2, True),
         ("C20", "effective_transitions", 20.0, True),
-        ("C20", "effective_episodes", 2.0, True),
         ("C22", "ratio_q99", 25.0, False),
         ("C35", "influence", -0.001, True),
     ],

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models.gate import GateConfig, Measures, Status, decisive_rung, findings, judge, ladder, verdict_from_json
+from offrl_models.gate import (
+    Contrast,
+    GateConfig,
+    Measures,
+    Status,
+    decisive_rung,
+    findings,
+    judge,
+    ladder,
+    verdict_from_json,
+)
 
 CONFIG = GateConfig()
 GOOD = Measures(
@@ -19,16 +29,23 @@ GOOD = Measures(
     lower_bound=0.01,
     upper_bound=0.03,
     bound="test",
+    doubt="",
+    e_value=None,
+    trajectory_difference=0.01,
+    trajectory_error=0.01,
     fqe_differences=[0.01, 0.02, 0.03],
     effective_transitions=5000.0,
     effective_episodes=900.0,
     mean_ratio_z=0.5,
     worst_action_z=-1.5,
     unsupported_mass=0.01,
+    few_visits_mass=0.01,
     ratio_q99=3.0,
     ratio_max=9.0,
     chi_squared=1.0,
+    largest_share=0.001,
     without_top=0.015,
+    sure_share=0.01,
     propensities="logged",
 )
 BAD = {
@@ -36,11 +53,14 @@ BAD = {
     "mean ratio": ("mean_ratio_z", -4.5, Status.INVALID),
     "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
     "support": ("unsupported_mass", 0.2, Status.INVALID),
+    "visits": ("few_visits_mass", 0.03, Status.INVALID),
     "harm": ("upper_bound", -0.001, Status.FAIL),
     "episodes": ("episodes", 499, Status.INCONCLUSIVE),
+    "trust": ("doubt", "the ratios do not balance", Status.INCONCLUSIVE),
     "effective transitions": ("effective_transitions", 499.0, Status.INCONCLUSIVE),
-    "effective episodes": ("effective_episodes", 99.0, Status.INCONCLUSIVE),
+    "one episode": ("largest_share", 0.06, Status.INCONCLUSIVE),
     "influence": ("without_top", -0.001, Status.INCONCLUSIVE),
+    "trajectory doubly robust": ("trajectory_difference", -0.021, Status.INCONCLUSIVE),
     "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
     "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
 }
@@ -50,7 +70,7 @@ def test_good_evidence_passes_and_says_by_how_much() -> None:
     verdict = judge("abc", GOOD, CONFIG)
     assert verdict.status is Status.PASS
     assert verdict.policy == "abc"
-    assert "+0.0200" in verdict.reason and "+0.0100" in verdict.reason and "95%" in verdict.reason
+    assert "+0.02," in verdict.reason and "+0.01 at" in verdict.reason and "95%" in verdict.reason
 
 
 def test_every_finding_is_exercised_here() -> None:
@@ -64,7 +84,7 @@ def test_each_objection_alone_refuses_with_its_own_status(name: str) -> None:
     assert (verdict.status, verdict.decided_by) == (status, name)
 
 
-@pytest.mark.parametrize("name", sorted(set(BAD) - {"episodes"}))  # a count is never NaN
+@pytest.mark.parametrize("name", sorted(set(BAD) - {"episodes", "trust"}))  # a count and a sentence are never NaN
 def test_a_number_that_is_nan_refuses(name: str) -> None:
     field, value, _ = BAD[name]
     unknown = [0.01, math.nan, 0.02] if isinstance(value, list) else math.nan
@@ -100,3 +120,45 @@ def test_a_verdict_survives_json() -> None:
 def test_a_ladder_must_climb(caps: list[float | None]) -> None:
     with pytest.raises(ValueError, match="must be above 1 and rise"):
         GateConfig(caps=tuple(caps))
+
+
+def test_leg_c_objects_only_where_enough_episodes_stand_behind_it() -> None:
+    harmful = dataclasses.replace(GOOD, trajectory_difference=-1.0)
+    for episodes, status in ((299.0, Status.PASS), (301.0, Status.INCONCLUSIVE)):  # 5% of 6,000 are 300
+        assert judge("abc", dataclasses.replace(harmful, effective_episodes=episodes), CONFIG).status is status
+    off = dataclasses.replace(GOOD, trajectory_difference=None, trajectory_error=None)
+    assert judge("abc", off, CONFIG).status is Status.PASS
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "status"),
+    [(-0.1, 0.05, Status.PASS), (-0.1, 0.11, Status.INCONCLUSIVE), (0.11, 0.2, Status.FAIL)],
+)
+def test_a_cost_may_rise_only_so_far(lower: float, upper: float, status: Status) -> None:
+    config = GateConfig(constraints={"days": 0.1})
+    measured = dataclasses.replace(GOOD, costs=[Contrast("days", 6000, (lower + upper) / 2, lower, upper)])
+    verdict = judge("abc", measured, config)
+    assert verdict.status is status
+    assert verdict_from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+
+
+@pytest.mark.parametrize(
+    ("margin", "lower", "upper", "status"),
+    [
+        (0.0, -0.5, 0.5, Status.PASS),  # harm only
+        (0.0, -0.5, -0.1, Status.FAIL),
+        (0.2, -0.1, 0.5, Status.PASS),
+        (0.2, -0.3, 0.5, Status.INCONCLUSIVE),
+    ],
+)
+def test_no_group_may_be_harmed(margin: float, lower: float, upper: float, status: Status) -> None:
+    group = Contrast("sex f", 900, (lower + upper) / 2, lower, upper)
+    config = GateConfig(subgroups=("sex",), subgroup_margin=margin)
+    assert judge("abc", dataclasses.replace(GOOD, subgroups=[group]), config).status is status
+
+
+def test_a_large_e_value_makes_the_certificate_exact() -> None:
+    for e_value, exact in ((None, False), (19.9, False), (20.0, True)):
+        assert judge("abc", dataclasses.replace(GOOD, e_value=e_value), CONFIG).exact is exact
+    refused = dataclasses.replace(GOOD, e_value=100.0, lower_bound=-1.0)
+    assert not judge("abc", refused, CONFIG).exact

@@ -18,7 +18,7 @@ from offrl_models import bundle, stages, storage
 from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
-from offrl_models.evaluation import CHAMPION, estimate_stated, evaluate, measure_rungs, visit_frequencies
+from offrl_models.evaluation import BEHAVIOR, Question, estimate_stated, evaluate, measure_rungs, visit_frequencies
 from offrl_models.gate import GateConfig, Measures, judge
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log
@@ -269,11 +269,11 @@ def uniform_policy_measured(log: Path, n_items: int, folder: Path) -> Measures:
     encoder = Encoder.from_moments(contract.features, storage.read_json(folder / MOMENTS))
     positions = np.arange(3, dtype=np.float32)[:, None]
     played = visit_frequencies(episodes.observation[:, :1], episodes.action, positions, n_items, log.name)
-    tables = {"uniform": np.full((3, n_items), 1 / n_items), CHAMPION: played}
+    tables = {"uniform": np.full((3, n_items), 1 / n_items), BEHAVIOR: played}
     policies = {name: export_checked(BehaviorTable(table), episodes, folder / name) for name, table in tables.items()}
     fqe = FQEConfig(hidden=(8,), gradient_steps=20, members=2)
     found = evaluate(policies, episodes, episodes, encoder, fqe, samples=100, seed=0, task="FQE")
-    (measures,) = measure_rungs(["uniform"], found, GateConfig(), None, "logged")
+    (measures,) = measure_rungs(["uniform"], found, GateConfig(), Question(0.05, None, "logged", (0.0, 1.0)))
     return measures
 
 
@@ -288,8 +288,8 @@ def test_ten_thousand_rows_that_are_worth_two_are_refused(logs: Path, tmp_path: 
     verdict = judge("0" * 64, measures, GateConfig())
     assert verdict.status == "INVALID" and verdict.decided_by == "support"
     assert "56.5% of the policy's mass lies where the behavior plays with probability under 0.01" in verdict.reason
-    (worth,) = (finding for finding in verdict.findings if finding.name == "effective episodes")
-    assert not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective episodes")
+    (worth,) = (finding for finding in verdict.findings if finding.name == "effective transitions")
+    assert not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective transitions")
     lenient = judge("0" * 64, measures, GateConfig(unsupported_mass=1.0))
     assert lenient.status == "INCONCLUSIVE" and lenient.reason.startswith("2 effective transitions")
 
@@ -298,4 +298,4 @@ def test_the_same_policy_on_the_uniform_log_has_every_row(logs: Path, tmp_path: 
     measures = uniform_policy_measured(logs / "others" / "women-random.csv", 46, tmp_path)
     assert measures.effective_episodes == pytest.approx(10_000)
     assert measures.difference == pytest.approx(0.0, abs=1e-3)
-    assert judge("0" * 64, measures, GateConfig()).decided_by not in ("support", "effective episodes", "mean ratio")
+    assert judge("0" * 64, measures, GateConfig()).decided_by not in ("support", "effective transitions", "mean ratio")

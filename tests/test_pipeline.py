@@ -224,7 +224,7 @@ def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline
     assert status == 0 and "Not released. INCONCLUSIVE: " in text
     alone = run(toy, "policy")
     assert "is INCONCLUSIVE, not PASS" in failures(alone)["toy__policy"]
-    assert not (toy.folder / "policies").exists()
+    assert not registry.versions(toy.folder / "policies") and registry.champion(toy.folder / "policies") is None
 
 
 def test_a_bad_batch_fails_the_run_with_its_sentence_and_the_next_run_goes_on(toy: Pipeline) -> None:
@@ -255,14 +255,18 @@ def test_a_blocking_coverage_check_stops_the_run_and_the_library(toy: Pipeline) 
         stages.episodes(toy)
 
 
-def test_numeric_observations_are_judged_by_weighted_doubly_robust(tmp_path: Path) -> None:
+def test_numeric_observations_are_judged_with_fitted_ratios_or_not_at_all(tmp_path: Path) -> None:
     write_batches(tmp_path, WORLD.simulate(2000, seed=3), numeric=True)
     configured = attributes(None, 3, algorithms={"cql": {"hidden": [16], "learning_rate": 0.01, "target_interval": 20}})
     pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
     judged, _ = stages.run(pipeline)
-    found = storage.read_json(judged.folder / "evidence.json")
-    assert found["ladder"][0]["measures"]["bound"].startswith("paired WDR difference")
-    assert found["ladder"][0]["measures"]["lower_bound"] <= found["ladder"][0]["measures"]["difference"]
+    rung = storage.read_json(judged.folder / "evidence.json")["ladder"][0]
+    measures = rung["measures"]
+    assert measures["lower_bound"] <= measures["difference"]
+    if measures["doubt"]:
+        assert rung["status"] == "INCONCLUSIVE" and "weights" in measures["doubt"]
+    else:
+        assert measures["bound"].startswith("doubly robust paired difference with fitted visit ratios")
 
 
 def simulator() -> ModuleType:
@@ -284,7 +288,7 @@ def test_a_few_hundred_icu_stays_go_the_whole_way(tmp_path: Path) -> None:
     result = run(pipeline)
     assert "icu_sepsis__evidence" not in failures(result)
     shown = storage.read_json(pipeline.reports / "evidence.json")
-    assert shown["verdict"]["status"] == "INCONCLUSIVE"
+    assert shown["verdict"]["status"] in ("INCONCLUSIVE", "INVALID")  # too few stays, and too few rows in most cells
     assert shown["exact"]["values"]["behavior"] == pytest.approx(0.7817, abs=0.02)
     assert set(shown["exact"]["values"]) >= {"bc", "cql", "iql", "bcq"}
     gated = (pipeline.folder / "evidence" / "evidence.json").read_text()

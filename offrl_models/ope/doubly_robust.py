@@ -4,17 +4,21 @@
 Truncated episodes are to be completed first (`sequences.completed`).
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float64
+from scipy import optimize
 
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.sequences import by_step, finite, weights_by_step
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 
 
 def _parts(
     episodes: Episodes,
-    ratio: Float64[np.ndarray, "rows"],
+    after: Float64[np.ndarray, "episodes steps"],
     q: Float64[np.ndarray, "rows"],
     v: Float64[np.ndarray, "rows"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -22,9 +26,22 @@ def _parts(
     discount = episodes.time_discount
     error = by_step(episodes, finite("the q-value", discount * (episodes.reward - q)), 0.0)
     value = by_step(episodes, finite("the state value", discount * v), 0.0)
-    after = weights_by_step(episodes, ratio)
     before = np.concatenate([np.ones((episodes.n_episodes, 1)), after[:, :-1]], axis=1)
     return after, before, error, value
+
+
+def _corrected(
+    episodes: Episodes,
+    weight: Float64[np.ndarray, "episodes steps"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+) -> Terms:
+    """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)], sorted by step.
+
+    Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
+    """
+    after, before, error, value = _parts(episodes, weight, q, v)
+    return Terms((after * error + before * value).sum(1, keepdims=True))
 
 
 def dr(
@@ -34,8 +51,46 @@ def dr(
     v: Float64[np.ndarray, "rows"],
 ) -> Terms:
     """sum_t gamma^t [ w_t (r_t - q(s_t, a_t)) + w_{t-1} v(s_t) ]: Jiang & Li (2016), eq. 10, unrolled."""
-    after, before, error, value = _parts(episodes, ratio, q, v)
-    return Terms((after * error + before * value).sum(1, keepdims=True))
+    return _corrected(episodes, weights_by_step(episodes, ratio), q, v)
+
+
+def switch_dr(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    tau: float,
+) -> Terms:
+    """DR that trusts the model alone at steps whose weight is over `tau`: infinity is DR, 0 is the model.
+
+    Wang, Agarwal & Dudik (2017), https://arxiv.org/abs/1612.01205. Theirs is a bandit; over several steps the
+    weight is the product w_t, so that a step counts again once the product has come back under `tau`.
+    Raises InputError when `tau` is negative.
+    """
+    if not tau >= 0:
+        raise InputError(f"a switch at the weight {tau} is not possible; give 0 or more.")
+    weight = weights_by_step(episodes, ratio)
+    return _corrected(episodes, np.where(weight <= tau, weight, 0.0), q, v)
+
+
+def dros(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    shrinkage: float,
+) -> Terms:
+    """DR with optimistic shrinkage, w_t -> lambda w_t / (w_t^2 + lambda): infinity is DR, 0 is the model.
+
+    Su, Dimakopoulou, Krishnamurthy & Dudik (2020), https://arxiv.org/abs/1907.09623, whose lambda is `shrinkage` here. Theirs
+    is a bandit; over several steps the weight is the product w_t.
+    Raises InputError when `shrinkage` is negative.
+    """
+    if not shrinkage >= 0:
+        raise InputError(f"a shrinkage of {shrinkage} is not possible; give 0 or more.")
+    weight = weights_by_step(episodes, ratio)
+    kept = weight / (1.0 + weight**2 / shrinkage) if shrinkage > 0 else np.zeros_like(weight)
+    return _corrected(episodes, kept, q, v)
 
 
 def wdr(
@@ -45,5 +100,100 @@ def wdr(
     v: Float64[np.ndarray, "rows"],
 ) -> Terms:
     """DR with the weights of each step normalised over all episodes: Thomas & Brunskill (2016), section 5."""
-    after, before, error, value = _parts(episodes, ratio, q, v)
+    after, before, error, value = _parts(episodes, weights_by_step(episodes, ratio), q, v)
     return Terms(np.concatenate([after * error, before * value], 1), np.concatenate([after, before], 1))
+
+
+def partial_returns(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    steps: Sequence[float],
+    blend: Float64[np.ndarray, "blended"],
+) -> Terms:
+    """sum_j blend_j g^(j): WDR over the first `steps[j]` steps of an episode, and the model from there on.
+
+    0 steps are the model alone, the mean v(s_0) of the episodes; infinity, or the length of the longest episode, is WDR.
+    Thomas & Brunskill (2016), eq. 4, https://arxiv.org/abs/1604.00923, who count one step less: the model is their g^(-1).
+    Raises InputError when a number of steps is neither whole nor infinite, or is negative.
+    """
+    for reach in steps:
+        if not reach >= 0 or reach % 1 > 0:
+            raise InputError(
+                f"{reach} importance-weighted steps are not possible; give 0, 1, 2 and so on, or infinity."
+            )
+    after, before, error, value = _parts(episodes, weights_by_step(episodes, ratio), q, v)
+    column = np.arange(after.shape[1])
+    corrected = blend @ (np.asarray(steps)[:, None] > column)
+    valued = blend @ (np.asarray(steps)[:, None] >= column)
+    # A step that no blended return reaches need not have any overlap.
+    reached, used = corrected != 0, valued != 0
+    top = [(corrected * after * error)[:, reached], (valued * before * value)[:, used]]
+    return Terms(np.concatenate(top, 1), np.concatenate([after[:, reached], before[:, used]], 1))
+
+
+def magic_blend(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    steps: Sequence[float],
+    shares: Float64[np.ndarray, "samples episodes"],
+    level: float = 0.5,
+) -> Float64[np.ndarray, "blended"]:
+    """The weights x on the simplex that minimize the estimated mean squared error x' (Omega + b b') x of the blend.
+
+    Omega is n / (n - 1) sum_i (g_i - mean g) (g_i - mean g)' over the episodes' contributions g_i to the partial returns,
+    and b_j the distance from g^(j) to the percentile bootstrap interval of WDR at `level`, stretched to hold WDR itself:
+    Thomas & Brunskill (2016), eq. 5 and their algorithm. The factor n of Omega, which the first author's published code
+    names as an erratum of the paper's experiments, is in; the small multiple of the identity that it adds is not.
+    Raises InputError for fewer than 2 episodes, or where a step has no overlap in the log or in a bootstrap sample.
+    """
+    n = episodes.n_episodes
+    if n < 2:
+        raise InputError(f"a blend of partial returns needs at least 2 episodes, not {n}.")
+    one = np.ones(1)
+    parts = [partial_returns(episodes, ratio, q, v, [reach], one) for reach in steps]
+    total = finite("a partial return", np.array([part.estimate() for part in parts]))
+    mine = np.stack([_contributions(part) for part in parts], axis=1)
+    whole = wdr(episodes, ratio, q, v)
+    samples = np.quantile(finite("WDR", whole.resampled(shares)), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.minimum(samples[0], whole.estimate()), np.maximum(samples[1], whole.estimate())
+    bias = np.maximum(low - total, 0.0) + np.maximum(total - high, 0.0)
+    spread = np.linalg.qr(math.sqrt(n / (n - 1)) * (mine - mine.mean(0)), mode="r")
+    return _least_on_simplex(np.vstack([spread, bias]))
+
+
+def _contributions(terms: Terms) -> Float64[np.ndarray, "episodes"]:
+    """What each episode adds to a self-normalised estimate."""
+    assert terms.denominator is not None
+    return (terms.numerator / terms.denominator.sum(0)).sum(1)
+
+
+def _least_on_simplex(root: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "columns"]:
+    """The x of the simplex with the smallest |root x|.
+
+    Without the sum, |root y|^2 + (1 - sum y)^2 over y >= 0 has its minimum in the same direction: the best multiple of an x
+    leaves m / (1 + m) with m = |root x|^2, which grows with m. That is nonnegative least squares, solved exactly.
+    """
+    scaled = root / max(float(np.abs(root).max()), np.finfo(float).tiny)
+    found, _ = optimize.nnls(np.vstack([scaled, np.ones(root.shape[1])]), np.append(np.zeros(len(root)), 1.0))
+    return found / found.sum()
+
+
+def magic(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    steps: Sequence[float],
+    shares: Float64[np.ndarray, "samples episodes"],
+    level: float = 0.5,
+) -> Terms:
+    """Model and guided importance sampling combining: the blend of `partial_returns` that `magic_blend` finds.
+
+    Thomas & Brunskill (2016). Resampling the terms forms every ratio again but keeps the blend, so an interval made of them
+    leaves out what choosing the blend costs.
+    """
+    return partial_returns(episodes, ratio, q, v, steps, magic_blend(episodes, ratio, q, v, steps, shares, level))

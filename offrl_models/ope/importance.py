@@ -3,15 +3,19 @@
 An estimate is sum_k mean_i(numerator[i, k]) / mean_i(denominator[i, k]). Unbiased estimators have a denominator of 1;
 self-normalised ones have the weights there, so that a bootstrap re-forms every ratio in each of its samples.
 Precup, Sutton & Singh (2000); Thomas (2015), Safe Reinforcement Learning, chapter 3.
+
+Weights may be clipped or forgotten, which trades a bias for a smaller variance; `slope` chooses how far to go.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64
 
 from offrl_models.ope.sequences import by_step, finite, weights_by_step
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,87 @@ def trajectory_weights(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -
     return weights_by_step(episodes, ratio)[:, -1]
 
 
-def tis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Terms:
-    """Trajectory-wise importance sampling: mean of w_T G."""
-    return Terms((trajectory_weights(episodes, ratio) * episodes.return_)[:, None])
+def clipped(weight: Float64[np.ndarray, "..."], at: float) -> Float64[np.ndarray, "..."]:
+    """The weights, each at most `at`: truncated importance sampling of Ionides (2008), with a constant threshold.
+
+    Of `ratio` it clips every step before the product is formed; the `clip` of an estimator clips the products themselves.
+    Raises InputError when `at` is not positive.
+    """
+    if not at > 0:
+        raise InputError(f"a clip of {at} leaves no weights to estimate with; give a positive one.")
+    return np.minimum(weight, at)
 
 
-def wis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Terms:
-    """Weighted (self-normalised) trajectory-wise importance sampling: sum w_T G / sum w_T."""
-    weight = trajectory_weights(episodes, ratio)[:, None]
+def recent_weights(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], memory: int | None
+) -> Float64[np.ndarray, "episodes steps"]:
+    """w_t without the ratios that lie `memory` or more steps back: the product over steps t - memory + 1 to t.
+
+    None forgets nothing, and 0 everything. Past the end of an episode every ratio is 1, so that each step's weights have mean 1
+    over the behavior policy whatever is forgotten.
+    These are the weights of incremental importance sampling, Guo, Thomas & Brunskill (2017),
+    https://arxiv.org/abs/1703.03453, which finds a memory for every step where this takes a stated one for all; and of
+    partial-history importance weighting, Hu & Wager (2023), https://arxiv.org/abs/2110.12343.
+    Raises InputError when `memory` is negative.
+    """
+    if memory is None:
+        return weights_by_step(episodes, ratio)
+    if memory < 0:
+        raise InputError(f"a memory of {memory} steps is not possible; give 0 or more, or None for all of them.")
+    table = by_step(episodes, ratio, 1.0)
+    weight = np.ones_like(table)
+    for back in range(min(memory, table.shape[1])):
+        weight[:, back:] *= table[:, : table.shape[1] - back]
+    return weight
+
+
+def tis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
+    """Trajectory-wise importance sampling: mean of w_T G, each w_T at most `clip`."""
+    return Terms((clipped(trajectory_weights(episodes, ratio), clip) * episodes.return_)[:, None])
+
+
+def wis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
+    """Weighted (self-normalised) trajectory-wise importance sampling: sum w_T G / sum w_T, each w_T at most `clip`."""
+    weight = clipped(trajectory_weights(episodes, ratio), clip)[:, None]
     return Terms(weight * episodes.return_[:, None], weight)
 
 
-def pdis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Terms:
-    """Per-decision importance sampling: mean of sum_t w_t gamma^t r_t."""
-    return Terms((weights_by_step(episodes, ratio) * discounted_rewards(episodes)).sum(1, keepdims=True))
+def pdis(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf, memory: int | None = None
+) -> Terms:
+    """Per-decision importance sampling: mean of sum_t w_t gamma^t r_t.
+
+    Each w_t is at most `clip`, and a product over the last `memory` steps only.
+    """
+    weight = clipped(recent_weights(episodes, ratio, memory), clip)
+    return Terms((weight * discounted_rewards(episodes)).sum(1, keepdims=True))
 
 
-def wpdis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Terms:
-    """Weighted per-decision importance sampling: at each step the weights are normalised over all episodes."""
-    weight = weights_by_step(episodes, ratio)
+def wpdis(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf, memory: int | None = None
+) -> Terms:
+    """Weighted per-decision importance sampling: at each step the weights are normalised over all episodes.
+
+    `clip` and `memory` act on the weights before they are normalised, as in `pdis`.
+    """
+    weight = clipped(recent_weights(episodes, ratio, memory), clip)
     return Terms(weight * discounted_rewards(episodes), weight)
+
+
+def slope(candidates: Sequence[Terms], *, width: float = 1.0) -> int:
+    """Which of several estimates of one value to take: the last whose interval still meets all the intervals before it.
+
+    The candidates run from the least biased (no clip, full memory, largest tau or lambda) to the least variable. The
+    confidence radius is `width` standard errors, made monotone, and the intervals reach twice as far. The error of the
+    choice is then within a constant factor of the least sum of bias and radius.
+    Su, Srinath & Krishnamurthy (2020), https://arxiv.org/abs/2002.07729. One standard error is what the code they published
+    uses; their guarantee asks for a radius that holds for all candidates at once, and for biases that grow.
+    Raises InputError when there is no candidate, fewer than 2 episodes, or a candidate without an estimate.
+    """
+    if not candidates or len(candidates[0].numerator) < 2:
+        raise InputError("a choice between estimators needs at least one candidate and two episodes.")
+    center = finite("an estimate", np.array([terms.estimate() for terms in candidates]))
+    error = np.array([terms.influence().std(ddof=1) / math.sqrt(len(terms.numerator)) for terms in candidates])
+    reach = 2.0 * width * np.maximum.accumulate(error[::-1])[::-1]
+    meet = np.maximum.accumulate(center - reach) <= np.minimum.accumulate(center + reach)
+    return int(np.flatnonzero(meet)[-1])

@@ -1,97 +1,24 @@
-"""Marginalised doubly robust estimation where the observation is one category: leg A of the gate.
+"""Marginalised estimation: importance sampling, the tabular direct method, and leg A of the gate.
 
 Weights of states replace products of ratios, so their variance does not grow with the horizon.
 Xie, Ma & Wang (2019), https://arxiv.org/abs/1906.03393; Kallus & Uehara (2020), https://arxiv.org/abs/1908.08526.
+
+A row's weight is what it counts beside its time discount. `state_weights` and `state_action_weights` pool the steps: over the
+rows of a log they stand for all visits of the policy, those past a truncation included, so that rewards are taken as they
+are. `step_ratios` keeps the steps apart: there a truncation is an end, and its episodes are to be completed first
+(`sequences.completed`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models.schema import Episodes
-
-LARGEST_TABLE = 150_000_000  # states x actions x states
-LONGEST_STAY = 1e7  # expected visits to a state beyond which a policy counts as never ending
-RATIO_LIMIT = 20.0  # of the state ratio; what is cut off there is left to the value model
-
-
-@dataclass(frozen=True)
-class TabularModel:
-    """The empirical Markov decision process of some episodes.
-
-    An action that was never taken in a state is given the state's average outcome, and a state that was never seen ends at
-    once with the mean return: both are guesses that the importance-weighted correction is there to correct.
-    """
-
-    transition: Float64[np.ndarray, "states actions states"]  # discounted; the rest ends the episode
-    reward: Float64[np.ndarray, "states actions"]
-    initial: Float64[np.ndarray, "states"]
-    visits: Float64[np.ndarray, "states actions"]
-
-    @classmethod
-    def fit(cls, episodes: Episodes, states: int) -> "TabularModel | None":
-        """The model of some episodes, or None where its table would have over LARGEST_TABLE entries."""
-        if states**2 * episodes.n_actions > LARGEST_TABLE:
-            return None
-        state, following = states_of(episodes)
-        visits, reward = np.zeros((states, episodes.n_actions)), np.zeros((states, episodes.n_actions))
-        transition = np.zeros((states, episodes.n_actions, states))
-        np.add.at(visits, (state, episodes.action), 1.0)
-        np.add.at(reward, (state, episodes.action), episodes.reward)
-        onward = ~episodes.terminated
-        np.add.at(
-            transition, (state[onward], episodes.action[onward], following[onward]), episodes.step_discount[onward]
-        )
-        per_state = visits.sum(1)
-        seen, unseen_action = per_state > 0, (visits == 0) & (per_state > 0)[:, None]
-        average_reward = reward.sum(1) / np.maximum(per_state, 1.0)
-        average_transition = transition.sum(1) / np.maximum(per_state, 1.0)[:, None]
-        reward /= np.maximum(visits, 1.0)
-        transition /= np.maximum(visits, 1.0)[..., None]
-        where = np.nonzero(unseen_action)
-        reward[where], transition[where] = average_reward[where[0]], average_transition[where[0]]
-        reward[~seen] = episodes.return_.mean()
-        initial = np.bincount(state[episodes.offsets[:-1]], minlength=states) / episodes.n_episodes
-        return cls(transition, reward, initial, visits)
-
-    def _onward(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states states"]:
-        return np.einsum("sa,sat->st", policy, self.transition, optimize=True)
-
-    def q_values(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states actions"]:
-        """Action values of a policy in the model."""
-        state = np.linalg.solve(np.eye(len(policy)) - self._onward(policy), (policy * self.reward).sum(1))
-        return self.reward + self.transition @ state
-
-    def occupancy(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
-        """Expected discounted number of visits to each state per episode."""
-        return np.linalg.solve(np.eye(len(policy)) - self._onward(policy).T, self.initial)
-
-    @property
-    def behavior(self) -> Float64[np.ndarray, "states actions"]:
-        """Empirical behavior policy; uniform in states that were never seen."""
-        visits = np.where(self.visits.sum(1, keepdims=True) > 0, self.visits, 1.0)
-        return visits / visits.sum(1, keepdims=True)
-
-    def ends(self, policy: Float64[np.ndarray, "states actions"]) -> bool:
-        """Whether the policy's values exist: a policy that circles for ever has none at gamma 1."""
-        try:
-            visits = np.linalg.solve(np.eye(len(policy)) - self._onward(policy), np.ones(len(policy)))
-        except np.linalg.LinAlgError:
-            return False
-        return bool(np.isfinite(visits).all() and visits.min() > 0 and visits.max() < LONGEST_STAY)
-
-    def state_ratio(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
-        """omega(s): visits under the policy over visits under the behavior, at most RATIO_LIMIT; 1 where neither is known."""
-        under_policy, under_behavior = self.occupancy(policy), self.occupancy(self.behavior)
-        ratio = under_policy / np.where(under_behavior > 0, under_behavior, 1.0)
-        return np.where(under_behavior > 0, np.minimum(ratio, RATIO_LIMIT), 1.0)
-
-
-def states_of(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
-    """State and next state of every row."""
-    return episodes.observation[:, 0].astype(np.int64), episodes.next_observation[:, 0].astype(np.int64)
+from offrl_models.ope.importance import Terms, discounted_rewards
+from offrl_models.ope.multistep import following
+from offrl_models.ope.sequences import by_step, completed, finite
+from offrl_models.ope.tabular import TabularModel, fit_ending, over, states_of
+from offrl_models.schema import Episodes, InputError
 
 
 def policy_table(
@@ -106,6 +33,150 @@ def policy_table(
         table[states_of(episodes)[0]] = probs
     same = all(np.abs(table[states_of(episodes)[0]] - probs).max() < 1e-9 for episodes, probs in seen)
     return table if same else None
+
+
+def state_weights(
+    model: TabularModel,
+    policy: Float64[np.ndarray, "states actions"],
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    limit: float = np.inf,
+) -> Float64[np.ndarray, "rows"]:
+    """omega(s_t) rho_t of every row: by state, with the logged propensities. A limit on omega is for doubly robust use."""
+    return np.minimum(model.recorded_state_ratio(policy), limit)[states_of(episodes)[0]] * ratio
+
+
+def state_action_weights(
+    model: TabularModel, policy: Float64[np.ndarray, "states actions"], episodes: Episodes
+) -> Float64[np.ndarray, "rows"]:
+    """w(s_t, a_t) of every row: by state and action, without propensities."""
+    return model.recorded_ratio(policy)[states_of(episodes)[0], episodes.action]
+
+
+def step_ratios(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    states: int,
+    share: Float64[np.ndarray, "episodes"] | None = None,
+) -> tuple[Float64[np.ndarray, "steps states"], Float64[np.ndarray, "steps"]]:
+    """omega_t(s) of every step, 1 where it was never visited, and how probable it is that the policy still acts there.
+
+    The recursion of Xie, Ma & Wang (2019), section 3: what the policy visits at a step, carried on by the ratios of the
+    rows there, is what it visits at the next one. Unlike theirs, the ratios of a state's rows are scaled to average 1, for
+    otherwise the mass of the policy drifts with every step. `share` counts the episodes, equally when left out.
+    """
+    state, next_state = states_of(episodes)
+    counted = np.full(episodes.n_episodes, 1.0 / episodes.n_episodes) if share is None else share
+    steps = int(episodes.length.max())
+    omega, mass = np.empty((steps, states)), np.empty(steps)
+    visited = np.bincount(state[episodes.offsets[:-1]], counted, states)
+    for step in range(steps):
+        here = episodes.length > step
+        row = episodes.offsets[:-1][here] + step
+        omega[step] = over(visited, np.bincount(state[row], counted[here], states))
+        mass[step] = visited.sum()
+        moved = ratio[row] * counted[here]
+        carried = over(visited, np.bincount(state[row], moved, states))[state[row]] * moved
+        goes_on = episodes.length[here] > step + 1
+        visited = np.bincount(next_state[row][goes_on], carried[goes_on], states)
+    return omega, mass
+
+
+def step_weights(
+    omega: Float64[np.ndarray, "steps states"], episodes: Episodes, ratio: Float64[np.ndarray, "rows"]
+) -> Float64[np.ndarray, "rows"]:
+    """omega_t(s_t) rho_t of every row.
+
+    Raises InputError for episodes with more steps than those that the ratios were found on.
+    """
+    longest = int(episodes.length.max())
+    if longest > len(omega):
+        raise InputError(f"the episodes have up to {longest} steps, but the ratios are of {len(omega)} steps.")
+    return omega[episodes.step, states_of(episodes)[0]] * ratio
+
+
+def mis(episodes: Episodes, weight: Float64[np.ndarray, "rows"]) -> Terms:
+    """Marginalised importance sampling: mean of sum_t gamma^t w_t r_t. Xie, Ma & Wang (2019), section 3.
+
+    An interval from the terms takes the weights as given: it has no part of the error of fitting them.
+    """
+    worth = finite("the weighted reward", episodes.time_discount * weight * episodes.reward)
+    return Terms(episodes.sum_per_episode(worth)[:, None])
+
+
+def wmis(episodes: Episodes, weight: Float64[np.ndarray, "rows"], mass: float | Float64[np.ndarray, "steps"]) -> Terms:
+    """Self-normalised marginalised importance sampling: the weights are scaled so that they add up to `mass`.
+
+    That is the policy's expected discounted number of decisions (`occupancy(policy).sum()`), or its probability of still
+    acting at each step (`step_ratios`), where every step is normalised on its own and one that it never reaches adds 0.
+    """
+    if not isinstance(mass, np.ndarray):
+        discounted = finite("the weight", episodes.time_discount * weight)
+        top = episodes.sum_per_episode(discounted * finite("the reward", episodes.reward))
+        return Terms(mass * top[:, None], episodes.sum_per_episode(discounted)[:, None])
+    weight_by_step, worth = by_step(episodes, finite("the weight", weight), 0.0), discounted_rewards(episodes)
+    reached = np.flatnonzero(mass[: weight_by_step.shape[1]] > 0)
+    return Terms((mass[reached] * (weight_by_step * worth)[:, reached]), weight_by_step[:, reached])
+
+
+def _corrected(
+    episodes: Episodes,
+    worth: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    next_v: Float64[np.ndarray, "rows"],
+) -> Float64[np.ndarray, "episodes"]:
+    """v(s_0) plus the Bellman errors of the rows, each counted `worth` times."""
+    ahead = following(episodes, v) + np.where(episodes.truncated, next_v, 0.0)
+    error = episodes.reward + episodes.discount * ahead - q
+    return finite("the pseudo-outcome", v[episodes.offsets[:-1]] + episodes.sum_per_episode(worth * error))
+
+
+def pseudo_outcomes(
+    episodes: Episodes,
+    weight: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    next_v: Float64[np.ndarray, "rows"],
+) -> Float64[np.ndarray, "episodes"]:
+    """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)], whose mean is the policy's value.
+
+    The efficient influence function of Kallus & Uehara (2020), plus the value. `q` is of the logged action, and `next_v` is
+    read in truncated rows only. Right when the weights are right or the values are; neither may be fitted on these episodes.
+    """
+    return _corrected(episodes, episodes.time_discount * weight, q, v, next_v)
+
+
+def value_gains(
+    episodes: Episodes,
+    weight: Float64[np.ndarray, "rows"],
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    next_v: Float64[np.ndarray, "rows"],
+    behavior_next_v: Float64[np.ndarray, "rows"],
+) -> Float64[np.ndarray, "episodes"]:
+    """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior), from weights and values of any origin.
+
+    The realised return counts the behavior's value past a truncation, as the pseudo-outcome counts the policy's.
+    """
+    return pseudo_outcomes(episodes, weight, q, v, next_v) - completed(episodes, behavior_next_v).return_
+
+
+def tabular_dm(episodes: Episodes, policy: Float64[np.ndarray, "states actions"]) -> Terms:
+    """The policy's value in the empirical Markov decision process of these very episodes. Yin & Wang (2020), section 3.
+
+    The terms are first-order: each episode has what it adds to the value as the model's counts change by it. Their mean is
+    the value itself, for the Bellman errors of every cell add up to 0 in the model that was fitted to them.
+
+    Raises InputError where the table is too large, or the policy never ends an episode in the model.
+    """
+    model = fit_ending(episodes, policy)
+    q = model.q_values(policy)
+    v = (policy * q).sum(1)
+    state, next_state = states_of(episodes)
+    under_policy = model.occupancy(policy)[:, None] * policy
+    worth = over(under_policy * episodes.n_episodes, model.visits)[state, episodes.action]
+    return Terms(_corrected(episodes, worth, q[state, episodes.action], v[state], v[next_state])[:, None])
 
 
 def paired_differences(
@@ -123,13 +194,10 @@ def paired_differences(
     """
     if not (model.ends(policy) and model.ends(model.behavior)):
         return None
-    state, following = states_of(episodes)
+    state, next_state = states_of(episodes)
     q = model.q_values(policy)
     v = (policy * q).sum(1)
     weight = model.state_ratio(policy)[state] * ratio
-    error = episodes.reward + episodes.discount * v[following] - q[state, episodes.action]
-    q_behavior = model.q_values(model.behavior)
-    v_behavior = (model.behavior * q_behavior).sum(1)
-    left_open = np.where(episodes.truncated, episodes.discount * v_behavior[following], 0.0)
-    correction = episodes.sum_per_episode(episodes.time_discount * (weight * error - left_open))
-    return v[state[episodes.offsets[:-1]]] + correction - episodes.return_, weight
+    v_behavior = (model.behavior * model.q_values(model.behavior)).sum(1)
+    gains = value_gains(episodes, weight, q[state, episodes.action], v[state], v[next_state], v_behavior[next_state])
+    return gains, weight

@@ -171,8 +171,6 @@ def check_evidence(
                  "{policy} lies where the behavior hardly ever plays; the largest ratio is {ratio_max:.1f}"),
         Expected("C20", "rungs", "effective_transitions", gate["effective_transitions"], None, BLOCKING, "{policy} has "
                  "{effective_transitions:.0f} effective transitions"),
-        Expected("C20", "rungs", "effective_episodes", gate["effective_episodes"], None, BLOCKING, "{policy} has "
-                 "{effective_episodes:.0f} effective episodes"),
         Expected("C22", "rungs", "ratio_q99", 0, thresholds.concentrability, WARNING, "1% of the state-action ratios of {policy} "
                  "are above {ratio_q99:.1f}, the largest is {ratio_max:.1f}, chi-squared is {chi_squared:.1f}"),
         Expected("C35", "rungs", "influence", 0, None, BLOCKING, "without its 0.5% most influential episodes the difference of "

@@ -9,11 +9,13 @@ import numpy as np
 from rich.table import Table
 
 from offrl_models import storage
-from offrl_models.evaluation import CHAMPION, STATED
+from offrl_models.evaluation import BEHAVIOR, STATED
+from offrl_models.gate import Status
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
 from offrl_models.policies import OnnxPolicy
 from offrl_models.reports import plots
+from offrl_models.reports.detail import draw
 from offrl_models.schema import InputError
 
 LOGGED = "logged"
@@ -45,9 +47,10 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <h1>Evidence: {{ e.dataset }}</h1>
 <p class="verdict {{ e.verdict.status }}"><b>{{ e.verdict.status }}</b>: {{ e.verdict.policy_name }}.
 {{ e.verdict.reason[0] | upper }}{{ e.verdict.reason[1:] }}.</p>
-<p>Champion: {{ e.champion.name }}, mean return {{ number(e.champion.value, digits + 1) }} over
+<p>Champion: {{ e.champion.name }}, value {{ number(e.champion.value, digits + 1) }} over
 {{ "{:,}".format(e.gate_episodes) }} episodes of the gate split. Certificate: <b>{{ e.certificate.color }}</b>,
 {{ e.certificate.reason }}.</p>
+<ul>{% for sentence in brief %}<li>{{ sentence }}</li>{% endfor %}</ul>
 <p><img src="evidence.png" alt="Estimates and intervals of every policy"></p>
 <h2>Every policy</h2>
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
@@ -67,7 +70,15 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <td>{{ "{:,.0f}".format(rung.measures.effective_episodes) }}</td>
 <td>{{ "{:,.0f}".format(rung.measures.effective_transitions) }}</td><td class="l">{{ rung.reason }}</td></tr>{% endfor %}
 </table>
-<p>Bounds: {{ e.ladder[0].measures.bound }}.</p>
+<p>Bounds: {{ e.verdict.measures.bound }}, at {{ "{:.2%}".format(1 - e.verdict.measures.alpha) }} confidence
+({{ e.error_rate.reason }}).</p>
+<h2>What was asked of {{ e.verdict.policy_name }}</h2>
+<table><tr><th class="l">check</th><th class="l">holds</th><th>measured</th><th>asked</th><th class="l">otherwise</th></tr>
+{% for f in e.verdict.findings %}<tr><td>{{ f.name }}</td><td class="l">{{ "yes" if f.holds else "NO" }}</td>
+<td>{{ "{:.4g}".format(f.value) }}</td><td>{{ "{:.4g}".format(f.threshold) }}</td>
+<td class="l">{{ f.otherwise }}</td></tr>{% endfor %}
+</table>
+<p><img src="evidence-detail.png" alt="Weights, effective sample size by step, influence, and actions"></p>
 {% if e.comparisons %}<h2>Beside another policy's own log</h2>
 <p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
 <table><tr><th class="l">policy</th><th class="l">counted by</th>
@@ -115,9 +126,10 @@ def certificate(evidence: dict[str, Any]) -> dict[str, str]:
 
 
 def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """The behavior policy, the candidates, then the rungs that are not a candidate themselves."""
+    """The policy that wrote the log, the champion, the candidates, then the rungs that are not a candidate themselves."""
     rungs = [rung for rung in evidence["ladder"] if rung["cap"] is not None]
-    return [{**evidence["champion"], "policy": CHAMPION}, *evidence["candidates"], *rungs]
+    champion = [evidence["champion"]] if evidence["champion"]["policy"] != BEHAVIOR else []
+    return [evidence["logged"], *champion, *evidence["candidates"], *rungs]
 
 
 def write(
@@ -135,8 +147,10 @@ def write(
     }
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
+    draw(evidence["detail"], evidence["gate_episodes"], folder / "evidence-detail.png")
     page = PAGE.render(
         e=shown,
+        brief=brief(shown),
         rows=rows,
         estimators=ESTIMATORS,
         compared=STATED,
@@ -146,6 +160,41 @@ def write(
     )
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
+
+
+def brief(shown: dict[str, Any]) -> list[str]:
+    """What someone who signs has to know, a sentence each: what decided, what would settle it, how the policy differs."""
+    verdict, behind = shown["verdict"], shown["detail"]
+    measures = verdict["measures"]
+    said = [
+        f"It was decided by: {verdict['decided_by']}. The difference to {shown['champion']['name']} is "
+        f"{measures['difference']:+.4g}, between {measures['lower_bound']:+.4g} and {measures['upper_bound']:+.4g}, each bound at "
+        f"{1 - measures['alpha']:.2%} confidence.",
+    ]
+    if verdict["proven_by_betting"]:
+        said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
+    if verdict["status"] != Status.PASS:
+        needed = behind["episodes_needed"]
+        said.append(
+            f"If difference and spread stay what they are, {needed:,} gate episodes would put the lower bound above the margin; "
+            f"there are {measures['episodes']:,}."
+            if needed and needed > measures["episodes"]
+            else "More of the same logs would not settle it: what decided has to change."
+            if not needed
+            else "The lower bound is above the margin already; what decided is another check."
+        )
+    said.append(f"On average {behind['differs']:.1%} of the decisions would be other ones than the champion's.")
+    if behind["gamma_star"]:
+        said.append(
+            f"Hidden confounding that changes the odds of an action by a factor of {behind['gamma_star']:.3g} at every step could "
+            "turn the sign of the trajectory-weighted estimate."
+        )
+    said += [
+        f"{group['name']}: {group['episodes']:,} episodes, difference {group['difference']:+.4g}, between "
+        f"{group['lower_bound']:+.4g} and {group['upper_bound']:+.4g}."
+        for group in (*measures["subgroups"], *measures["costs"])
+    ]
+    return said
 
 
 def tables(shown: dict[str, Any]) -> list[Table]:

@@ -56,7 +56,7 @@ CHECKS = {
     "C17": Check("every row names a known policy version", BLOCKING),
     "C18": Check("something was tried out", WARNING),
     "C19": Check("the candidate keeps to what the behavior plays", BLOCKING, "evidence"),
-    "C20": Check("enough effective episodes and transitions", BLOCKING, "evidence"),
+    "C20": Check("enough effective transitions", BLOCKING, "evidence"),
     "C21": Check(f"few state-action cells have under {FEW_VISITS} visits", INFO),
     "C22": Check("state-action ratios are moderate", WARNING, "evidence"),
     "C23": Check("dataset quality", INFO),

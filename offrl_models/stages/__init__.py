@@ -9,8 +9,9 @@ from offrl_models.config import Pipeline
 from offrl_models.gate import Status
 from offrl_models.stages.behavior import behavior_policy
 from offrl_models.stages.data import check_results, coverage, episodes, ingest
-from offrl_models.stages.judging import evidence, release, shift_report
+from offrl_models.stages.judging import evidence
 from offrl_models.stages.learning import candidates, leaderboard
+from offrl_models.stages.releasing import release, shift_report
 from offrl_models.storage import Stage
 
 __all__ = [

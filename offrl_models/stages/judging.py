@@ -1,25 +1,35 @@
-"""From the best candidate to a verdict, a look at drift, and a release."""
+"""From the best candidate to a verdict: the ladder on the gate split, against the champion, at the error rate that is left."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models import bundle, storage
+from offrl_models import bundle, ledger, registry, storage
 from offrl_models.config import ComparisonConfig, Pipeline
-from offrl_models.evaluation import CHAMPION, estimate_stated, measure_rungs, visit_frequencies
-from offrl_models.gate import Status, decisive_rung, ladder
+from offrl_models.evaluation import (
+    BEHAVIOR,
+    CHAMPION,
+    Evaluation,
+    Question,
+    estimate_stated,
+    measure_rungs,
+    visit_frequencies,
+)
+from offrl_models.gate import Verdict, decisive_rung, ladder
 from offrl_models.logs import values
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
-from offrl_models.reports import checks, plots, shift
+from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
+from offrl_models.reports.detail import detail
 from offrl_models.schema import Episodes, InputError
-from offrl_models.stages.behavior import current_behavior, load_behavior, propensities_are, read_evaluated
-from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, read_log
+from offrl_models.stages.behavior import LOGGED, current_behavior, load_behavior, propensities_are, read_evaluated
+from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
 from offrl_models.storage import Stage
 
@@ -28,12 +38,57 @@ def _rung_name(candidate: str, cap: float | None) -> str:
     return candidate if cap is None else f"{candidate} ≤ {cap:g}μ"
 
 
-def _evidence_key(pipeline: Pipeline) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Champion:
+    """What a candidate has to beat: the policy released last, or the one that wrote the logs before the first release."""
+
+    name: str
+    version: int | None
+    policy: Path  # its graph
+
+    @property
+    def key(self) -> str:
+        """What it is called among the policies that are evaluated."""
+        return BEHAVIOR if self.version is None else CHAMPION
+
+    @property
+    def digest(self) -> str:
+        return storage.sha256_file(self.policy)
+
+
+def _candidate_digest(pipeline: Pipeline) -> str:
+    """Digest of the best candidate and of the behavior policy that caps it."""
+    board = current_leaderboard(pipeline)
+    return storage.digest([board.key["candidates"][board.summary["best"]], board.key["behavior"]])
+
+
+def current_champion(pipeline: Pipeline) -> Champion:
+    """The champion to beat. A candidate that was released already is held against the one that it replaced.
+
+    Raises InputError when the champion's bundle was altered, or takes other observations or actions than these logs have.
+    """
+    policies = pipeline.folder / "policies"
+    pointer = registry.champion(policies)
+    version = None if pointer is None else int(pointer["version"])
+    if version is not None:
+        manifest = storage.read_json(policies / str(version) / registry.MANIFEST)
+        if manifest.get("candidate") == _candidate_digest(pipeline):
+            version = manifest["champion_version"]
+    if version is None:
+        return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY)
+    champion = Champion(f"version {version}", version, policies / str(version) / bundle.POLICY)
+    contract = pipeline.config.logs
+    OnnxPolicy(champion.policy).require_interface(len(contract.features), contract.action.n_actions)
+    return champion
+
+
+def evidence_key(pipeline: Pipeline) -> dict[str, Any]:
     board = current_leaderboard(pipeline)
     return {
         **{name: value for name, value in board.key.items() if name != "code"},
         "leaderboard": board.digest,
         "gate": pipeline.config.gate.model_dump(mode="json"),
+        "champion": current_champion(pipeline).digest,
         "known_world": pipeline.config.known_world,
         "compare_with": [
             {**wanted.model_dump(mode="json"), "sha256": storage.sha256_tree(_log_of(pipeline, wanted))}
@@ -87,165 +142,156 @@ def compare(
 
 
 def evidence(pipeline: Pipeline) -> Stage:
-    """Climb the ladder with the best candidate, on the gate split, and write the evidence and the verdict."""
-    config = pipeline.config
-    board, made = current_leaderboard(pipeline), current_episodes(pipeline)
+    """Climb the ladder with the best candidate, on the gate split, enter the look in the ledger, and write the verdict."""
 
     def build(folder: Path) -> dict[str, Any]:
-        best = board.summary["best"]
-        fitted_on, gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
-        encoder = encoder_of(pipeline)
-        champion, candidate = load_behavior(pipeline, encoder), load_candidate(pipeline, best, encoder)
-        policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
-                    for row in board.summary["ranking"]}  # fmt: skip
-        rungs: dict[str, Path] = {}
-        for position, cap in enumerate(config.gate.caps):
-            name, rung = _rung_name(best, cap), folder / f"rung-{position + 1}"
-            if cap is None:
-                for file in (bundle.POLICY, bundle.WEIGHTS):
-                    storage.write_bytes(rung / file, (pipeline.candidate(best) / file).read_bytes())
-                policies[name] = OnnxPolicy(rung / bundle.POLICY)
-            else:
-                policies[name] = export_checked(CappedPolicy(candidate, champion, cap), fitted_on, rung)
-            rungs[name] = rung
-        policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
-        evaluation = evaluate_policies(pipeline, policies, fitted_on, gate, "FQE for the gate")
-        estimates = evaluation.estimates
-        measures = measure_rungs(
-            list(rungs), evaluation, config.gate, config.logs.tabular_states, propensities_are(pipeline)
-        )
-        verdicts = ladder([storage.sha256_file(rung / bundle.POLICY) for rung in rungs.values()], measures, config.gate)
+        look = _Look(pipeline, folder)
+        verdicts, level = look.judged()
         final = decisive_rung(verdicts)
-        name, rung = list(rungs.items())[final]
-        ranking = {row["candidate"]: row["rank"] for row in board.summary["ranking"]}
-        found = {
-            "dataset": config.dataset,
-            "raw_logs": made.summary["raw"],
-            "gate_episodes": gate.n_episodes,
-            "behavior": {name: current_behavior(pipeline).summary[name] for name in ("propensities", "versions", "ece")},
-            "champion": {
-                "name": "the behavior policy",
-                "value": float(evaluation.champion_returns.mean()),
-                **estimates[CHAMPION].to_json(),
-            },
-            "candidates": [
-                {"policy": key, "rank": place, **estimates[key].to_json()} for key, place in ranking.items()
-            ],
-            "ladder": [
-                {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
-                for key, cap, verdict in zip(rungs, config.gate.caps, verdicts, strict=True)
-            ],
-            "verdict": {**verdicts[final].to_json(), "policy_name": name, "cap": config.gate.caps[final]},
-        }  # fmt: skip
-        judged = {**asdict(verdicts[final].measures), "policy": name, "influence": verdicts[final].measures.influence}
-        judged.pop("fqe_differences")
-        results = checks.check_evidence([judged], config.gate.model_dump(), config.coverage, docs)
+        found = look.facts(verdicts, final, level)
+        verdict = verdicts[final]
+        judged = {**asdict(verdict.measures), "policy": look.names[final], "influence": verdict.measures.influence}
+        for nested in ("fqe_differences", "costs", "subgroups"):
+            judged.pop(nested)
+        results = checks.check_evidence([judged], pipeline.config.gate.model_dump(), pipeline.config.coverage, docs)
         storage.write_json(folder / "evidence.json", found)
-        storage.write_json(folder / "verdict.json", verdicts[final].to_json())
-        exact = None
-        if config.known_world:
-            exact = evidence_report.exact_values(config.known_world, policies, config.logs.gamma)
-        compared = [compare(pipeline, wanted, gate, evaluation.shares) for wanted in config.compare_with]
-        evidence_report.write(found, exact, compared, pipeline.reports)
+        storage.write_json(folder / "verdict.json", verdict.to_json())
+        evidence_report.write(found, look.exact(), look.compared(), pipeline.reports)
+        look.enter(verdict, level)
         return {
-            "status": verdicts[final].status,
-            "reason": verdicts[final].reason,
-            "certificate": verdicts[final].certificate,
-            "decided_by": verdicts[final].decided_by,
-            "policy_name": name,
-            "rung": str(rung.relative_to(folder)),
-            "algorithm": best,
-            "cap": config.gate.caps[final],
-            "lower_bound": verdicts[final].measures.lower_bound,
-            "episodes": gate.n_episodes,
-            "rows": gate.n_rows,
+            "status": verdict.status,
+            "reason": verdict.reason,
+            "certificate": verdict.certificate,
+            "decided_by": verdict.decided_by,
+            "policy_name": look.names[final],
+            "rung": str(look.rungs[look.names[final]].relative_to(folder)),
+            "algorithm": look.best,
+            "cap": pipeline.config.gate.caps[final],
+            "lower_bound": verdict.measures.lower_bound,
+            "alpha": verdict.measures.alpha,
+            "champion": look.champion.name,
+            "champion_version": look.champion.version,
+            "candidate": _candidate_digest(pipeline),
+            "episodes": look.gate.n_episodes,
+            "rows": look.gate.n_rows,
             "checks": [result.to_json() for result in results],
         }
 
     docs = pipeline.reports / "support"
     pages = tuple(pipeline.reports / f"evidence.{kind}" for kind in ("json", "html", "png"))
-    return storage.build_stage(pipeline.folder / "evidence", _evidence_key(pipeline), build, pages)
+    pages = (*pages, pipeline.reports / "evidence-detail.png")
+    return storage.build_stage(pipeline.folder / "evidence", evidence_key(pipeline), build, pages)
 
 
-def shift_report(pipeline: Pipeline) -> Stage:
-    """Compare training logs with the newest batch, and the behavior's actions with the best candidate's."""
-    config, board = pipeline.config, current_leaderboard(pipeline)
-    best = board.summary["best"]
-    pages = tuple(pipeline.reports / name for name in ("shift-logs.html", "shift-actions.html", "shift.png"))
+class _Look:
+    """One look at the gate split: the rungs of the best candidate, exported and evaluated beside everything else."""
 
-    def build(folder: Path) -> dict[str, Any]:
-        rows, reference, newest = shift.log_drift(read_log(pipeline), config.seed)
-        if rows:
-            shift.write_report(reference, newest, pages[0], config.seed)
-        else:
-            storage.write_bytes(
-                pages[0], b"<!doctype html><p>One batch only: there is nothing to compare it with yet.</p>"
-            )
-        selection = read_episodes(pipeline, "selection")
-        probs = OnnxPolicy(pipeline.candidate(best) / bundle.POLICY).on(selection)
-        index, logged, drawn = shift.action_shift(selection, probs, config.seed)
-        shift.write_report(logged, drawn, pages[1], config.seed)
-        names = [*(row["column"] for row in rows), f"actions of {best}"]
-        heights = [*(row["index"] for row in rows), index]
-        title = "Newest batch against training logs, and the candidate's actions against the behavior's"
-        plots.bars(names, heights, title, "population stability index", pages[2])
-        worst = max((row["index"] for row in rows), default=0.0)
-        color = "red" if worst > config.drift.red else "amber" if worst > config.drift.amber else "green"
-        found = {"columns": rows, "worst": worst, "color": color, "actions_index": index, "candidate": best}
-        results = checks.check_shift(rows, config.drift.amber, config.drift.red, docs)
-        found["checks"] = [result.to_json() for result in results]
-        storage.write_json(folder / "shift.json", found)
-        return {**found, "compared_rows": reference.height, "newest_rows": newest.height}
+    def __init__(self, pipeline: Pipeline, folder: Path):
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.board = current_leaderboard(pipeline)
+        self.best: str = self.board.summary["best"]
+        self.champion = current_champion(pipeline)
+        self.fitted_on, self.gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
+        policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
+                    for row in self.board.summary["ranking"]}  # fmt: skip
+        self.rungs = self._export(folder, policies)
+        self.names = list(self.rungs)
+        policies[BEHAVIOR] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
+        policies[self.champion.key] = OnnxPolicy(self.champion.policy)
+        self.policies = policies
+        self.found: Evaluation = evaluate_policies(pipeline, policies, self.fitted_on, self.gate, "FQE for the gate")
+        self.digests = [storage.sha256_file(rung / bundle.POLICY) for rung in self.rungs.values()]
 
-    docs = pipeline.reports / "drift"
-    return storage.build_stage(pipeline.folder / "shift", _shift_key(pipeline), build, pages)
+    def _export(self, folder: Path, policies: dict[str, OnnxPolicy]) -> dict[str, Path]:
+        """Every rung as the graph that would act; the uncapped one is the candidate's own."""
+        encoder, rungs = encoder_of(self.pipeline), {}
+        behavior = load_behavior(self.pipeline, encoder)
+        candidate = load_candidate(self.pipeline, self.best, encoder)
+        for position, cap in enumerate(self.config.gate.caps):
+            name, rung = _rung_name(self.best, cap), folder / f"rung-{position + 1}"
+            if cap is None:
+                for file in (bundle.POLICY, bundle.WEIGHTS):
+                    storage.write_bytes(rung / file, (self.pipeline.candidate(self.best) / file).read_bytes())
+                policies[name] = OnnxPolicy(rung / bundle.POLICY)
+            else:
+                policies[name] = export_checked(CappedPolicy(candidate, behavior, cap), self.fitted_on, rung)
+            rungs[name] = rung
+        return rungs
 
+    @property
+    def ledger_path(self) -> Path:
+        return self.pipeline.folder / "policies" / ledger.LEDGER
 
-def _shift_key(pipeline: Pipeline) -> dict[str, Any]:
-    board = current_leaderboard(pipeline)
-    return {
-        "episodes": board.key["episodes"],
-        "candidate": board.key["candidates"][board.summary["best"]],
-        "drift": pipeline.config.drift.model_dump(),
-        "seed": pipeline.config.seed,
-    }
+    @property
+    def hypothesis(self) -> str:
+        """Digest of what is claimed: this ladder beats this champion, by these thresholds."""
+        thresholds = self.config.gate.model_dump(mode="json")
+        return storage.digest({"rungs": self.digests, "champion": self.champion.digest, "gate": thresholds})
 
+    @property
+    def gate_data(self) -> str:
+        return str(self.board.key["episodes"])
 
-def release(pipeline: Pipeline) -> bundle.Release:
-    """Release the rung that the verdict names.
+    def judged(self) -> tuple[list[Verdict], ledger.Level]:
+        """The verdict on every rung, at the error rate that the ledger has left."""
+        gate, logs, propensities = self.config.gate, self.config.logs, propensities_are(self.pipeline)
+        level = ledger.level(ledger.read(self.ledger_path), self.hypothesis, self.gate_data, gate)
+        alpha = level.alpha * (1.0 if propensities == LOGGED else 0.5)
+        returns = gate.return_range or (logs.reward.range if logs.horizon == 1 else None)
+        asked = Question(alpha, logs.tabular_states, propensities, returns, self.champion.key)
+        return ladder(self.digests, measure_rungs(self.names, self.found, gate, asked), gate), level
 
-    Raises ReleaseRefusedError unless the verdict is a PASS of that very policy and the newest batch has not drifted, and
-    InputError when evidence or shift report are of other logs or settings than the present ones, so that the configuration
-    in the bundle is the one that was trained and judged.
-    """
-    config = pipeline.config
-    judged = storage.load_stage(pipeline.folder / "evidence", _evidence_key(pipeline))
-    drift = storage.load_stage(pipeline.folder / "shift", _shift_key(pipeline))
-    if drift.summary["color"] == "red":
-        raise bundle.ReleaseRefusedError(
-            f"the newest batch has drifted from the training logs (index {drift.summary['worst']:.2f}); look at "
-            f"{pipeline.folders.shown(pipeline.reports / 'shift-logs.html')}; the champion stays."
-        )
-    found = storage.read_json(judged.folder / "evidence.json")
-    verdict = storage.read_json(judged.folder / "verdict.json")
-    if judged.summary["status"] != Status.PASS:
-        raise bundle.ReleaseRefusedError(
-            f"the verdict on {judged.summary['policy_name']} is {judged.summary['status']}, not PASS: "
-            f"{judged.summary['reason']}; the champion stays."
-        )
-    return bundle.release(
-        judged.folder / judged.summary["rung"],
-        verdict,
-        thresholds=config.gate,
-        evidence=found,
-        config=config.resolved(),
-        lineage={
+    def enter(self, verdict: Verdict, level: ledger.Level) -> None:
+        """Write the look into the ledger; a second time changes nothing."""
+        today = datetime.now(UTC).date().isoformat()
+        ledger.enter(
+            self.ledger_path,
+            ledger.Look(
+                self.hypothesis, self.champion.digest, self.gate_data, today, level.alpha, level.spends, verdict.status,
+                verdict.measures.e_value,
+            ),
+        )  # fmt: skip
+
+    def facts(self, verdicts: list[Verdict], final: int, level: ledger.Level) -> dict[str, Any]:
+        """The evidence as plain JSON. It holds no time, so that the same logs give the same bundle."""
+        estimates, config = self.found.estimates, self.config
+        returns = float(self.found.logged_returns.mean())
+        champion = {"value": returns, **estimates[BEHAVIOR].to_json()}
+        if self.champion.key != BEHAVIOR:
+            value = estimates[CHAMPION].intervals["DR"].estimate
+            champion = {"value": value, **estimates[CHAMPION].to_json()}
+        ranking = {row["candidate"]: row["rank"] for row in self.board.summary["ranking"]}
+        return {
             "dataset": config.dataset,
-            "algorithm": judged.summary["algorithm"],
-            "cap": judged.summary["cap"],
-            "compared_with": found["champion"]["name"],
-            "raw_logs": found["raw_logs"],
-            "code": judged.key["code"],
-        },
-        policies=pipeline.folder / "policies",
-    )
+            "raw_logs": current_episodes(self.pipeline).summary["raw"],
+            "gate_episodes": self.gate.n_episodes,
+            "error_rate": asdict(level),
+            "behavior": {
+                name: current_behavior(self.pipeline).summary[name] for name in ("propensities", "versions", "ece")
+            },
+            "champion": {"name": self.champion.name, "policy": self.champion.key, **champion},
+            "logged": {"policy": BEHAVIOR, "value": returns, **estimates[BEHAVIOR].to_json()},
+            "candidates": [
+                {"policy": key, "rank": place, **estimates[key].to_json()} for key, place in ranking.items()
+            ],
+            "ladder": [
+                {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
+                for key, cap, verdict in zip(self.names, config.gate.caps, verdicts, strict=True)
+            ],
+            "detail": detail(self.found, self.names[final], self.champion.key, verdicts[final].measures, config.gate),
+            "verdict": {
+                **verdicts[final].to_json(),
+                "proven_by_betting": verdicts[final].exact,
+                "policy_name": self.names[final],
+                "cap": config.gate.caps[final],
+            },
+        }
+
+    def exact(self) -> dict[str, float] | None:
+        """Exact values, where the world is known; nothing that decides reads them."""
+        if not self.config.known_world:
+            return None
+        return evidence_report.exact_values(self.config.known_world, self.policies, self.config.logs.gamma)
+
+    def compared(self) -> list[dict[str, Any]]:
+        return [compare(self.pipeline, wanted, self.gate, self.found.shares) for wanted in self.config.compare_with]

@@ -9,7 +9,7 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import ALGORITHMS
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.evaluation import CHAMPION, Evaluation, evaluate
+from offrl_models.evaluation import BEHAVIOR, Evaluation, evaluate
 from offrl_models.policies import Mixture, OnnxPolicy, export_checked
 from offrl_models.progress import Update
 from offrl_models.reports import plots
@@ -123,7 +123,7 @@ def leaderboard(pipeline: Pipeline) -> Stage:
 
     def build(folder: Path) -> dict[str, Any]:
         policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
-        policies[CHAMPION] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
+        policies[BEHAVIOR] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
         train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
         rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
         storage.write_json(folder / "leaderboard.json", rows)

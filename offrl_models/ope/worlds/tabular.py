@@ -1,25 +1,22 @@
-"""Worlds whose exact values are known. They make example logs, and they check the estimators.
+"""Finite Markov decision processes: exact values, occupancies, simulation and enumeration."""
 
-Nothing that decides may read them: the truth stands in a marked column of a report, and nowhere else.
-"""
-
-import importlib.util
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class World:
-    """A finite Markov decision process. An episode ends on entering a terminal state."""
+    """A finite Markov decision process. An episode ends on entering a terminal state.
+
+    A log shows the code of each state and the behavior's own propensities, unless `observed` and `logged` say otherwise.
+    """
 
     transition: Float64[np.ndarray, "states actions states"]
     reward: Float64[np.ndarray, "states actions states"]  # of a transition
@@ -28,6 +25,8 @@ class World:
     mask: Bool[np.ndarray, "states actions"]
     gamma: float
     behavior: Float64[np.ndarray, "states actions"]
+    observed: Float32[np.ndarray, "states columns"] | None = None  # what a log shows of each state
+    logged: Float64[np.ndarray, "states actions"] | None = None  # what a log claims the propensities are
 
     @property
     def n_states(self) -> int:
@@ -37,17 +36,35 @@ class World:
     def n_actions(self) -> int:
         return self.transition.shape[1]
 
+    @cached_property
+    def _expected_reward(self) -> Float64[np.ndarray, "states actions"]:
+        return np.einsum("sat,sat->sa", self.transition, self.reward)
+
+    def _onward(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states states"]:
+        """Probability of each next state that does not end the episode."""
+        return np.where(self.terminal, 0.0, np.einsum("sa,sat->st", policy, self.transition))
+
+    def state_values(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
+        """Exact state values of a policy, by solving the Bellman equations."""
+        return np.linalg.solve(
+            np.eye(self.n_states) - self.gamma * self._onward(policy), (policy * self._expected_reward).sum(1)
+        )
+
     def q_values(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states actions"]:
-        """Exact action values of a policy, by solving the Bellman equations."""
-        live = ~self.terminal
-        onward = np.where(live[None, :], np.einsum("sa,sat->st", policy, self.transition), 0.0)
-        expected = np.einsum("sat,sat->sa", self.transition, self.reward)
-        state = np.linalg.solve(np.eye(self.n_states) - self.gamma * onward, (policy * expected).sum(1))
-        return expected + self.gamma * self.transition @ np.where(live, state, 0.0)
+        """Exact action values of a policy."""
+        onward = np.where(self.terminal, 0.0, self.state_values(policy))
+        return self._expected_reward + self.gamma * self.transition @ onward
 
     def value(self, policy: Float64[np.ndarray, "states actions"]) -> float:
         """Exact expected discounted return of a policy from the initial distribution."""
-        return float(self.initial @ (policy * self.q_values(policy)).sum(1))
+        return float(self.initial @ self.state_values(policy))
+
+    def occupancy(
+        self, policy: Float64[np.ndarray, "states actions"], gamma: float | None = None
+    ) -> Float64[np.ndarray, "states"]:
+        """Expected number of decisions in each state per episode, one at step t counted gamma^t (the world's by default)."""
+        discount = self.gamma if gamma is None else gamma
+        return np.linalg.solve(np.eye(self.n_states) - discount * self._onward(policy).T, self.initial)
 
     def optimal(self) -> Float64[np.ndarray, "states actions"]:
         """An optimal policy, by policy iteration over the allowed actions."""
@@ -60,22 +77,36 @@ class World:
                 return policy
             policy = np.where(gain[:, None], np.eye(self.n_actions)[q.argmax(1)], policy)
 
+    def states(self, observation: Float[np.ndarray, "rows columns"]) -> Int64[np.ndarray, "rows"]:
+        """The state that each observation shows.
+
+        Raises ValueError where one observation stands for several states, or for none.
+        """
+        if self.observed is None:
+            return observation[:, 0].astype(np.int64)
+        shown = self.observed[~self.terminal]
+        _, code = np.unique(np.concatenate([shown, observation]), axis=0, return_inverse=True)
+        of_code = np.full(code.max() + 1, -1)
+        of_code[code[: len(shown)]] = np.flatnonzero(~self.terminal)
+        found = of_code[code[len(shown) :]]
+        if len(np.unique(code[: len(shown)])) < len(shown) or (found < 0).any():
+            raise ValueError("the observations do not tell the states apart")
+        return found
+
+    @cached_property
+    def _cumulative_transition(self) -> Float64[np.ndarray, "pairs states"]:
+        return cumulative(self.transition.reshape(-1, self.n_states))
+
     def simulate(self, episodes: int, seed: int) -> Episodes:
         """Episodes drawn under the behavior policy, all of them at once, one step at a time. Seeded."""
         rng = np.random.default_rng(seed)
-
-        def draw(cumulative: np.ndarray, at: np.ndarray) -> np.ndarray:
-            return (rng.random(len(at))[:, None] > cumulative[at]).sum(1)
-
-        behavior, following = self.behavior.cumsum(1), self.transition.cumsum(2).reshape(-1, self.n_states)
-        behavior[:, -1] = following[:, -1] = np.inf  # rounding must not run past the last entry
-        initial = np.append(self.initial.cumsum()[:-1], np.inf)
+        behavior, following = cumulative(self.behavior), self._cumulative_transition
         running = np.arange(episodes)
-        state = draw(np.tile(initial, (1, 1)), np.zeros(episodes, int))
+        state = draw(rng, cumulative(self.initial[None]), np.zeros(episodes, int))
         steps: list[Int64[np.ndarray, "rows 4"]] = []
         while len(running):
-            action = draw(behavior, state)
-            next_state = draw(following, state * self.n_actions + action)
+            action = draw(rng, behavior, state)
+            next_state = draw(rng, following, state * self.n_actions + action)
             steps.append(np.stack([running, state, action, next_state], 1))
             live = ~self.terminal[next_state]
             running, state = running[live], next_state[live]
@@ -86,17 +117,18 @@ class World:
     def _logged(self, rows: Int64[np.ndarray, "rows 3"], length: Int64[np.ndarray, "episodes"]) -> Episodes:
         """Episodes from their (state, action, next state) in order, and the number of steps of each."""
         state, action, next_state = rows.T
+        shown = np.arange(self.n_states, dtype=np.float32)[:, None] if self.observed is None else self.observed
         return Episodes(
             episode_id=np.arange(len(length)),
             offsets=np.append(0, length.cumsum()),
-            observation=state[:, None].astype(np.float32),
-            final_observation=next_state[length.cumsum() - 1, None].astype(np.float32),
+            observation=shown[state],
+            final_observation=shown[next_state[length.cumsum() - 1]],
             action=action,
             mask=self.mask[state],
             reward=self.reward[state, action, next_state],
             terminated=self.terminal[next_state],
             truncated=np.zeros(len(rows), bool),
-            action_prob=self.behavior[state, action],
+            action_prob=(self.behavior if self.logged is None else self.logged)[state, action],
             gamma=self.gamma,
         )
 
@@ -128,6 +160,26 @@ class World:
                         else:
                             grown.append((q, longer, t))
             open_paths = grown
+
+
+def cumulative(probability: Float64[np.ndarray, "rows values"]) -> Float64[np.ndarray, "rows values"]:
+    """Cumulative probabilities of each row; the last is infinite, for rounding must not run past it."""
+    summed = probability.cumsum(1)
+    summed[:, -1] = np.inf
+    return summed
+
+
+def draw(
+    rng: np.random.Generator, summed: Float64[np.ndarray, "rows values"], at: Int64[np.ndarray, "draws"]
+) -> Int64[np.ndarray, "draws"]:
+    """One draw from each row named of some cumulative probabilities, by bisection for a uniform number."""
+    uniform = rng.random(len(at))
+    low, high = np.zeros(len(at), np.int64), np.full(len(at), summed.shape[1] - 1)
+    for _ in range(summed.shape[1].bit_length()):
+        middle = (low + high) // 2
+        above = uniform > summed[at, middle]
+        low, high = np.where(above, middle + 1, low), np.where(above, high, middle)
+    return low
 
 
 def random_world(states: int, actions: int, steps: int, gamma: float, seed: int, *, masked: bool = False) -> World:
@@ -165,46 +217,8 @@ def random_world(states: int, actions: int, steps: int, gamma: float, seed: int,
     )
 
 
-@cache
-def icu_tables() -> dict[str, np.ndarray]:
-    """The tables inside the `icu-sepsis` package: sepsis treatment in intensive care, fitted to MIMIC-III.
-
-    Choudhary, Gupta & Thomas (2024), https://arxiv.org/abs/2406.05646. The package's environment is not imported.
-    Raises InputError when the package is not installed.
-    """
-    found = importlib.util.find_spec("icu_sepsis")
-    if found is None or found.origin is None:
-        raise InputError("the example needs the package icu-sepsis; install it with `pip install offrl[demo]`.")
-    assets = Path(found.origin).parent / "envs" / "assets"
-    tables = dict(np.load(assets / "dynamics.npz"))
-    allowed = np.zeros(tables["tx_mat"].shape[:2], bool)
-    lines = (assets / "admissible_actions.txt").read_text().splitlines()
-    for state, line in enumerate(lines[1:]):
-        allowed[state, [int(action) for action in line.split()]] = True
-    return {**tables, "admissible": allowed}
-
-
-def icu_sepsis(gamma: float = 1.0) -> World:
-    """ICU-Sepsis with a behavior policy of 0.8 the shipped expert on admissible actions and 0.2 uniform on them.
-
-    716 states: 713 of a patient under treatment, then death, survival (reward 1) and an absorbing state; 25 actions.
-    """
-    tables = icu_tables()
-    mask = tables["admissible"]
-    uniform = mask / mask.sum(1, keepdims=True)
-    expert = np.where(mask, tables["expert_policy"], 0.0)
-    total = np.array([[math.fsum(row)] for row in expert])  # exact, so that every processor logs the same propensities
-    expert = np.where(total > 0, expert / np.where(total > 0, total, 1.0), uniform)
-    terminal = np.arange(len(mask)) >= 713
-    return World(
-        transition=tables["tx_mat"],
-        reward=np.where(terminal[:, None, None], 0.0, tables["r_mat"]),
-        initial=tables["d_0"],
-        terminal=terminal,
-        mask=mask,
-        gamma=gamma,
-        behavior=0.8 * expert + 0.2 * uniform,
-    )
-
-
-WORLDS = {"icu_sepsis": icu_sepsis}
+def random_policy(world: World, seed: int, *, uniform: float = 0.1) -> Float64[np.ndarray, "states actions"]:
+    """A random policy over the allowed actions, mixed with a share of the uniform one so that it has support everywhere."""
+    weights = np.random.default_rng(seed).dirichlet(np.ones(world.n_actions), size=world.n_states) * world.mask
+    even = world.mask / world.mask.sum(1, keepdims=True)
+    return (1 - uniform) * weights / weights.sum(1, keepdims=True) + uniform * even

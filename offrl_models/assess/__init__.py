@@ -1,0 +1,191 @@
+"""Is a policy any good, when all there is are logs? Anyone's logs, anyone's policy, no pipeline.
+
+It decides nothing: no policy is released by it, and the gate does not read it.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offrl_models.assess import answer as answers
+from offrl_models.assess.log import Assessed, read
+from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
+from offrl_models.assess.target import Target
+from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
+from offrl_models.logs.contract import Contract
+from offrl_models.ope.importance import Terms
+from offrl_models.ope.intervals import Interval
+from offrl_models.ope.sequences import finite
+from offrl_models.progress import Update, progress
+from offrl_models.reports.evidence import LOGGED, STATEMENT
+from offrl_models.schema import Episodes, InputError
+
+ESTIMATED = "estimated"
+NOTICE = "This is an estimate and not a release."
+UNSEEN = (
+    " It assumes that the policy has not seen these logs: one that was learned from them looks better here than it is."
+)
+
+
+__all__ = ["assess", "contract_of", "effort_of", "salt_of", "target_of"]
+
+
+def assess(
+    paths: Sequence[Path],
+    contract: Contract,
+    target: Callable[[Assessed], Target],
+    effort: Effort,
+    salt: str | None = None,
+) -> dict[str, Any]:
+    """Everything that a log says about a policy, as plain JSON.
+
+    With `salt`, it is said of the entities that a pipeline of that salt keeps from training.
+    Raises InputError where the log breaks a rule of its contract, or the policy cannot be held against it.
+    """
+    with progress() as update:
+        given = read(paths, contract, update, salt)
+        policy = target(given)
+        episodes, propensities, ece = _with_propensities(given, policy, effort, update)
+        ratio = finite("the ratio", policy.ratio(episodes))
+        with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
+            values, why = _values(given, episodes, policy, ratio, effort, update)
+            found = _found(episodes, policy, ratio, values, propensities, effort)
+    return answers.plain(
+        {
+            "policy": policy.card,
+            "log": given.card,
+            "behavior": {
+                "propensities": propensities,
+                "color": "GREEN" if propensities == LOGGED else "AMBER",
+                "ece": ece,
+                "versions": _versions(episodes),
+            },
+            **found,
+            "left_out": _left_out(episodes, values, why),
+            "method": _method(given, values, propensities),
+            "notice": NOTICE + (UNSEEN if salt is None else ""),
+            "statement": _statement(propensities),
+        }
+    )
+
+
+def _with_propensities(
+    given: Assessed, target: Target, effort: Effort, update: Update
+) -> tuple[Episodes, str, float | None]:
+    """The episodes, where their propensities come from, and the calibration error of those that were estimated."""
+    episodes, contract = given.episodes, given.contract
+    if contract.action.continuous and target.probs is None and contract.action_prob is None:
+        raise InputError(
+            f"{given.log.batches[0].path}: the action {contract.action.name!r} is continuous and its density was not logged in "
+            f"any of {episodes.n_rows} rows, and it cannot be estimated; log it and name it as action_prob, of: density."
+        )
+    if contract.action_prob:
+        return episodes, LOGGED, None
+    estimated, ece = with_propensities(episodes, contract.tabular_states, effort, update)
+    return estimated, ESTIMATED, ece
+
+
+def _values(
+    given: Assessed, episodes: Episodes, target: Target, ratio: np.ndarray, effort: Effort, update: Update
+) -> tuple[Values | None, str]:
+    """The values of the policy, or why there are none."""
+    states = given.contract.tabular_states
+    found = tabular_values(episodes, target, ratio, states) if states is not None and target.probs is not None else None
+    if found is None and target.policy is not None:
+        found = fitted_values(episodes, target.policy, effort, update)
+    return found, "" if found else target.without
+
+
+def _found(
+    episodes: Episodes,
+    target: Target,
+    ratio: np.ndarray,
+    values: Values | None,
+    propensities: str,
+    effort: Effort,
+) -> dict[str, Any]:
+    unit = answers.units(episodes, effort.seed)
+    shares = answers.shares_of(unit, effort.seed)
+    returns = Terms(logged_returns(episodes, values)[:, None])
+    terms = answers.every_terms(episodes, ratio, values)
+    intervals = answers.intervals({"": returns, **terms}, shares, unit)
+    logged = intervals.pop("")
+    if values is not None and isinstance(values.direct, Interval):
+        intervals["FQE"] = values.direct
+    alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
+    name = answers.headline(terms)
+    gain = answers.gain(name, terms[name], returns, unit, alpha)
+    said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns))
+    direct = intervals.get("DM", intervals.get("FQE"))
+    if direct is not None:
+        said.append(answers.direct_check(direct, logged.estimate, gain))
+    word, sentence = answers.answer(gain, said)
+    return {
+        "answer": word,
+        "sentence": sentence,
+        "logged": logged,
+        "estimates": intervals,
+        "difference": gain,
+        "checks": said,
+        "weights": answers.tail(episodes, ratio, logged.estimate),
+    }
+
+
+def _versions(episodes: Episodes) -> dict[str, float]:
+    """Share of the episodes of each logging policy, where the log names them."""
+    versions = episodes.labels.get("policy_version")
+    if versions is None:
+        return {}
+    names, counts = np.unique(versions.astype(str), return_counts=True)
+    return {str(name): float(count / counts.sum()) for name, count in zip(names, counts, strict=True)}
+
+
+def _left_out(episodes: Episodes, values: Values | None, why: str) -> dict[str, str]:
+    """Estimators that could not be made -> why."""
+    if values is None:
+        return {"all with a model of the values (doubly robust, marginalised, direct)": why}
+    if values.gains is None and episodes.length.max() > 1:
+        asked = "the observation to be one category, and the policy a function of it whose episodes end"
+        return {"MDR": f"marginalised weights need {asked}"}
+    return {}
+
+
+def _method(given: Assessed, values: Values | None, propensities: str) -> list[str]:
+    """How it was done, in sentences."""
+    said, episodes, whole = [], given.episodes, given.card["held_out_of"]
+    if whole is not None:
+        said.append(
+            f"Of {whole:,} episodes, the {episodes.n_episodes:,} of entities that the pipeline of this policy keeps from training "
+            "are evaluated; where the logs are new to it, --all-entities takes the rest as well."
+        )
+    if propensities != LOGGED:
+        said.append(
+            "No propensities were logged. They were estimated from the log itself, floored at 0.01, and every bound is made at "
+            "half the error rate."
+        )
+    if values is not None:
+        said.append(
+            "The log is all there is, so its entities were cut into two folds by a hash of their id. Values were fitted by "
+            f"{values.how}; each fold is evaluated with the values of the other one."
+        )
+    cut = int(episodes.truncated.sum())
+    if cut:
+        past = "the fitted value past that point" if values else "nothing past that point, for either policy"
+        said.append(
+            f"{cut:,} of {episodes.n_episodes:,} recordings stopped before the task ended; estimates count {past}."
+        )
+    networks = values is not None and isinstance(values.direct, Interval)
+    said.append(
+        f"Intervals are percentile bootstraps over entities, {answers.SAMPLES:,} samples"
+        + ("; FQE's is a t-interval over its networks" if networks else "")
+        + ". The two bounds of the difference are asymptotic confidence sequences: they hold however often a growing log is "
+        "looked at, each on its own."
+    )
+    return said
+
+
+def _statement(propensities: str) -> str:
+    said = STATEMENT.replace(" of the gate split", "")
+    return said if propensities == LOGGED else said.replace("logged", ESTIMATED, 1)

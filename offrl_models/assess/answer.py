@@ -1,0 +1,285 @@
+"""Every estimate of the policy's value, the difference to what was logged, and what speaks against believing it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from offrl_models.assess.target import Target
+from offrl_models.assess.values import Values, logged_returns
+from offrl_models.gate import GateConfig
+from offrl_models.ope.diagnostics import (
+    effective_sample_size,
+    gamma_star,
+    largest_share,
+    mean_ratio_z,
+    pareto_k,
+    pareto_k_limit,
+    without_most_influential,
+    worst_action_z,
+)
+from offrl_models.ope.estimates import LEVEL, all_terms
+from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope.intervals import (
+    Interval,
+    bootstrap_all,
+    bootstrap_shares,
+    confidence_sequence_lower_bound,
+    difference,
+)
+from offrl_models.ope.sequences import completed
+from offrl_models.schema import Episodes
+
+THRESHOLDS = GateConfig()  # those of the gate
+BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
+EFFECTIVE_EPISODES = 100.0  # floor
+SAMPLES = 1000  # of the bootstrap
+LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
+MOST_UNITS = 5000  # that are resampled: more episodes are pooled, which costs memory for nothing
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that an assumption asks for. A `grave` one that fails leaves the logs with nothing to say."""
+
+    name: str
+    holds: bool
+    value: float
+    asked: str  # of the value
+    sentence: str  # what is wrong; empty where it holds
+    grave: bool
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The policy's value minus the logged one, with a one-sided bound on either side."""
+
+    estimator: str
+    estimate: float
+    lower_bound: float
+    upper_bound: float
+    level: float  # of each bound
+    largest_share: float  # what one unit contributes to the sum of all, without their signs
+
+
+def units(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
+    """What is resampled: entities, or groups of entities at random where there are over MOST_UNITS."""
+    entity = episodes.episode_id if episodes.entity is None else episodes.entity
+    distinct, place = np.unique(entity, return_inverse=True)
+    number = np.random.default_rng(seed).permutation(len(distinct)) % min(len(distinct), MOST_UNITS)
+    return number[place.ravel()]
+
+
+def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
+    """The same estimate with one row per unit: a ratio of sums over units, in which larger units count for more."""
+    if len(np.unique(unit)) == len(unit):
+        return terms
+    order = np.argsort(unit, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(unit[order]) > 0))
+    bottom = np.ones_like(terms.numerator) if terms.denominator is None else terms.denominator
+    numerator, denominator = (np.add.reduceat(part[order], starts, axis=0) for part in (terms.numerator, bottom))
+    return Terms(numerator, denominator)
+
+
+def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> dict[str, Terms]:
+    """Every estimator that there are nuisances for, by the name it has at this horizon."""
+    if values is None:
+        plain = {"TIS": tis, "PDIS": pdis, "WIS": wis, "WPDIS": wpdis}
+        found = {name: estimator(episodes, ratio) for name, estimator in plain.items()}
+    else:
+        found = all_terms(completed(episodes, values.next_v), ratio, values.q, values.v)
+    if (episodes.length == 1).all() and episodes.terminated.all():
+        found = {BANDIT[name]: terms for name, terms in found.items() if name in BANDIT}
+    elif values is not None and values.gains is not None:
+        found["MDR"] = Terms((values.gains + logged_returns(episodes, values))[:, None])
+    if values is not None and isinstance(values.direct, Terms):
+        found["DM"] = values.direct
+    return found
+
+
+def intervals(
+    terms: Mapping[str, Terms], shares: Float64[np.ndarray, "samples units"], unit: Int64[np.ndarray, "episodes"]
+) -> dict[str, Interval]:
+    """Percentile bootstraps over units. NaN where weights overflow, or where a sample has none at some step."""
+    usable = {name: pooled(term, unit) for name, term in terms.items() if _is_finite(term)}
+    found = bootstrap_all(usable, shares, LEVEL)
+    nothing = Interval(np.nan, np.nan, np.nan, LEVEL, "the importance weights overflow")
+    return {name: found.get(name, nothing) for name in terms}
+
+
+def _is_finite(terms: Terms) -> bool:
+    return all(bool(np.isfinite(part).all()) for part in (terms.numerator, terms.denominator) if part is not None)
+
+
+def headline(terms: Mapping[str, Terms]) -> str:
+    """The estimator that the difference is read off: the least variable of those that some nuisances may get wrong."""
+    return next(name for name in ("MDR", "WDR", "DR", "SNIPW", "WPDIS") if name in terms)
+
+
+def gain(name: str, minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episodes"], alpha: float) -> Gain:
+    """The paired difference and its bounds, asymptotic confidence sequences of what each unit contributes.
+
+    All NaN where weights overflow, or are all 0 at some step.
+    """
+    paired = pooled(difference(minuend, base), unit)
+    estimate = paired.estimate() if _is_finite(paired) else np.nan
+    if not np.isfinite(estimate):
+        return Gain(name, np.nan, np.nan, np.nan, 1 - alpha, np.nan)
+    each = estimate + paired.influence()
+    lower = confidence_sequence_lower_bound(each, alpha=alpha, planned=len(each))
+    upper = -confidence_sequence_lower_bound(-each, alpha=alpha, planned=len(each))
+    return Gain(name, estimate, lower, upper, 1 - alpha, largest_share(each))
+
+
+def _check(name: str, holds: bool, value: float, asked: str, otherwise: str, *, grave: bool = False) -> Check:
+    return Check(name, bool(holds), float(value), asked, "" if holds else otherwise, grave)
+
+
+def checks(
+    episodes: Episodes,
+    target: Target,
+    ratio: Float64[np.ndarray, "rows"],
+    values: Values | None,
+    found: Gain,
+    without_top: float,
+) -> list[Check]:
+    """What the answer rests on, in the order in which it decides."""
+    said = [
+        *_ratio_checks(episodes, target, ratio),
+        _check("episodes", episodes.n_episodes >= THRESHOLDS.first_look, episodes.n_episodes,
+               f"at least {THRESHOLDS.first_look}",
+               f"{episodes.n_episodes} episodes are fewer than {THRESHOLDS.first_look}"),
+        _effective_check(episodes, ratio, values),
+    ]  # fmt: skip
+    if not np.isfinite(found.estimate):
+        return said
+    most, share, sign = THRESHOLDS.largest_share, found.largest_share, 1.0 if found.estimate >= 0 else -1.0
+    return [
+        *said,
+        _check("largest share", share <= most, share, f"at most {most:g}",
+               f"one episode carries {share:.1%} of the difference, more than {most:.0%}"),
+        _check("influence", sign * without_top >= 0, without_top, "the same sign",
+               f"without its 0.5% most influential episodes the difference is {without_top:+.3g}, of another sign"),
+    ]  # fmt: skip
+
+
+def _ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"]) -> list[Check]:
+    """Whether the propensities are those of whoever acted, and the log shows what the policy plays."""
+    z, limit = mean_ratio_z(ratio), THRESHOLDS.mean_ratio_z
+    lost = f"{1 - ratio.mean():.1%} of the policy's choices are ones that the log never shows, or its propensities are wrong"
+    wrong = "the propensities are not those of whoever acted"
+    asked, mean = f"|z| under {limit:g}", ratio.mean()
+    said = [
+        _check("mean ratio", abs(z) < limit, z, asked,
+               f"the mean importance ratio is {mean:.3f} (z = {z:.1f} against 1): {lost if z < 0 else wrong}", grave=True)
+    ]  # fmt: skip
+    if target.probs is not None:
+        worst = worst_action_z(episodes, ratio, target.probs)
+        said.append(
+            _check("mean ratio per action", abs(worst) < limit, worst, asked,
+                   f"the mean ratio of one action has z = {worst:.1f}: the log never shows it where the policy plays it, or its "
+                   "propensities are wrong", grave=True)
+        )  # fmt: skip
+    return said
+
+
+def _effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> Check:
+    """How much the weights are worth that the difference is made with: of transitions, or of whole episodes."""
+    if values is not None and values.weight is not None:
+        noun, weight, of, floor = "transitions", values.weight, episodes.n_rows, THRESHOLDS.effective_transitions
+    else:
+        noun, weight, of, floor = (
+            "episodes",
+            trajectory_weights(episodes, ratio),
+            episodes.n_episodes,
+            EFFECTIVE_EPISODES,
+        )
+    effective = effective_sample_size(weight) if np.isfinite(weight).all() else 0.0
+    return _check(f"effective {noun}", effective >= floor, effective, f"at least {floor:g}",
+                  f"{effective:,.0f} effective {noun} of {of:,} are fewer than {floor:,.0f}")  # fmt: skip
+
+
+def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
+    """The direct method may not contradict a difference that is settled."""
+    apart = direct.estimate - logged
+    settled = 1.0 if found.lower_bound > 0 else -1.0 if found.upper_bound < 0 else 0.0
+    return _check("direct method", settled * apart >= 0, apart, "no other sign",
+                  f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
+
+
+def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:
+    """How the weight of episodes is spread: for the plot, and for whoever asks how much hangs on few of them."""
+    weight = trajectory_weights(episodes, ratio)
+    if not np.isfinite(weight).all():
+        return {"overflow": int((~np.isfinite(weight)).sum())}
+    positive = weight[weight > 0]
+    shown = np.log10(np.maximum(positive, LEAST_SHOWN))
+    counts, edges = np.histogram(shown, 40) if len(positive) else (np.zeros(0), np.zeros(0))
+    sensitive = episodes.n_actions > 0 and bool(positive.size) and episodes.gamma > 0
+    return {
+        "counts": [int(count) for count in counts],
+        "log10_edges": [float(edge) for edge in edges],
+        "zero": int((weight == 0).sum()),
+        "largest": float(weight.max()),
+        "largest_share": float(weight.max() / weight.sum()) if len(positive) else 0.0,
+        "effective_episodes": effective_sample_size(weight),
+        "pareto_k": pareto_k(weight),
+        "pareto_k_limit": pareto_k_limit(len(weight)),
+        "gamma_star": gamma_star(episodes, ratio, logged) if sensitive else np.nan,
+    }
+
+
+def influence(minuend: Terms, base: Terms) -> float:
+    """The difference without the episodes that pull it most; NaN where there is none."""
+    usable = _is_finite(minuend) and _is_finite(base)
+    return without_most_influential(minuend, base) if usable and np.isfinite(minuend.estimate()) else np.nan
+
+
+def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
+    """One word, and one sentence that says why."""
+    level = f"{found.level:.1%}".replace(".0%", "%")
+    broken = [check for check in said if not check.holds]
+    grave = next((check for check in broken if check.grave), None)
+    if grave:
+        return "unusable", f"These logs cannot judge this policy: {grave.sentence}."
+    if not np.isfinite([found.estimate, found.lower_bound, found.upper_bound]).all():
+        return (
+            "unsettled",
+            "These logs cannot tell: at some step hardly any logged episode does what the policy would do.",
+        )
+    size = f"by {abs(found.estimate):.4g} per episode ({found.estimator})"
+    if found.upper_bound < 0:
+        return "worse", (
+            f"The policy is worse than the one that wrote the logs, {size}, and by at least {-found.upper_bound:.4g} at {level} "
+            "confidence."
+        )
+    if found.lower_bound > 0 and not broken:
+        return "better", (
+            f"The policy is better than the one that wrote the logs, {size}, and by at least {found.lower_bound:.4g} at {level} "
+            "confidence."
+        )
+    between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
+    why = f"; {broken[0].sentence}" if broken else ""
+    return "unsettled", (
+        "These logs do not settle whether the policy is better than the one that wrote them: the difference is "
+        f"{found.estimate:+.4g} per episode ({found.estimator}), {between}{why}."
+    )
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON: what is no number is null."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return plain(asdict(value)) if isinstance(value, (Interval, Gain, Check)) else value
+
+
+def shares_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> Float64[np.ndarray, "samples units"]:
+    return bootstrap_shares(int(unit.max()) + 1, SAMPLES, seed)

@@ -1,0 +1,144 @@
+"""The log that is assessed: its contract, its rows, checked; its episodes."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Shaped
+from pydantic import ValidationError
+
+from offrl_models.datasets.episodes import read_splits, write_splits
+from offrl_models.datasets.split import SPLITS, buckets
+from offrl_models.logs import formats
+from offrl_models.logs.contract import Contract, one_sentence
+from offrl_models.logs.read import Log
+from offrl_models.logs.screen import screen
+from offrl_models.progress import Update
+from offrl_models.schema import Episodes, InputError
+
+SALT = "assess"
+FEWEST = 100  # entities; below, two folds and an interval mean nothing
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """The rows that hold to the contract, as episodes."""
+
+    log: Log
+    contract: Contract
+    episodes: Episodes
+    card: dict[str, Any]  # what was read and what was left out, as plain JSON
+
+
+def read_contract(path: Path) -> Contract:
+    """The contract in a YAML file: by itself, under `logs:`, or in a pipeline's defs.yaml.
+
+    Raises InputError with one sentence naming the file and the key.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a contract.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    for key in ("attributes", "logs"):
+        if isinstance(document, dict) and key in document:
+            document = document[key]
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds no contract; write which column is the observation, the action, the reward.")
+    return make_contract(document, str(path))
+
+
+def make_contract(fields: Mapping[str, Any], where: str) -> Contract:
+    """Raises InputError with one sentence naming `where` and the key."""
+    try:
+        return Contract.model_validate({"source": "log", **fields})
+    except ValidationError as error:
+        raise one_sentence(error, where) from error
+
+
+def require_exists(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the files of the log, or their folder.")
+
+
+def batches_of(paths: Sequence[Path], contract: Contract) -> list[Path]:
+    """The files of a log given as files and folders, each once.
+
+    Raises InputError for one that does not exist, a folder without any, and two of one name where names tell rows apart.
+    """
+    known, found = formats.FORMATS[contract.format], dict[Path, Path]()
+    for path in paths:
+        require_exists(path)
+        is_batch = (path / "data").is_dir() if not known.suffixes else path.is_file()
+        inside = [path] if is_batch else formats.batches(path, contract.format) if path.is_dir() else []
+        if not inside:
+            raise InputError(
+                f"{path} holds no {known.title} ({', '.join(known.suffixes) or 'folders'}); give the right folder or --format."
+            )
+        found |= {batch.resolve(): batch for batch in inside}
+    names = [path.name for path in found.values()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice and contract.episode_id is None:
+        raise InputError(
+            f"{names.count(twice)} files are called {twice}, and rows without an episode id go by file and place; rename one."
+        )
+    return list(found.values())
+
+
+def _entities(episodes: Episodes) -> Shaped[np.ndarray, "episodes"]:
+    return episodes.episode_id if episodes.entity is None else episodes.entity
+
+
+def _require_enough(entities: int, log: Log, which: str) -> None:
+    if entities < FEWEST:
+        raise InputError(
+            f"{log.batches[0].path}: column {log.contract.entity_column!r} tells {entities} entities{which} apart, and an "
+            f"estimate needs {FEWEST} at least; collect more."
+        )
+
+
+def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | None = None) -> Assessed:
+    """The whole log as episodes, in memory; with `salt`, those of the entities that a pipeline of that salt never trains on.
+
+    Raises InputError with the sentence of the first rule that rows break, and for too few entities.
+    """
+    log = Log.open(batches_of(paths, contract), contract)
+    update("reading the log", 1, 3, "files hold to the contract")
+    found = screen(log, datetime.now(UTC).replace(tzinfo=None))
+    if found.violations:
+        raise InputError(next(iter(found.reasons().values()))[0])
+    _require_enough(found.index.episodes["entity"].n_unique(), log, "")
+    update("reading the log", 2, 3, "rows hold to the rules")
+    with tempfile.TemporaryDirectory(prefix="offrl-") as folder:
+        write_splits(log, SALT, Path(folder))
+        episodes = read_splits(Path(folder), *SPLITS, salt=SALT, contract=contract)
+    whole = episodes.n_episodes
+    if salt is not None:
+        episodes = episodes.take(np.isin(buckets(_entities(episodes), salt), SPLITS["gate"]))
+    entities = len(np.unique(_entities(episodes)))
+    _require_enough(entities, log, " that the policy was not trained on")
+    update("reading the log", 3, 3, f"{episodes.n_rows:,} decisions in {episodes.n_episodes:,} episodes")
+    card = {
+        "files": [str(batch.path) for batch in log.batches],
+        "format": contract.format,
+        "rows_read": sum(found.index.rows.values()),
+        "repeated_rows": sum(found.index.duplicates.values()),
+        "episodes_with_gaps": found.index.left_out.height,
+        "held_out_of": whole if salt is not None else None,
+        "rows": episodes.n_rows,
+        "episodes": episodes.n_episodes,
+        "entities": entities,
+        "longest": int(episodes.length.max()),
+        "truncated": int(episodes.truncated.sum()),
+        "actions": episodes.n_actions,
+        "observed": [feature.name for feature in episodes.features],
+        "gamma": contract.gamma,
+        "reward": {"column": contract.reward.name, "range": list(contract.reward.range)},
+    }
+    return Assessed(log, contract, episodes, card)

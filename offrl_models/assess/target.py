@@ -1,0 +1,202 @@
+"""The policy that is assessed, where it can be asked: an exported graph, or a Python function."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+from offrl_models import bundle, registry, storage
+from offrl_models.assess.log import Assessed, make_contract
+from offrl_models.logs.contract import Contract
+from offrl_models.ope.sequences import ratios
+from offrl_models.policies import ROWS_AT_A_TIME, OnnxPolicy
+from offrl_models.schema import Episodes, InputError
+
+Function = Callable[
+    [np.ndarray, np.ndarray], Any
+]  # observation [rows, columns], mask [rows, actions] -> [rows, actions]
+TOLERANCE = 1e-5  # of sums of probabilities
+ALIKE = 1e-6  # probabilities in one column for one observation that differ by no more are the same
+ASKED_TWICE = 256  # rows
+
+
+class FunctionPolicy(OnnxPolicy):
+    """A Python function where a graph is expected. Rows with the same observation and mask are asked about once."""
+
+    def __init__(self, function: Function, name: str):
+        self.path, self.session = Path(name), cast(Any, _Session(function, name))
+
+
+@dataclass(frozen=True)
+class _Session:
+    """Answers as the session of a graph would. Raises InputError where the function fails or gives no probabilities."""
+
+    function: Function
+    name: str
+
+    def run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        observation, mask = inputs["observation"], inputs["mask"]
+        starts = range(0, len(mask), ROWS_AT_A_TIME)
+        blocks = [slice(start, start + ROWS_AT_A_TIME) for start in starts]
+        return [np.concatenate([self._ask(observation[rows], mask[rows]) for rows in blocks])]
+
+    def _ask(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        try:
+            found = np.asarray(self.function(observation, mask), np.float64)
+        except InputError:
+            raise
+        except Exception as error:  # whatever another's code raises
+            raise InputError(f"{self.name} raised {type(error).__name__}: {_first_line(error)}; mend it.") from error
+        if found.shape != mask.shape:
+            raise InputError(
+                f"{self.name} returned an array of shape {list(found.shape)} for {len(mask)} observations and {mask.shape[1]} "
+                "actions; return one row of probabilities per observation."
+            )
+        if not np.isfinite(found).all():
+            wrong = int((~np.isfinite(found)).any(1).sum())
+            raise InputError(f"{self.name} returned NaN or infinity for {wrong} of {len(found)} observations; mend it.")
+        return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else "no message"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of the policy at the logged decisions, and as a function where it is one."""
+
+    card: dict[str, Any]  # what it is, as plain JSON
+    taken: Float64[np.ndarray, "rows"]  # probability (or density) of the logged action
+    probs: Float64[np.ndarray, "rows actions"] | None  # of all actions; None where only `taken` is known
+    policy: OnnxPolicy | None  # None where the probabilities at other observations are not known
+    without: str = ""  # why no model of the values can be made, where it cannot
+
+    def ratio(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
+        return self.taken / episodes.action_prob if self.probs is None else ratios(episodes, self.probs)
+
+
+def graph_of(path: Path) -> Path:
+    """The graph of a released bundle, every file of it verified, or the graph itself."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the folder of a released policy, or a policy.onnx.")
+    if not path.is_dir():
+        return path
+    if not (path / registry.MANIFEST).exists():
+        raise InputError(f"{path} has no {registry.MANIFEST}, so it is no released policy; give its folder or a graph.")
+    registry.verify(path)
+    return path / bundle.POLICY
+
+
+def config_of_bundle(path: Path) -> dict[str, Any]:
+    """The pipeline that released a policy; empty where `path` is no bundle."""
+    config = path / "config.json"
+    found = storage.read_json(config) if path.is_dir() and config.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def contract_of_bundle(path: Path) -> Contract | None:
+    """The contract that a released policy was trained under; None where `path` is no bundle."""
+    logs = config_of_bundle(path).get("logs")
+    return make_contract(logs, str(path / "config.json")) if isinstance(logs, dict) else None
+
+
+def of_graph(path: Path, given: Assessed) -> Target:
+    """Raises InputError for a graph that takes other observations or actions than the log's, and one that cannot be run."""
+    _require_discrete(given)
+    trained_under, graph = contract_of_bundle(path), graph_of(path)
+    if trained_under is not None and _meaning(trained_under) != _meaning(given.contract):
+        raise InputError(
+            f"{path} was trained under a contract whose observations or actions are coded otherwise; leave --contract out to "
+            "use its own, or correct the categories."
+        )
+    policy = OnnxPolicy(graph)
+    wanted = {"observation": len(given.contract.features), "mask": given.episodes.n_actions}
+    found = {entry.name: entry.shape[-1] for entry in policy.session.get_inputs()}
+    outputs = [entry.name for entry in policy.session.get_outputs()]
+    if set(found) != set(wanted) or "probs" not in outputs:
+        raise InputError(
+            f"{graph} has inputs {', '.join(found)} and outputs {', '.join(outputs)}; a policy has observation and mask, and "
+            "gives probs."
+        )
+    for name, size in wanted.items():
+        if isinstance(found[name], int) and found[name] != size:
+            what = "observed columns" if name == "observation" else "actions"
+            raise InputError(
+                f"{graph} takes {found[name]} {what} and the log has {size}; name those that it was trained on, in their order."
+            )
+    try:
+        probs = policy.on(given.episodes)
+    except (Fail, InvalidArgument, RuntimeException) as error:
+        raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
+    card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
+    return _of_probs(policy, probs, given.episodes, card)
+
+
+def _require_discrete(given: Assessed) -> None:
+    if given.contract.action.continuous:
+        raise InputError(
+            f"the action {given.contract.action.name!r} is continuous; give --policy-column with the policy's density at it."
+        )
+
+
+def _meaning(contract: Contract) -> dict[str, Any]:
+    """How observations and actions are coded, whatever their columns are called."""
+    observed = [column.model_dump(exclude={"column", "range", "unit"}) for column in contract.observation]
+    named = {"column", "columns", "mask", "candidates"}
+    action = contract.action.model_dump(exclude={*named, "components"})
+    return {"observed": observed, "action": action, "choices": [choice.values for choice in contract.action.choices]}
+
+
+def of_function(name: str, given: Assessed) -> Target:
+    """A function `package.module:function`, imported from the current folder. Raises InputError where it is no policy."""
+    _require_discrete(given)
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise InputError(f"--policy-callable {name!r} names no function; write package.module:function.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except AttributeError as error:
+        raise InputError(f"module {module} has no {attribute}; write package.module:function.") from error
+    except Exception as error:  # whatever another's module raises
+        raise InputError(f"{module} cannot be imported ({type(error).__name__}: {_first_line(error)}).") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not callable(function):
+        raise InputError(f"{name} is a {type(function).__name__}, not a function of observations and masks.")
+    policy, few = FunctionPolicy(function, name), min(ASKED_TWICE, given.episodes.n_rows)
+    observation, mask = given.episodes.observation[:few], np.array(given.episodes.mask[:few])
+    if not np.array_equal(policy.probs(observation, mask), policy.probs(observation, mask)):
+        raise InputError(f"{name} answers the same observation in two ways; return probabilities, not a drawn action.")
+    return _of_probs(policy, policy.on(given.episodes), given.episodes, {"name": name, "kind": "Python function"})
+
+
+def _of_probs(
+    policy: OnnxPolicy, probs: Float64[np.ndarray, "rows actions"], episodes: Episodes, card: dict[str, Any]
+) -> Target:
+    require_distributions(probs, np.array(episodes.mask), str(card["name"]), "rows")
+    return Target(card, probs[np.arange(episodes.n_rows), episodes.action], probs, policy)
+
+
+def require_distributions(
+    probs: Float64[np.ndarray, "rows actions"], mask: Bool[np.ndarray, "rows actions"], name: str, noun: str
+) -> None:
+    """Raises InputError where a row is no distribution over the actions allowed there."""
+    off = (np.abs(probs.sum(1) - 1.0) > TOLERANCE) | (probs < 0).any(1) | ~np.isfinite(probs).all(1)
+    forbidden = (probs * ~mask).sum(1) > ALIKE
+    for broken, problem in (
+        (off, "do not add up to 1 or are negative"),
+        (forbidden, "go to actions that the mask forbids"),
+    ):
+        if broken.any():
+            raise InputError(
+                f"{name}: the probabilities {problem} in {int(broken.sum())} of {len(probs)} {noun}, the first is row "
+                f"{int(broken.argmax())}; give a distribution over the allowed actions."
+            )

@@ -1,0 +1,176 @@
+"""What has to be fitted before a policy can be assessed: its values, and propensities where none were logged.
+
+The log is all there is, so it is cut into two folds by entity, and what is used on one fold was fitted on the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+
+from offrl_models.algorithms import BCConfig
+from offrl_models.assess.log import SALT
+from offrl_models.assess.target import FunctionPolicy, Target
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.split import buckets
+from offrl_models.ope import behavior
+from offrl_models.ope.estimates import LEVEL
+from offrl_models.ope.fqe import FQEConfig
+from offrl_models.ope.importance import Terms
+from offrl_models.ope.intervals import Interval, ensemble
+from offrl_models.ope.marginal import paired_differences, policy_table, tabular_dm
+from offrl_models.ope.sequences import completed
+from offrl_models.ope.tabular import TabularModel, states_of
+from offrl_models.policies import Mixture, OnnxPolicy, probs_of
+from offrl_models.progress import Update
+from offrl_models.schema import Episodes
+from offrl_models.training import fit, fit_fqe
+
+STEPS, QUICK_STEPS = 5000, 1000  # gradient steps of every fit
+CLONES = 3  # networks of a behavior clone
+MEMBERS = 3  # of the ensemble of fitted Q functions
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long networks are trained, and from which seed."""
+
+    steps: int
+    seed: int
+
+    @property
+    def fqe(self) -> FQEConfig:
+        return FQEConfig(gradient_steps=self.steps, members=MEMBERS)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values of the policy at every logged decision, each from the fold that does not hold it."""
+
+    q: Float64[np.ndarray, "rows"]  # of the logged action
+    v: Float64[np.ndarray, "rows"]
+    next_v: Float64[np.ndarray, "rows"]  # of what was observed next; read in truncated rows
+    logged_next_v: Float64[np.ndarray, "rows"]  # the same under the policy that wrote the log
+    direct: Terms | Interval  # the direct method
+    how: str  # completes "values were fitted by ..."
+    gains: Float64[np.ndarray, "episodes"] | None = None  # marginalised doubly robust, over the realised return
+    weight: Float64[np.ndarray, "rows"] | None = None  # of each transition in `gains`
+
+
+def first_fold(episodes: Episodes) -> Bool[np.ndarray, "episodes"]:
+    """One of two folds; all episodes of an entity fall into the same."""
+    entity = episodes.episode_id if episodes.entity is None else episodes.entity
+    return buckets(entity, f"{SALT} folds") % 2 == 0
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """The episodes that something is fitted on, and those that it is used on."""
+
+    number: int
+    others: Episodes
+    held: Episodes
+    rows: Bool[np.ndarray, "rows"]  # of the whole log, that are held
+    mine: Bool[np.ndarray, "episodes"]
+
+
+def _folds(episodes: Episodes) -> Iterator[_Fold]:
+    even = first_fold(episodes)
+    for number, mine in enumerate((even, ~even), 1):
+        yield _Fold(number, episodes.take(~mine), episodes.take(mine), mine[episodes.episode_of_row], mine)
+
+
+def with_propensities(episodes: Episodes, states: int | None, effort: Effort, update: Update) -> tuple[Episodes, float]:
+    """The episodes with estimated propensities, and the calibration error of the model behind them.
+
+    They are counted in these very episodes where the observation is one category; else each fold's are those of a clone of
+    the other fold, calibrated on the fold itself.
+    """
+    found, errors = np.empty(episodes.n_rows), []
+    for fold in _folds(episodes):
+        if states is not None:
+            model = behavior.estimate_table(fold.others, states, fold.held)
+        else:
+            model = behavior.calibrated(_clone(fold, effort, update), fold.held, "temperature")
+        probs = probs_of(model, fold.held)
+        errors.append(behavior.calibration(fold.held, probs)["ece"])
+        found[fold.rows] = probs[np.arange(fold.held.n_rows), fold.held.action]
+    if states is not None:
+        found = behavior.estimate_propensities(episodes, states)
+    return replace(episodes, action_prob=np.maximum(found, behavior.FLOOR)), float(np.mean(errors))
+
+
+def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture:
+    """The policy that wrote the log, cloned from the other fold."""
+    task, seeds = f"behavior clone, fold {fold.number} of 2", range(effort.seed, effort.seed + CLONES)
+    cloned, _ = fit(
+        "bc", BCConfig(hidden=(64, 64)), fold.others, Encoder.fit(fold.others), seeds=seeds, gradient_steps=effort.steps,
+        batch_size=256, report=lambda step, loss: update(task, step, effort.steps, f"loss {loss['policy']:.4f}"),
+    )  # fmt: skip
+    return Mixture(cloned, CLONES)
+
+
+def tabular_values(
+    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], states: int
+) -> Values | None:
+    """Values from the empirical Markov decision process of the other fold.
+
+    None where the policy is no function of the state, never ends an episode in the model, or the table would be too large.
+    """
+    table = None if target.probs is None else policy_table([(episodes, target.probs)], states)
+    whole = None if table is None else TabularModel.fit(episodes, states)
+    if table is None or whole is None:
+        return None
+    table[table.sum(1) == 0] = 1.0 / episodes.n_actions  # states that no decision was made in
+    q, v, next_v, logged = (np.zeros(episodes.n_rows) for _ in range(4))
+    weight, gains = np.empty(episodes.n_rows), np.empty(episodes.n_episodes)
+    for fold in _folds(episodes):
+        model = TabularModel.fit(fold.others, states)
+        paired = model and paired_differences(model, table, fold.held, ratio[fold.rows])
+        if model is None or paired is None or not whole.ends(table):
+            return None
+        of_action, base = model.q_values(table), model.behavior
+        of_state, of_base = (table * of_action).sum(1), (base * model.q_values(base)).sum(1)
+        state, following = states_of(fold.held)
+        q[fold.rows], v[fold.rows] = of_action[state, fold.held.action], of_state[state]
+        next_v[fold.rows], logged[fold.rows] = of_state[following], of_base[following]
+        gains[fold.mine], weight[fold.rows] = paired
+    direct = tabular_dm(episodes, table)
+    return Values(q, v, next_v, logged, direct, "counting transitions and rewards by state and action", gains, weight)
+
+
+def fitted_values(episodes: Episodes, policy: OnnxPolicy, effort: Effort, update: Update) -> Values:
+    """Values by fitted Q evaluation on the other fold; those of the policy that wrote the log as well where episodes are cut."""
+    q, v, next_v, logged = (np.zeros(episodes.n_rows) for _ in range(4))
+    initial = np.zeros((MEMBERS, episodes.n_episodes))
+    for fold in _folds(episodes):
+        policies = [policy]
+        if episodes.truncated.any():
+            policies.append(_as_policy(_clone(fold, effort, update)))
+        task = f"FQE, fold {fold.number} of 2"
+        found = fit_fqe(
+            effort.fqe, Encoder.fit(fold.others), policies, fold.others, fold.held, seed=effort.seed,
+            report=lambda step, loss, task=task: update(task, step, effort.steps, f"loss {loss['q']:.4g}"),
+        )  # fmt: skip
+        q[fold.rows], v[fold.rows], next_v[fold.rows] = found.q[0], found.v[0], found.next_v[0]
+        logged[fold.rows] = found.next_v[-1]
+        initial[:, fold.mine] = found.initial[0]
+    direct = ensemble([float(value) for value in initial.mean(1)], initial.mean(0), LEVEL)
+    return Values(
+        q, v, next_v, logged, direct, f"fitted Q evaluation, {MEMBERS} networks and {effort.steps:,} steps each"
+    )
+
+
+def _as_policy(clone: Mixture) -> FunctionPolicy:
+    def function(observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return clone(torch.as_tensor(observation), torch.as_tensor(mask)).numpy()
+
+    return FunctionPolicy(function, "behavior clone")
+
+
+def logged_returns(episodes: Episodes, values: Values | None) -> Float64[np.ndarray, "episodes"]:
+    """Realised returns; past a truncation, the fitted value of the policy that wrote the log, where values were fitted."""
+    return episodes.return_ if values is None else completed(episodes, values.logged_next_v).return_

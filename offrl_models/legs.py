@@ -1,0 +1,137 @@
+"""What each leg of the gate says of a policy against the champion, from the episodes of the gate split.
+
+Leg A is the primary one: per episode a marginalised doubly robust pseudo-outcome whose mean is the difference in value, and an
+asymptotic confidence sequence around it. Leg B needs no model and no large numbers, leg C is trajectory-wise doubly robust.
+Leg D, the ensemble of fitted Q evaluations, is read off the fit itself.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float64
+
+from offrl_models.gate import Contrast
+from offrl_models.ope.behavior import FLOOR
+from offrl_models.ope.diagnostics import without_most_influential
+from offrl_models.ope.doubly_robust import dr
+from offrl_models.ope.eprocess import e_value
+from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
+from offrl_models.ope.flow import Flow
+from offrl_models.ope.importance import Terms, trajectory_weights
+from offrl_models.ope.intervals import confidence_sequence_lower_bound
+from offrl_models.ope.marginal import paired_differences, policy_table, value_gains
+from offrl_models.ope.sequences import completed
+from offrl_models.ope.tabular import TabularModel
+from offrl_models.schema import Episodes
+
+CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
+
+
+@dataclass(frozen=True)
+class Side:
+    """One policy on the gate episodes and on those that its nuisances were fitted on."""
+
+    fitted_probs: Float64[np.ndarray, "fitted_rows actions"]
+    probs: Float64[np.ndarray, "rows actions"]
+    ratio: Float64[np.ndarray, "rows"]
+    q: Float64[np.ndarray, "rows"]  # of the logged action, by FQE
+    v: Float64[np.ndarray, "rows"]
+    next_v: Float64[np.ndarray, "rows"]  # zero but in truncated rows
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Leg A: per episode a number whose mean is V(policy) - V(behavior), and the weight of every transition."""
+
+    outcome: Float64[np.ndarray, "episodes"]
+    weight: Float64[np.ndarray, "rows"]
+    method: str
+
+
+def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, model: TabularModel | None) -> Paired | str:
+    """Leg A of one policy, or the sentence that says why there is none."""
+    if (gate.length == 1).all() and gate.terminated.all():
+        return Paired(value_gains(gate, side.ratio, side.q, side.v, side.next_v, behavior.next_v), side.ratio,
+                      "doubly robust paired difference")  # fmt: skip
+    if model is None:
+        return _fitted(side, behavior, fitted_on, gate)
+    table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))
+    if table is None:
+        return "the policy depends on more than the state, such as a mask, so that the state alone is not Markov for it"
+    found = paired_differences(model, table, gate, side.ratio)
+    if found is None:
+        return "the policy never ends an episode in the model of the log, so that its value does not exist"
+    return Paired(*found, "marginalised doubly robust paired difference")
+
+
+def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> Paired | str:
+    """Leg A where the observation is not one category: visit ratios that are fitted, and trusted only when they balance."""
+    rows = np.arange(fitted_on.n_rows)
+    logged = fitted_on.action_prob
+    modelled = np.maximum(behavior.fitted_probs[rows, fitted_on.action], FLOOR)
+    ratio = side.fitted_probs[rows, fitted_on.action] / np.where(np.isfinite(logged), logged, modelled)
+    found = fit_ratios(Flow.by_state(fitted_on, ratio)).weights(Flow.by_state(gate, side.ratio))
+    if isinstance(found, Refusal):
+        return found.reason.rstrip(".")
+    outcome = value_gains(gate, found.weight, side.q, side.v, side.next_v, behavior.next_v)
+    return Paired(outcome, found.weight, "doubly robust paired difference with fitted visit ratios")
+
+
+def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int) -> Contrast:
+    """Mean and one-sided bounds, each by the asymptotic confidence sequence at 1 - alpha."""
+    lower = confidence_sequence_lower_bound(outcome, alpha=alpha, planned=planned)
+    upper = -confidence_sequence_lower_bound(-outcome, alpha=alpha, planned=planned)
+    return Contrast(name, len(outcome), float(outcome.mean()), lower, upper)
+
+
+def by_subgroup(found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: float, planned: int) -> list[Contrast]:
+    """Leg A among the episodes of each group of each label column."""
+    contrasts = []
+    for column in columns:
+        labels = gate.labels[column].astype(str)
+        for group in np.unique(labels):
+            contrasts.append(contrast(f"{column} {group}", found.outcome[labels == group], alpha, planned))
+    return contrasts
+
+
+def cost_outcome(
+    column: str,
+    side: Side,
+    weight: Float64[np.ndarray, "rows"],
+    fitted_on: Episodes,
+    gate: Episodes,
+    states: int | None,
+) -> Float64[np.ndarray, "episodes"]:
+    """Per episode a number whose mean is the rise in the expected discounted total of a cost over the behavior's.
+
+    Doubly robust where the observation is one category of `states`; by the transitions' weights alone elsewhere.
+    """
+    model = TabularModel.fit(replace(fitted_on, reward=fitted_on.costs[column]), states) if states else None
+    if model is not None:
+        table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))
+        paid = replace(gate, reward=gate.costs[column])
+        found = None if table is None else paired_differences(model, table, paid, side.ratio)
+        if found is not None:
+            return found[0]
+    return gate.sum_per_episode((weight - 1.0) * gate.time_discount * gate.costs[column])
+
+
+def influence(outcome: Float64[np.ndarray, "episodes"]) -> float:
+    """The mean without the 0.5% of the episodes that pull it most in its own direction."""
+    return without_most_influential(Terms(outcome[:, None]), Terms(np.zeros((len(outcome), 1))))
+
+
+def sure_share(gate: Episodes) -> float:
+    """The share of the rows with a choice in which the logged action was as good as certain (C18)."""
+    choice = gate.mask.sum(1) > 1
+    return float((gate.action_prob[choice] > CERTAIN).mean()) if choice.any() else 1.0
+
+
+def betting(side: Side, gate: Episodes, return_range: tuple[float, float], margin: float) -> float:
+    """Leg B: the e-value against "no better than the policy that wrote the log, by more than the margin"."""
+    return e_value(trajectory_weights(gate, side.ratio), gate.return_, return_range, max(margin, 0.0))
+
+
+def trajectory_outcome(side: Side, gate: Episodes) -> Float64[np.ndarray, "episodes"]:
+    """Leg C: the trajectory-wise doubly robust pseudo-outcome of each episode, whose mean estimates the value."""
+    return dr(completed(gate, side.next_v), side.ratio, side.q, side.v).numerator.sum(1)

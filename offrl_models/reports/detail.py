@@ -1,0 +1,87 @@
+"""What stands behind a verdict: how the weights are spread, what carries it, where the policy differs, and what would settle it."""
+
+import bisect
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from offrl_models.evaluation import BEHAVIOR, Evaluation
+from offrl_models.gate import GateConfig, Measures
+from offrl_models.ope.diagnostics import effective_sample_size_by_step, gamma_star, pareto_k, pareto_k_limit
+from offrl_models.ope.importance import trajectory_weights
+from offrl_models.ope.intervals import confidence_sequence_width
+from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
+
+MOST_EPISODES = 10_000_000  # beyond which more of the same data is no plan
+SHOWN = 8  # actions
+
+
+def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
+    """Gate episodes at which the lower bound would pass the margin, were difference and spread to stay what they are.
+
+    None where the difference is not above the margin, or more than MOST_EPISODES would be needed.
+    """
+    gap = measures.difference - config.margin
+
+    def width(episodes: int) -> float:
+        return confidence_sequence_width(episodes, alpha=measures.alpha, planned=config.planned_episodes)
+
+    spread = (measures.difference - measures.lower_bound) / width(measures.episodes)
+    if not gap > 0 or spread * width(MOST_EPISODES) >= gap:
+        return None
+    return 2 + bisect.bisect_left(range(2, MOST_EPISODES), True, key=lambda n: spread * width(n) < gap)
+
+
+def detail(found: Evaluation, name: str, champion: str, measures: Measures, config: GateConfig) -> dict[str, Any]:
+    """Plain JSON for the page and its pictures."""
+    gate, ratio = found.episodes, found.ratio[name]
+    weight = trajectory_weights(gate, ratio)
+    pull = np.sort(np.abs(found.pseudo_outcome(name)))[::-1]
+    mine, theirs = (found.probs[policy].mean(0) for policy in (name, champion))
+    most = np.argsort(-np.abs(mine - theirs), kind="stable")[:SHOWN]
+    differs = 0.5 * np.abs(found.probs[name] - found.probs[champion]).sum(1)
+    overlaps = champion == BEHAVIOR and bool(weight.any())
+    return {
+        "episodes_needed": episodes_needed(measures, config),
+        "pareto_k": _plain(pareto_k(weight)),
+        "pareto_k_limit": pareto_k_limit(gate.n_episodes),
+        "gamma_star": _plain(gamma_star(gate, ratio, float(gate.return_.mean()))) if overlaps else None,
+        "effective_episodes_by_step": [float(size) for size in effective_sample_size_by_step(gate, ratio)],
+        "weights": [float(value) for value in np.quantile(weight, np.linspace(0, 1, 101))],
+        "influence": [float(value) for value in (pull.cumsum() / max(pull.sum(), 1e-300))[: max(len(pull) // 20, 1)]],
+        "differs": float(differs.mean()),
+        "actions": [{"action": int(a), "policy": float(mine[a]), "champion": float(theirs[a])} for a in most],
+    }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def draw(found: dict[str, Any], episodes: int, path: Path) -> None:
+    """Four panels: weights, effective sample size by step, what carries the evidence, and where the actions differ."""
+    figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(9.2, 5.6))
+    first.plot(np.linspace(0, 100, 101), found["weights"], color=BLUE)
+    first.set_yscale("symlog", linthresh=0.01)
+    first.set_title("weight of an episode, by percentile", fontsize=9, loc="left")
+    sizes = found["effective_episodes_by_step"]
+    second.plot(range(1, len(sizes) + 1), sizes, color=BLUE)
+    second.set_ylim(0, episodes)
+    second.set_title(f"effective sample size by step, of {episodes:,} episodes", fontsize=9, loc="left")
+    share = np.arange(1, len(found["influence"]) + 1) / episodes * 100
+    third.plot(share, np.array(found["influence"]) * 100, color=BLUE)
+    third.axhline(5, color=GRAY, linestyle="--", linewidth=1)
+    third.set_title("% of the sum of |X| carried by the top % of the episodes", fontsize=9, loc="left")
+    place = np.arange(len(found["actions"]))
+    for key, color, shift in (("champion", GRAY, -0.2), ("policy", ORANGE, 0.2)):
+        fourth.bar(place + shift, [row[key] for row in found["actions"]], 0.4, color=color, label=key)
+    fourth.set_xticks(place, [str(row["action"]) for row in found["actions"]])
+    fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
+    fourth.legend(fontsize=8, frameon=False)
+    for axes in (first, second, third, fourth):
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save(figure, path)

@@ -1,0 +1,105 @@
+"""The ledger of looks: nothing in it can be rewritten, and what all looks spend together stays within three budgets."""
+
+import json
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offrl_models import ledger
+from offrl_models.gate import GateConfig, Status
+from offrl_models.ledger import Look, level
+from offrl_models.ope.eprocess import elond_level
+from offrl_models.schema import InputError
+
+CONFIG = GateConfig()
+DAY = date(2026, 3, 1)
+
+
+def look(name: str, data: str = "d", *, spent: float = 0.01, day: date = DAY, verdict: str = "INCONCLUSIVE") -> Look:
+    return Look(name, "champion", data, day.isoformat(), 0.01, spent, verdict, None)
+
+
+def test_the_first_hypothesis_gets_its_share_of_the_long_run() -> None:
+    found = level([], "h", "d", CONFIG, DAY)
+    assert found.alpha == found.spends == elond_level(0.05, 1, 0) == pytest.approx(0.02187, abs=1e-5)
+    assert (found.number, found.looks) == (1, 0)
+
+
+def test_later_looks_at_a_hypothesis_cost_nothing() -> None:
+    looks = [look("h"), look("other"), look("h", "e", spent=0.0)]
+    found = level(looks, "h", "new data", CONFIG, DAY)
+    assert (found.alpha, found.spends, found.number, found.looks) == (0.01, 0.0, 1, 2)
+
+
+def test_a_look_that_is_taken_again_is_given_what_it_was_given(tmp_path: Path) -> None:
+    """A kill between the ledger and the verdict's folder must change nothing."""
+    before = [look("a"), look("b", verdict=Status.PASS)]
+    first = level(before, "h", "d", CONFIG, DAY)
+    taken = Look("h", "champion", "d", DAY.isoformat(), first.alpha, first.spends, "PASS", 3.0)
+    after = [*before, taken, look("later")]
+    assert level(after, "h", "d", CONFIG, DAY + timedelta(days=400)) == first
+    path = tmp_path / "ledger.jsonl"
+    assert [ledger.enter(path, entry) for entry in after] == [True] * 4
+    written = path.read_bytes()
+    assert ledger.enter(path, taken) is False and path.read_bytes() == written
+    assert ledger.read(path) == after
+
+
+def test_a_release_earns_error_rate_and_the_year_bounds_it() -> None:
+    passed = [look("a", spent=0.02, verdict=Status.PASS)]
+    assert level(passed, "b", "d", CONFIG, DAY).alpha == elond_level(0.05, 2, 1)
+    tight = GateConfig(yearly_alpha=0.021)
+    assert level(passed, "b", "d", tight, DAY).alpha == pytest.approx(0.001)
+    with pytest.raises(InputError, match="possible on 2027-03-01, and the champion stays"):
+        level([look("a", spent=0.1)], "b", "d", CONFIG, DAY)
+    assert level([look("a", spent=0.1)], "b", "d", CONFIG, DAY + timedelta(days=365)).alpha > 0
+
+
+def test_no_look_gets_more_than_one_release_may_cost() -> None:
+    assert level([], "h", "d", GateConfig(alpha=0.001), DAY).alpha == 0.001
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60))
+def test_budgets_hold_whatever_happens(history: list[tuple[bool, int]]) -> None:
+    """Every 365 days together spend at most the year's budget; without a release, all of them at most the long run's."""
+    looks: list[Look] = []
+    today = DAY
+    for number, (passes, days) in enumerate(history):
+        today += timedelta(days=days)
+        try:
+            given = level(looks, f"h{number}", "d", CONFIG, today)
+        except InputError:
+            continue
+        assert 0 < given.alpha <= CONFIG.alpha
+        verdict = Status.PASS if passes else Status.INCONCLUSIVE
+        looks.append(Look(f"h{number}", "c", "d", today.isoformat(), given.alpha, given.spends, verdict, None))
+    for end in looks:
+        last = date.fromisoformat(end.date)
+        window = [x.spent for x in looks if last - timedelta(days=365) < date.fromisoformat(x.date) <= last]
+        assert sum(window) <= CONFIG.yearly_alpha + 1e-12
+    if not any(x.verdict == Status.PASS for x in looks):
+        assert sum(x.spent for x in looks) <= CONFIG.long_run_alpha
+
+
+@pytest.mark.parametrize("damage", ["altered", "taken out", "cut short", "swapped"])
+def test_what_was_rewritten_is_seen(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for number in range(4):
+        ledger.enter(path, look(f"h{number}"))
+    lines = path.read_text().splitlines()
+    if damage == "altered":
+        lines[1] = json.dumps({**json.loads(lines[1]), "verdict": "PASS"})
+    elif damage == "taken out":
+        del lines[1]
+    elif damage == "swapped":
+        lines[1], lines[2] = lines[2], lines[1]
+    else:
+        lines[1] = lines[1][:-20]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"ledger\.jsonl: entry 2 is not what was written"):
+        ledger.read(path)
+    with pytest.raises(InputError):
+        ledger.enter(path, look("next"))

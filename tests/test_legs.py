@@ -1,0 +1,126 @@
+"""The legs of the gate: each says what it says by exact enumeration, and none speaks where it cannot be trusted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from offrl_models import legs
+from offrl_models.gate import GateConfig, Measures
+from offrl_models.ope.eprocess import e_value
+from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
+from offrl_models.ope.sequences import ratios
+from offrl_models.ope.worlds import bandit, random_policy, random_world
+from offrl_models.reports.detail import episodes_needed
+from offrl_models.schema import Episodes, Feature
+from tests.test_gate import GOOD
+
+WORLD = bandit(4, 3, 2, seed=1)
+POLICY = random_policy(WORLD, 2)
+
+
+def enumerated() -> tuple[Episodes, np.ndarray, np.ndarray]:
+    """Every round of the bandit, its probability, and the state of each."""
+    log, probability = WORLD.enumerate(1)
+    return log, probability, WORLD.states(log.observation)
+
+
+def side_of(log: Episodes, state: np.ndarray, seed: int) -> legs.Side:
+    """A policy with values that are wrong, but belong to it: v = sum_a pi(a|s) q(s, a)."""
+    q = np.random.default_rng(seed).normal(size=POLICY.shape)
+    probs = POLICY[state]
+    zeros = np.zeros(log.n_rows)
+    return legs.Side(probs, probs, ratios(log, probs), q[state, log.action], (POLICY * q).sum(1)[state], zeros)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_step_is_exact_whatever_the_values(seed: int) -> None:
+    log, probability, state = enumerated()
+    side = side_of(log, state, seed)
+    found = legs.paired(side, side, log, log, None)
+    assert isinstance(found, legs.Paired)
+    difference = WORLD.value(POLICY) - WORLD.value(WORLD.behavior)
+    assert probability @ found.outcome == pytest.approx(difference, abs=1e-12)
+    assert np.array_equal(found.weight, side.ratio)
+
+
+def test_the_rise_of_a_cost_is_exact_and_is_discounted() -> None:
+    log, probability, state = enumerated()
+    cost = np.random.default_rng(0).random(POLICY.shape)
+    log = dataclasses.replace(log, costs={"days": cost[state, log.action]})
+    side = side_of(log, state, 0)
+    rise = probability @ legs.cost_outcome("days", side, side.ratio, log, log, None)
+    contexts = np.bincount(state, probability, len(POLICY))
+    assert rise == pytest.approx(contexts @ ((POLICY - WORLD.behavior) * cost).sum(1), abs=1e-12)
+
+
+def test_the_rise_of_a_cost_over_several_steps() -> None:
+    """With the reward itself as the cost, it is the difference that leg A finds, from the same model."""
+    world = random_world(3, 2, 3, 0.9, seed=4)
+    fitted_on, gate = world.simulate(3000, 1), world.simulate(800, 2)
+    fitted_on, gate = (dataclasses.replace(log, costs={"paid": log.reward}) for log in (fitted_on, gate))
+    table = random_policy(world, 3)
+    probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
+    zeros = np.zeros(gate.n_rows)
+    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
+    model = legs.TabularModel.fit(fitted_on, world.n_states)
+    found = legs.paired(side, side, fitted_on, gate, model)
+    assert isinstance(found, legs.Paired)
+    rise = legs.cost_outcome("paid", side, found.weight, fitted_on, gate, world.n_states)
+    assert rise == pytest.approx(found.outcome, abs=1e-12)
+    difference = world.value(table) - world.value(world.behavior)
+    assert abs(found.outcome.mean() - difference) < 4 * found.outcome.std() / np.sqrt(800)
+
+
+def test_groups_are_bounded_each_by_its_own_episodes() -> None:
+    rng = np.random.default_rng(0)
+    log = WORLD.simulate(900, 3)
+    log = dataclasses.replace(log, labels={"sex": np.where(rng.random(900) < 0.3, "f", "m")})
+    outcome = rng.normal(size=900)
+    found = legs.by_subgroup(legs.Paired(outcome, np.ones(900), ""), log, ("sex",), 0.05, 1000)
+    assert [contrast.name for contrast in found] == ["sex f", "sex m"]
+    mine = outcome[log.labels["sex"] == "f"]
+    lower = confidence_sequence_lower_bound(mine, alpha=0.05, planned=1000)
+    assert (found[0].episodes, found[0].difference, found[0].lower_bound) == (len(mine), mine.mean(), lower)
+    assert sum(contrast.episodes for contrast in found) == 900
+
+
+def test_betting_weighs_whole_episodes() -> None:
+    log, _, state = enumerated()
+    side = side_of(log, state, 0)
+    assert legs.betting(side, log, (0.0, 1.0), -1.0) == e_value(side.ratio, log.return_, (0.0, 1.0), 0.0)
+
+
+def test_certainty_counts_only_where_there_was_a_choice() -> None:
+    log = WORLD.simulate(4, 0)
+    mask = np.ones((4, 3), bool)
+    mask[0, 1:] = False
+    log = dataclasses.replace(log, mask=mask, action_prob=np.array([1.0, 0.9995, 0.5, 0.2]))
+    assert legs.sure_share(log) == pytest.approx(1 / 3)
+
+
+def test_weights_that_do_not_balance_are_no_evidence() -> None:
+    """A log of another world than the one that the ratios were fitted on."""
+    world, other = (random_world(3, 2, 4, 0.9, seed=seed) for seed in (1, 2))
+    table = random_policy(world, 5)
+    columns = (Feature("state", world.n_states),)
+    fitted_on, gate = (
+        dataclasses.replace(log, features=columns) for log in (world.simulate(2000, 1), other.simulate(2000, 2))
+    )
+    probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
+    zeros = np.zeros(gate.n_rows)
+    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
+    found = legs.paired(side, side, fitted_on, gate, None)
+    assert isinstance(found, str) and "weights" in found
+
+
+@pytest.mark.parametrize("lower", [-0.01, 0.004])
+def test_more_episodes_settle_it_where_the_difference_is_above_the_margin(lower: float) -> None:
+    config = GateConfig()
+    measures: Measures = dataclasses.replace(GOOD, difference=0.01, lower_bound=lower)
+    needed = episodes_needed(measures, config)
+    assert needed is not None and (needed > measures.episodes) == (lower < 0)
+    spread = (0.01 - lower) / confidence_sequence_width(6000, alpha=0.05, planned=5000)
+    for n, settled in ((needed - 1, False), (needed, True)):
+        assert (0.01 - spread * confidence_sequence_width(n, alpha=0.05, planned=5000) > 0) is settled
+    assert episodes_needed(dataclasses.replace(GOOD, difference=-0.01, lower_bound=-0.02), config) is None

@@ -1,0 +1,602 @@
+"""Marginalised estimators and double reinforcement learning against exact values, by enumeration where that is possible."""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offrl_models.ope.doubly_robust import dr
+from offrl_models.ope.drl import cross_fit, drl, fold_of, with_step
+from offrl_models.ope.importance import Terms, tis
+from offrl_models.ope.marginal import (
+    mis,
+    paired_differences,
+    pseudo_outcomes,
+    state_action_weights,
+    state_weights,
+    step_ratios,
+    step_weights,
+    tabular_dm,
+    value_gains,
+    wmis,
+)
+from offrl_models.ope.sequences import completed, ratios
+from offrl_models.ope.tabular import TabularModel, states_of
+from offrl_models.ope.worlds import World, chain, random_policy, random_world
+from offrl_models.schema import Episodes, InputError
+
+EXACT = 1e-9
+WORLDS = [
+    random_world(2, 2, 3, 0.9, seed=1),
+    random_world(2, 3, 3, 1.0, seed=2),
+    random_world(3, 2, 2, 0.5, seed=3, masked=True),
+]
+worlds = pytest.mark.parametrize("world", WORLDS, ids=["two-by-two", "three actions", "masked"])
+
+
+def exact_model(world: World) -> TabularModel:
+    """The model that infinitely many episodes would give."""
+    live = ~world.terminal
+    return TabularModel(
+        transition=world.gamma * np.where(world.terminal, 0.0, world.transition) * live[:, None, None],
+        reward=np.einsum("sat,sat->sa", world.transition, world.reward),
+        initial=world.initial,
+        visits=world.behavior * live[:, None],
+    )
+
+
+def ratio_of(policy: np.ndarray, episodes: Episodes) -> np.ndarray:
+    return ratios(episodes, policy[states_of(episodes)[0]])
+
+
+def values(policy: np.ndarray, q: np.ndarray, episodes: Episodes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q of the logged action, v, and v of the next state, from a table."""
+    state, next_state = states_of(episodes)
+    v = (policy * q).sum(1)
+    return q[state, episodes.action], v[state], v[next_state]
+
+
+def random_q(world: World, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(world.n_states, world.n_actions)) * ~world.terminal[:, None]
+
+
+def circling_world(gamma: float, ending: float = 0.3) -> World:
+    """Two states that are entered again and again, and an end that strikes with a given probability."""
+    rng = np.random.default_rng(4)
+    transition = np.zeros((3, 2, 3))
+    transition[:2, :, :2] = (1 - ending) * rng.dirichlet([1.0, 1.0], size=(2, 2))
+    transition[:2, :, 2] = ending
+    transition[2, :, 2] = 1.0
+    reward = rng.normal(size=transition.shape)
+    reward[2] = 0.0
+    return World(
+        transition=transition,
+        reward=reward,
+        initial=np.array([0.8, 0.2, 0.0]),
+        terminal=np.array([False, False, True]),
+        mask=np.ones((3, 2), bool),
+        gamma=gamma,
+        behavior=rng.dirichlet([3.0, 3.0], size=3),
+    )
+
+
+def recorded_paths(world: World, steps: int) -> tuple[Episodes, np.ndarray]:
+    """Every trajectory of a recording that stops after `steps` steps, and its probability under the behavior."""
+    found = []
+    for s0 in np.flatnonzero(world.initial):
+        open_paths = [(world.initial[s0], [], s0)]
+        for step in range(steps):
+            longer = []
+            for p, path, s in open_paths:
+                for a, t in itertools.product(range(world.n_actions), range(world.n_states)):
+                    q = p * world.behavior[s, a] * world.transition[s, a, t]
+                    if q > 0 and (world.terminal[t] or step == steps - 1):
+                        found.append((q, [*path, (s, a, t)]))
+                    elif q > 0:
+                        longer.append((q, [*path, (s, a, t)], t))
+            open_paths = longer
+    rows = np.array([row for _, path in found for row in path])
+    length = np.array([len(path) for _, path in found])
+    whole = world._logged(rows, length)
+    last = np.zeros(len(rows), bool)
+    last[whole.offsets[1:] - 1] = True
+    return dataclasses.replace(whole, truncated=last & ~whole.terminated), np.array([p for p, _ in found])
+
+
+def positions_only(world: World, positions: int) -> World:
+    """A layered world whose log shows the position within the layer, so that it differs from step to step."""
+    shown = (np.arange(world.n_states) % positions).astype(np.float32)[:, None]
+    return dataclasses.replace(world, observed=shown)
+
+
+# --- importance sampling -------------------------------------------------------------------------------------------------
+
+
+@worlds
+def test_exact_ratios_make_every_form_exact_over_every_trajectory(world: World) -> None:
+    episodes, probability = world.enumerate(3)
+    policy, model = random_policy(world, 5), exact_model(world)
+    by_state = state_weights(model, policy, episodes, ratio_of(policy, episodes))
+    by_pair = state_action_weights(model, policy, episodes)
+    mass = float(world.occupancy(policy).sum())
+    for weight in (by_state, by_pair):
+        assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+        assert wmis(episodes, weight, mass).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+    assert by_state == pytest.approx(by_pair, abs=EXACT)
+
+
+@worlds
+def test_step_ratios_are_the_ratios_of_the_states_probabilities_at_each_step(world: World) -> None:
+    episodes, probability = world.enumerate(3)
+    policy = random_policy(world, 6)
+    ratio = ratio_of(policy, episodes)
+    omega, mass = step_ratios(episodes, ratio, world.n_states, probability)
+    mine, theirs = world.initial, world.initial
+    for step in range(len(omega)):
+        seen = theirs > 0
+        assert omega[step, seen] == pytest.approx((mine / np.where(seen, theirs, 1.0))[seen], abs=EXACT)
+        assert (omega[step, ~seen] == 1.0).all() and mass[step] == pytest.approx(mine.sum(), abs=EXACT)
+        mine, theirs = (d @ world._onward(p) for d, p in ((mine, policy), (theirs, world.behavior)))
+    weight = step_weights(omega, episodes, ratio)
+    assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+    assert wmis(episodes, weight, mass).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+
+
+def test_a_process_that_changes_with_the_step_needs_step_ratios() -> None:
+    """The log shows positions; dynamics, rewards and policies differ by step. By step it is exact, pooled it is not."""
+    world = positions_only(random_world(2, 2, 3, 0.9, seed=1), 2)
+    hidden, _ = dataclasses.replace(world, observed=None).enumerate(3)
+    episodes, probability = world.enumerate(3)
+    policy = random_policy(world, 5)
+    ratio = ratio_of(policy, hidden)
+    omega, mass = step_ratios(episodes, ratio, 2, probability)
+    weight = step_weights(omega, episodes, ratio)
+    assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+    assert wmis(episodes, weight, mass).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+    pooled = state_weights(exact_model(world), policy, hidden, ratio)
+    by_position = np.array([pooled[episodes.observation[:, 0] == s].mean() for s in (0, 1)])
+    wrong = by_position[episodes.observation[:, 0].astype(int)] * ratio
+    assert abs(mis(episodes, wrong).estimate(probability) - world.value(policy)) > 0.01
+
+
+def test_in_a_log_step_ratios_average_to_the_mass_that_is_left() -> None:
+    """Whatever the ratios happen to average: nothing is lost on the way, and all of it is left until somebody ends."""
+    world = chain(6, 3)
+    episodes, policy = world.simulate(80, 0), random_policy(world, 3)
+    omega, mass = step_ratios(episodes, ratio_of(policy, episodes), world.n_states)
+    assert mass == pytest.approx(np.ones(6), abs=EXACT)
+    by_row = omega[episodes.step, states_of(episodes)[0]]
+    assert np.bincount(episodes.step, by_row) / 80 == pytest.approx(mass, abs=EXACT)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_weights_over_a_recording_that_stops_stand_for_the_visits_past_its_end(gamma: float) -> None:
+    """Rewards as they are, whatever the truncation left out: exact by enumeration, and so is the doubly robust form."""
+    world = circling_world(gamma)
+    episodes, probability = recorded_paths(world, 3)
+    assert episodes.truncated.any() and episodes.terminated.any()
+    policy = random_policy(world, 1)
+    recorded, visited = np.zeros((3, 2)), world.initial
+    for step in range(3):
+        recorded += gamma**step * visited[:, None] * world.behavior * ~world.terminal[:, None]
+        visited = visited @ world._onward(world.behavior)
+    model = dataclasses.replace(exact_model(world), recorded=recorded)
+    ratio = ratio_of(policy, episodes)
+    for weight in (state_weights(model, policy, episodes, ratio), state_action_weights(model, policy, episodes)):
+        assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+        x = pseudo_outcomes(episodes, weight, *values(policy, random_q(world), episodes))
+        assert probability @ x == pytest.approx(world.value(policy), abs=EXACT)
+    whole = pseudo_outcomes(
+        episodes, model.state_ratio(policy)[states_of(episodes)[0]] * ratio, *values(policy, random_q(world), episodes)
+    )
+    assert abs(probability @ whole - world.value(policy)) > 0.01  # the ratio of all visits is not that of the rows
+
+
+def test_a_fitted_model_knows_the_rows_of_its_log() -> None:
+    episodes, _ = recorded_paths(circling_world(0.9), 3)
+    model = TabularModel.fit(episodes, 3)
+    assert model is not None and model.recorded is not None
+    state = states_of(episodes)[0]
+    counted = np.zeros((3, 2))
+    for s, a, discount in zip(state, episodes.action, 0.9**episodes.step, strict=True):
+        counted[s, a] += discount / episodes.n_episodes
+    assert model.recorded == pytest.approx(counted, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_step_ratios_take_a_truncation_for_the_end_of_a_completed_episode(steps: int) -> None:
+    world = circling_world(0.9)
+    episodes, probability = recorded_paths(world, steps)
+    policy = random_policy(world, 1)
+    *_, next_v = values(policy, world.q_values(policy), episodes)
+    ratio = ratio_of(policy, episodes)
+    omega, mass = step_ratios(episodes, ratio, 3, probability)
+    weight = step_weights(omega, episodes, ratio)
+    whole = completed(episodes, next_v)
+    assert mis(whole, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+    assert wmis(whole, weight, mass).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
+
+
+def test_a_step_that_the_policy_never_reaches_adds_nothing_to_a_self_normalised_estimate() -> None:
+    """Action 1 goes on, action 0 ends: under a policy that always ends, nothing is left to normalise at step 1."""
+    world = circling_world(1.0)
+    episodes, probability = recorded_paths(world, 2)
+    stays = np.where(episodes.step == 0, np.where(episodes.length[episodes.episode_of_row] == 2, 0.0, 2.0), 0.0)
+    omega, mass = step_ratios(episodes, stays, 3, probability)
+    assert mass == pytest.approx([1.0, 0.0], abs=EXACT)
+    found = wmis(episodes, step_weights(omega, episodes, stays), mass)
+    assert found.numerator.shape == (episodes.n_episodes, 1) and np.isfinite(found.estimate(probability))
+
+
+def test_episodes_longer_than_those_of_the_ratios_are_refused(tiny: World) -> None:
+    episodes = tiny.simulate(50, 0)
+    with pytest.raises(InputError, match="up to 3 steps, but the ratios are of 2"):
+        step_weights(np.ones((2, tiny.n_states)), episodes, np.ones(episodes.n_rows))
+
+
+def test_marginal_weights_by_hand() -> None:
+    """One state, two actions, two steps. Rewards 1 and 2 with weights 0.5 and 3; gamma 0.5."""
+    world = random_world(1, 2, 2, 0.5, seed=0)
+    episode = dataclasses.replace(world.simulate(1, 1), reward=np.array([1.0, 2.0]))
+    assert episode.n_rows == 2
+    weight = np.array([0.5, 3.0])
+    assert mis(episode, weight).estimate() == pytest.approx(0.5 + 0.5 * 3.0 * 2.0)
+    assert wmis(episode, weight, 1.5).estimate() == pytest.approx(1.5 * (0.5 + 3.0) / (0.5 + 1.5))
+    assert wmis(episode, weight, np.array([1.0, 0.8])).estimate() == pytest.approx(1.0 + 0.8 * 0.5 * 2.0)
+    q, v = np.array([0.3, 0.4]), np.array([0.1, 0.2])
+    x = pseudo_outcomes(episode, weight, q, v, np.array([9.0, 9.0]))
+    assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 - 0.4)])
+    assert value_gains(episode, weight, q, v, v, v) == pytest.approx(x - (1 + 0.5 * 2.0))
+    cut = dataclasses.replace(episode, terminated=np.zeros(2, bool), truncated=np.array([False, True]))
+    x = pseudo_outcomes(cut, weight, q, v, np.array([9.0, 10.0]))
+    assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 + 0.5 * 10.0 - 0.4)])
+    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), np.array([9.0, 4.0]))
+    assert gains == pytest.approx(x - (1 + 0.5 * (2.0 + 0.5 * 4.0)))
+
+
+def test_marginal_weights_escape_the_curse_of_the_horizon() -> None:
+    """50 steps: the spread of a trajectory-weighted estimate is orders of magnitude above the marginalised one's."""
+    world = chain(50, 3)
+    policy = np.tile([0.25, 0.75], (world.n_states, 1))
+    episodes, fitted_on = world.simulate(1000, 0), world.simulate(1000, 1)
+    ratio = ratio_of(policy, episodes)
+    model = TabularModel.fit(fitted_on, world.n_states)
+    assert model is not None
+    omega, mass = step_ratios(fitted_on, ratio_of(policy, fitted_on), world.n_states)
+    by_step = step_weights(omega, episodes, ratio)
+    exact = world.value(policy)
+    for terms in (
+        mis(episodes, state_weights(model, policy, episodes, ratio)),
+        mis(episodes, state_action_weights(model, policy, episodes)),
+        mis(episodes, by_step),
+        wmis(episodes, by_step, mass),
+        drl(episodes, ratio, policy, form="markov"),
+        tabular_dm(episodes, policy),
+    ):
+        error = terms.influence().std() / np.sqrt(1000)
+        assert error < 0.015 and abs(terms.estimate() - exact) < 0.03
+        assert tis(episodes, ratio).influence().std() / np.sqrt(1000) > 10 * error
+
+
+# --- doubly robust pseudo-outcomes ---------------------------------------------------------------------------------------
+
+
+@worlds
+def test_pseudo_outcomes_are_right_when_the_weights_are_or_the_values_are(world: World) -> None:
+    episodes, probability = world.enumerate(3)
+    policy, model = random_policy(world, 5), exact_model(world)
+    weight = state_weights(model, policy, episodes, ratio_of(policy, episodes))
+    right, wrong = values(policy, world.q_values(policy), episodes), values(policy, random_q(world), episodes)
+    junk = np.random.default_rng(0).exponential(size=(world.n_states, world.n_actions))
+    wrong_weight = junk[states_of(episodes)[0], episodes.action]
+    value = world.value(policy)
+    assert probability @ pseudo_outcomes(episodes, weight, *wrong) == pytest.approx(value, abs=EXACT)
+    assert probability @ pseudo_outcomes(episodes, wrong_weight, *right) == pytest.approx(value, abs=EXACT)
+    assert abs(probability @ pseudo_outcomes(episodes, wrong_weight, *wrong) - value) > 0.01
+    gains = value_gains(episodes, weight, *wrong, wrong[2])
+    assert probability @ gains == pytest.approx(value - world.value(world.behavior), abs=EXACT)
+
+
+def test_gains_from_arrays_are_the_paired_differences_of_the_table() -> None:
+    world = circling_world(0.9)
+    episodes, _ = recorded_paths(world, 3)
+    model, policy = exact_model(world), random_policy(world, 1)
+    paired = paired_differences(model, policy, episodes, ratio_of(policy, episodes))
+    assert paired is not None
+    *_, behavior_next_v = values(model.behavior, model.q_values(model.behavior), episodes)
+    gains = value_gains(episodes, paired[1], *values(policy, model.q_values(policy), episodes), behavior_next_v)
+    assert gains == pytest.approx(paired[0], abs=EXACT)
+    assert paired[1] == pytest.approx(model.state_ratio(policy)[states_of(episodes)[0]] * ratio_of(policy, episodes))
+
+
+def test_values_that_are_not_finite_are_refused(tiny: World) -> None:
+    episodes = tiny.simulate(5, 0)
+    one = np.ones(episodes.n_rows)
+    broken = np.where(np.arange(episodes.n_rows) == 1, np.nan, 1.0)
+    for place in range(4):
+        weight, q, v, reward = (broken if i == place else one for i in range(4))
+        with pytest.raises(InputError, match="NaN or infinite"):
+            pseudo_outcomes(dataclasses.replace(episodes, reward=reward), weight, q, v, one)
+    for call in (
+        lambda: mis(episodes, broken),
+        lambda: wmis(episodes, broken, 1.0),
+        lambda: wmis(episodes, broken, one[:3]),
+    ):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            call()
+
+
+# --- the tabular direct method -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.8, 1.0])
+def test_the_tabular_direct_method_is_the_value_in_the_empirical_process(gamma: float) -> None:
+    """Truncated recordings included: the mean of the terms is the model's value, to the last digit."""
+    world = circling_world(gamma)
+    episodes, _ = recorded_paths(world, 4)
+    policy = random_policy(world, 2)
+    model = TabularModel.fit(episodes, 3)
+    assert model is not None
+    assert tabular_dm(episodes, policy).estimate() == pytest.approx(model.value(policy), abs=EXACT)
+
+
+def test_the_direct_method_by_hand() -> None:
+    """One state; action 0 was taken 3 times and ended each time with 1, 2 and 3, action 1 once and ended with 10."""
+    world = random_world(1, 2, 1, 1.0, seed=0)
+    four = dataclasses.replace(
+        world.simulate(4, 0), action=np.array([0, 0, 0, 1]), reward=np.array([1.0, 2.0, 3.0, 10.0])
+    )
+    policy = np.array([[0.25, 0.75], [0.5, 0.5]])
+    found = tabular_dm(four, policy)
+    assert found.estimate() == pytest.approx(0.25 * 2.0 + 0.75 * 10.0)
+    # influence: (pi / share) (r - mean)
+    assert found.influence() == pytest.approx([-1 / 3, 0.0, 1 / 3, 0.0])
+
+
+def test_marginal_weights_of_the_same_episodes_give_the_direct_method() -> None:
+    """Yin & Wang (2020): without discount or truncation, tabular MIS by state and action is the plug-in value."""
+    world = circling_world(1.0)
+    episodes, policy = world.simulate(200, 0), random_policy(world, 1)
+    model = TabularModel.fit(episodes, 3)
+    assert model is not None
+    weighted = mis(episodes, state_action_weights(model, policy, episodes))
+    assert weighted.estimate() == pytest.approx(model.value(policy), abs=EXACT)
+
+
+def test_the_spread_of_the_direct_methods_terms_is_its_standard_error() -> None:
+    world = circling_world(0.9)
+    policy = random_policy(world, 1)
+    found = [tabular_dm(world.simulate(150, seed), policy) for seed in range(300)]
+    estimates = np.array([terms.estimate() for terms in found])
+    stated = np.mean([terms.influence().std() / np.sqrt(150) for terms in found])
+    assert estimates.std() == pytest.approx(stated, rel=0.12)
+    assert abs(estimates.mean() - world.value(policy)) < 4 * estimates.std() / np.sqrt(300)
+
+
+def test_a_policy_without_an_end_or_a_table_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = circling_world(1.0)
+    transition = world.transition.copy()
+    transition[:2, 1] = [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]  # action 1 never ends
+    world = dataclasses.replace(world, transition=transition)
+    episodes, circling = world.simulate(100, 0), np.array([[0.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
+    with pytest.raises(InputError, match="never ends an episode"):
+        tabular_dm(episodes, circling)
+    with pytest.raises(InputError, match="never ends an episode"):
+        drl(episodes, np.ones(episodes.n_rows), circling, form="markov")
+    monkeypatch.setattr("offrl_models.ope.tabular.LARGEST_TABLE", 10)
+    with pytest.raises(InputError, match="too large"):
+        tabular_dm(episodes, world.behavior)
+
+
+# --- double reinforcement learning ---------------------------------------------------------------------------------------
+
+
+def test_folds_follow_the_entity_and_not_the_order() -> None:
+    episodes = dataclasses.replace(random_world(2, 2, 2, 1.0, 0).simulate(12, 0), entity=np.repeat(list("cabd"), 3))
+    fold = fold_of(episodes, 2)
+    assert [set(fold[episodes.entity == e]) for e in "abcd"] == [{0}, {1}, {0}, {1}]
+    assert (fold_of(dataclasses.replace(episodes, entity=None), 3) == np.arange(12) % 3).all()
+    with pytest.raises(InputError, match="4 entities cannot be cut into 5 folds"):
+        fold_of(episodes, 5)
+
+
+def test_cross_fitting_hands_each_fold_to_the_nuisances_of_the_others(tiny: World) -> None:
+    episodes = tiny.simulate(20, 0)
+    seen = []
+
+    def terms_of(others: Episodes, held: Episodes, rows: np.ndarray) -> np.ndarray:
+        seen.append((set(others.episode_id.tolist()), set(held.episode_id.tolist())))
+        assert (held.reward == episodes.reward[rows]).all()
+        return held.return_ + 100.0 * others.n_episodes
+
+    found = cross_fit(episodes, 3, terms_of)
+    everyone = set(range(20))
+    assert all(others | held == everyone and not others & held for others, held in seen)
+    assert sorted(i for _, held in seen for i in held) == list(range(20))
+    outside = 20 - np.bincount(np.arange(20) % 3)[np.arange(20) % 3]
+    assert found.numerator[:, 0] == pytest.approx(episodes.return_ + 100.0 * outside)
+
+
+@worlds
+@pytest.mark.parametrize("form", ["history", "markov"])
+def test_with_given_nuisances_the_terms_are_exact_over_every_trajectory(world: World, form: str) -> None:
+    """Any values are corrected, by products of ratios in one form and by exact state ratios in the other."""
+    from offrl_models.ope.drl import _terms
+
+    episodes, probability = world.enumerate(3)
+    policy, exact = random_policy(world, 5), exact_model(world)
+    ratio = ratio_of(policy, episodes)
+    broken = dataclasses.replace(exact, reward=exact.reward + random_q(world, 1))
+    kind: Literal["history", "markov"] = "history" if form == "history" else "markov"
+    assert probability @ _terms(broken, policy, episodes, ratio, kind) == pytest.approx(world.value(policy), abs=EXACT)
+
+
+def test_the_forms_are_those_of_the_two_models(tiny: World) -> None:
+    """History: DR with products of ratios; Markov: state ratio times ratio; both with the values of the other fold."""
+    episodes, policy = tiny.simulate(40, 0), random_policy(tiny, 3)
+    ratio = ratio_of(policy, episodes)
+    found = {form: drl(episodes, ratio, policy, form=form, folds=2).numerator[:, 0] for form in ("history", "markov")}
+    for held in (np.arange(40) % 2 == 0, np.arange(40) % 2 == 1):
+        model = TabularModel.fit(episodes.take(~held), tiny.n_states)
+        assert model is not None
+        mine, rows = episodes.take(held), held[episodes.episode_of_row]
+        q, v, next_v = values(policy, model.q_values(policy), mine)
+        assert found["history"][held] == pytest.approx(dr(mine, ratio[rows], q, v).numerator[:, 0], abs=EXACT)
+        weight = state_weights(model, policy, mine, ratio[rows], 20.0)
+        assert found["markov"][held] == pytest.approx(pseudo_outcomes(mine, weight, q, v, next_v), abs=EXACT)
+
+
+def efficiency_bounds(world: World, policy: np.ndarray) -> dict[str, float]:
+    """Variance of the influence function of one episode in each model, by enumeration."""
+    episodes, probability = world.enumerate(3)
+    ratio, arrays = ratio_of(policy, episodes), values(policy, world.q_values(policy), episodes)
+    history = dr(episodes, ratio, *arrays[:2]).numerator[:, 0]
+    markov = pseudo_outcomes(episodes, state_weights(exact_model(world), policy, episodes, ratio), *arrays)
+    return {
+        form: float(probability @ np.square(x - world.value(policy)))
+        for form, x in (("history", history), ("markov", markov))
+    }
+
+
+def test_intervals_from_the_terms_cover_and_are_as_short_as_any_can_be() -> None:
+    """200 logs of 300 episodes: coverage of the 95% interval, and the variance against the bound of each model."""
+    world = random_world(2, 2, 3, 1.0, seed=8)
+    policy = random_policy(world, 3)
+    bounds = efficiency_bounds(world, policy)
+    assert bounds["markov"] < 0.97 * bounds["history"]
+    logs = [world.simulate(300, seed) for seed in range(200)]
+    for form in ("history", "markov"):
+        found = [drl(log, ratio_of(policy, log), policy, form=form, folds=2) for log in logs]
+        estimates = np.array([terms.estimate() for terms in found])
+        errors = np.array([terms.influence().std() / np.sqrt(300) for terms in found])
+        covered = np.mean(np.abs(estimates - world.value(policy)) < 1.96 * errors)
+        assert covered >= 0.91
+        assert 300 * estimates.var() == pytest.approx(bounds[form], rel=0.25)
+        assert abs(estimates.mean() - world.value(policy)) < 4 * estimates.std() / np.sqrt(200)
+
+
+def test_a_truncated_log_is_valued_past_its_end() -> None:
+    """Both forms on recordings of 4 steps of a process that goes on: the value of going on, not of the recording."""
+    world = circling_world(0.9)
+    policy = random_policy(world, 1)
+    whole = world.simulate(4000, 0)
+    cut = whole.step < 4
+    names = ("observation", "action", "mask", "reward", "action_prob", "terminated")
+    length = np.minimum(whole.length, 4)
+    last = np.zeros(int(cut.sum()), bool)
+    last[length.cumsum() - 1] = True
+    episodes = dataclasses.replace(
+        whole,
+        final_observation=whole.next_observation[cut][last],
+        **{name: getattr(whole, name)[cut] for name in names},
+        offsets=np.append(0, length.cumsum()),
+        truncated=last & ~whole.terminated[cut],
+    )
+    assert episodes.truncated.sum() > 500
+    ratio = ratio_of(policy, episodes)
+    for terms in (
+        drl(episodes, ratio, policy, form="history"),
+        drl(episodes, ratio, policy, form="markov"),
+        tabular_dm(episodes, policy),
+    ):
+        error = terms.influence().std() / np.sqrt(4000)
+        assert error < 0.05 and abs(terms.estimate() - world.value(policy)) < 4 * error
+
+
+def test_step_and_state_as_one_category() -> None:
+    episodes, _ = recorded_paths(circling_world(1.0), 2)
+    coded = with_step(episodes, 3)
+    state, next_state = states_of(episodes)
+    assert (coded.observation[:, 0] == 3 * episodes.step + state).all()
+    ahead = ~episodes.terminated
+    assert (states_of(coded)[1][ahead] == (3 * (episodes.step + 1) + next_state)[ahead]).all()
+    assert coded.features[0].categories == 9 and states_of(coded)[1].max() < 9
+
+
+def test_with_the_step_in_the_state_a_changing_process_is_estimated() -> None:
+    """Positions alone are no Markov state of a layered world. With the step they are, and the Markov form is right."""
+    world = positions_only(random_world(2, 2, 3, 1.0, seed=1), 2)
+    episodes = world.simulate(4000, 3)
+    coded = with_step(episodes, 2)
+    layered = random_policy(world, 5)
+    policy = np.concatenate([layered[:6], np.full((2, 2), 0.5)])
+    terms = drl(coded, ratios(coded, policy[states_of(coded)[0]]), policy, form="markov")
+    assert abs(terms.estimate() - world.value(layered)) < 4 * terms.influence().std() / np.sqrt(4000)
+
+
+# --- identities ----------------------------------------------------------------------------------------------------------
+
+
+def every_estimator(world: World, policy: np.ndarray, episodes: Episodes, fitted_on: Episodes) -> dict[str, Terms]:
+    ratio, states = ratio_of(policy, episodes), world.n_states
+    model = TabularModel.fit(fitted_on, states)
+    assert model is not None
+    omega, mass = step_ratios(fitted_on, ratio_of(policy, fitted_on), states)
+    by_state, by_pair = state_weights(model, policy, episodes, ratio), state_action_weights(model, policy, episodes)
+    by_step, visits = step_weights(omega, episodes, ratio), float(model.occupancy(policy).sum())
+    return {
+        "MIS by state": mis(episodes, by_state),
+        "MIS by state and action": mis(episodes, by_pair),
+        "MIS by step": mis(episodes, by_step),
+        "WMIS by state": wmis(episodes, by_state, visits),
+        "WMIS by step": wmis(episodes, by_step, mass),
+        "DRL, history": drl(episodes, ratio, policy, form="history", folds=2),
+        "DRL, Markov": drl(episodes, ratio, policy, form="markov", folds=2),
+        "DM": tabular_dm(episodes, policy),
+    }
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15)
+def test_on_policy_importance_sampling_is_the_mean_return(seed: int) -> None:
+    """And the direct method is, where the policy is the empirical behavior. Ratios from the same episodes, gamma 1."""
+    world = random_world(2, 2, 3, 1.0, seed=seed)
+    episodes = world.simulate(25, seed)
+    model = TabularModel.fit(episodes, world.n_states)
+    assert model is not None
+    found = every_estimator(world, world.behavior, episodes, episodes)
+    ones = np.ones(episodes.n_rows)
+    assert found["MIS by step"].estimate() == pytest.approx(episodes.return_.mean(), abs=EXACT)
+    assert found["WMIS by step"].estimate() == pytest.approx(episodes.return_.mean(), abs=EXACT)
+    weight = state_weights(model, model.behavior, episodes, ones)
+    assert weight == pytest.approx(ones, abs=EXACT)
+    mass = float(model.occupancy(model.behavior).sum())
+    assert wmis(episodes, weight, mass).estimate() == pytest.approx(episodes.return_.mean(), abs=EXACT)
+    assert tabular_dm(episodes, model.behavior).estimate() == pytest.approx(episodes.return_.mean(), abs=EXACT)
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 50.0))
+@settings(max_examples=15)
+def test_values_scale_with_rewards(seed: int, scale: float) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=seed)
+    episodes, policy = world.simulate(25, seed), random_policy(world, 2)
+    scaled = dataclasses.replace(episodes, reward=scale * episodes.reward)
+    before = every_estimator(world, policy, episodes, episodes)
+    after = every_estimator(world, policy, scaled, scaled)
+    for name in before:
+        assert after[name].estimate() == pytest.approx(scale * before[name].estimate(), rel=1e-9, abs=1e-9), name
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15)
+def test_the_order_of_episodes_and_what_lies_past_their_end_never_matter(seed: int) -> None:
+    world = random_world(2, 2, 3, 0.9, seed=3)
+    episodes, policy = world.simulate(20, seed), random_policy(world, 2)
+    order = np.random.default_rng(seed).permutation(20)
+    rows = np.concatenate([np.flatnonzero(episodes.episode_of_row == i) for i in order])
+    names = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
+    shuffled = dataclasses.replace(
+        episodes,
+        episode_id=episodes.episode_id[order],
+        final_observation=np.full((20, 1), np.nan, np.float32),
+        **{name: getattr(episodes, name)[rows] for name in names},
+        offsets=np.append(0, episodes.length[order].cumsum()),
+    )
+    before = every_estimator(world, policy, episodes, episodes)
+    after = every_estimator(world, policy, shuffled, shuffled)
+    for name in before:
+        assert after[name].estimate() == pytest.approx(before[name].estimate(), abs=EXACT), name

@@ -1,0 +1,105 @@
+"""What a ranking is worth, by hand, and the two stages of a selection."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from offrl_models.schema import InputError
+from offrl_models.selection import error_rates, regret_at_k, sharpe_ratio_at_k, spearman, two_stage
+
+VALUE = np.array([1.0, 4.0, 2.0, 3.0])
+ESTIMATE = np.array([9.0, 2.0, 8.0, 7.0])  # the best policy is thought to be the worst
+
+
+def test_rank_correlation_by_hand() -> None:
+    """Ranks 4 1 3 2 against 1 4 2 3: opposite. Swapping the middle two leaves 1 - 6 * 2 / (4 * 15)."""
+    assert spearman(ESTIMATE, VALUE) == pytest.approx(-1.0)
+    assert spearman(np.array([1.0, 4.0, 3.0, 2.0]), VALUE) == pytest.approx(0.8)
+    assert math.isnan(spearman(np.ones(4), VALUE))
+    with pytest.raises(InputError, match="NaN"):
+        spearman(np.array([1.0, np.nan, 2.0, 3.0]), VALUE)
+
+
+@given(st.integers(0, 10_000))
+def test_rank_correlation_with_ties_is_that_of_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    estimate, value = rng.integers(0, 6, size=(2, 12)).astype(float)
+    assert spearman(estimate, value) == pytest.approx(stats.spearmanr(estimate, value)[0])
+
+
+def test_regret_by_hand() -> None:
+    assert [regret_at_k(ESTIMATE, VALUE, k) for k in (1, 2, 3, 4)] == [3.0, 2.0, 1.0, 0.0]
+    assert regret_at_k(VALUE, VALUE, 1) == 0.0
+    assert regret_at_k(np.ones(4), VALUE, 2) == 0.0  # of equal estimates those that come first
+    for k in (0, 5):
+        with pytest.raises(InputError, match="from 1 to 4"):
+            regret_at_k(ESTIMATE, VALUE, k)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_regret_never_rises_with_more_tries_and_does_not_depend_on_scale(seed: int, k: int) -> None:
+    estimate, value = np.random.default_rng(seed).normal(size=(2, 9))
+    found = regret_at_k(estimate, value, k)
+    assert 0.0 <= regret_at_k(estimate, value, k + 1) <= found
+    assert regret_at_k(np.exp(estimate), 2 * value + 1, k) == pytest.approx(2 * found)
+
+
+def test_errors_of_a_rule_by_hand() -> None:
+    """Champion 2: policies of 1 and 2 are no better, 4 and 3 are. One of each kind is judged wrongly, then none or all."""
+    assert error_rates(np.array([True, True, False, False]), VALUE, 2.0) == (0.5, 0.5)
+    assert error_rates(np.array([True, True, True, True]), VALUE, 2.0) == (1.0, 0.0)
+    assert error_rates(np.array([False, True, False, True]), VALUE, 2.0) == (0.0, 0.0)
+    assert error_rates(np.array([True, False, False, False]), VALUE, 3.5) == pytest.approx((1 / 3, 1.0))
+    nobody_worse, nobody_better = error_rates(np.ones(4, bool), VALUE, 0.0), error_rates(np.ones(4, bool), VALUE, 4.0)
+    assert math.isnan(nobody_worse[0]) and nobody_worse[1] == 0.0
+    assert nobody_better[0] == 1.0 and math.isnan(nobody_better[1])
+
+
+def test_sharpe_ratio_by_hand() -> None:
+    """The two that are thought best are worth 1 and 2: deviation 1/2. Over a champion of 1.5 the better gains 1/2."""
+    assert sharpe_ratio_at_k(ESTIMATE, VALUE, 1.5, 2) == pytest.approx(1.0)
+    assert sharpe_ratio_at_k(ESTIMATE, VALUE, 1.5, 4) == pytest.approx(2.5 / np.sqrt(1.25))
+    assert sharpe_ratio_at_k(ESTIMATE, VALUE, 3.0, 2) == pytest.approx(-2.0)
+    assert math.isnan(sharpe_ratio_at_k(ESTIMATE, VALUE, 1.5, 1))
+    assert math.isnan(sharpe_ratio_at_k(ESTIMATE, np.full(4, 0.1), 0.0, 3))
+
+
+def scorer(scores: dict[str, float], asked: list[list[str]]):
+    def score(names: Sequence[str]) -> list[float]:
+        asked.append(list(names))
+        return [scores[name] for name in names]
+
+    return score
+
+
+def test_the_second_stage_sees_what_the_first_kept_and_decides() -> None:
+    asked: list[list[str]] = []
+    cheap = scorer({"a": 1.0, "b": 5.0, "c": 3.0, "d": 4.0}, asked)
+    full = scorer({"b": 0.1, "c": 0.9, "d": 0.5}, asked)
+    found = two_stage(["a", "b", "c", "d"], cheap, full, keep=3)
+    assert asked == [["a", "b", "c", "d"], ["b", "d", "c"]]
+    assert list(found.cheap.items()) == [("b", 5.0), ("d", 4.0), ("c", 3.0), ("a", 1.0)]
+    assert list(found.full.items()) == [("c", 0.9), ("d", 0.5), ("b", 0.1)]
+
+
+@given(st.permutations(["a", "b", "c", "d"]))
+def test_equal_scores_are_ranked_by_name_whatever_the_order(names: list[str]) -> None:
+    found = two_stage(names, scorer(dict.fromkeys("abcd", 1.0), []), scorer(dict.fromkeys("abcd", 2.0), []), keep=2)
+    assert list(found.cheap) == ["a", "b", "c", "d"] and list(found.full) == ["a", "b"]
+
+
+def test_a_score_that_is_no_number_is_an_error() -> None:
+    good, bad = scorer({"a": 1.0, "b": 2.0}, []), scorer({"a": math.nan, "b": 2.0}, [])
+    for first, second in ((bad, good), (good, bad)):
+        with pytest.raises(InputError, match="1 candidates have no score that is a number: a"):
+            two_stage(["a", "b"], first, second, keep=2)
+    for keep in (0, 3):
+        with pytest.raises(InputError, match="cannot be kept"):
+            two_stage(["a", "b"], good, good, keep=keep)
+    with pytest.raises(InputError, match="name each once"):
+        two_stage(["a", "a"], good, good, keep=1)
