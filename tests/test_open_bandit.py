@@ -289,7 +289,9 @@ def test_ten_thousand_rows_that_are_worth_two_are_refused(logs: Path, tmp_path: 
     assert verdict.status == "INVALID" and verdict.decided_by == "support"
     assert "56.5% of the policy's mass lies where the behavior plays with probability under 0.01" in verdict.reason
     (worth,) = (finding for finding in verdict.findings if finding.name == "effective transitions")
-    assert not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective transitions")
+    assert (
+        not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective transitions")
+    )
     lenient = judge("0" * 64, measures, GateConfig(unsupported_mass=1.0))
     assert lenient.status == "INCONCLUSIVE" and lenient.reason.startswith("2 effective transitions")
 
