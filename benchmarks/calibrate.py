@@ -95,6 +95,9 @@ class Nuisances:
 
 
 def _value(model: TabularModel, table: Table) -> float:
+    """NaN, which no check passes, where the policy never ends an episode in the model."""
+    if not model.ends(table):
+        return float("nan")
     return float(model.initial @ (table * model.q_values(table)).sum(1))
 
 
@@ -125,7 +128,9 @@ class Candidate:
         state = gate.observation[:, 0].astype(np.int64)
         self.gate, self.nuisances, self.probs, self.table = gate, nuisances, table[state], table
         self.ratio = self.probs[np.arange(len(state)), gate.action] / gate.action_prob
-        q = nuisances.model.q_values(table)
+        q = (
+            nuisances.model.q_values(table) if nuisances.model.ends(table) else np.zeros_like(table)
+        )  # leg A then refuses
         v = (table * q).sum(1)
         fitted_state = nuisances.fitted_on.observation[:, 0].astype(np.int64)
         self.side = legs.Side(

@@ -14,7 +14,7 @@ Found = Mapping[int, Mapping[str, Any]]  # seed of the log -> policy -> what was
 COMMAND = "make calibrate"
 FALSE_ALLOWED = 0.05
 LIMIT = (
-    "5,000 gate stays, looked at after every 500. At most 12 of 400 logs may pass a null policy for the promise (at most 5%, at "
+    "5,000 gate stays, looked at after every 500. At most 12 of 400 logs may pass a null policy for the promise (at most 5%, at\n"
     "95% confidence) to hold."
 )
 
@@ -112,7 +112,8 @@ def write_report(results: Mapping[str, Found], path: Path, about: Mapping[str, A
         f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}, {about['date']}.", "",
     ]  # fmt: skip
     if "size" in known:
-        lines += ["## Policies that are exactly no better", "", LIMIT, "", *size_table(known["size"])]
+        lines += ["## Policies that are exactly no better", "", LIMIT, f"Logs so far: {len(known['size'])} of 400.", ""]
+        lines += size_table(known["size"])
         lines += ["![False passes by family](calibration-size.png)", ""]
         size_plot(known["size"], path.with_name("calibration-size.png"))
     if "power" in known:

@@ -43,10 +43,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def source(action: str) -> Arrays:
-    """70 episodes of 1 to 6 decisions, half of them cut off; the action is one of five codes, or two numbers."""
+    """50 episodes of 1 to 6 decisions, half of them cut off; the action is one of five codes, or two numbers."""
     rng = np.random.default_rng(11)
-    length = rng.integers(1, 7, 70)
-    episode = np.repeat(np.arange(70), length)
+    length = rng.integers(1, 7, 50)
+    episode = np.repeat(np.arange(50), length)
     rows, last = len(episode), np.append(episode[1:] != episode[:-1], True)
     observation = rng.normal(size=(rows, 3)).astype(np.float32)
     after_the_last = rng.normal(size=(rows, 3)).astype(np.float32)
@@ -269,7 +269,7 @@ def test_the_same_log_gives_the_same_episodes_in_every_format(name: str, action:
 
     accepted = Log.open(batch_files(folders.raw, contract.format), contract)
     measured = measure(accepted)
-    assert measured.violations == () and measured.card["rows"] == rows and measured.card["episodes"] == 70
+    assert measured.violations == () and measured.card["rows"] == rows and measured.card["episodes"] == 50
     assert measured.card["return_mean"] == pytest.approx(return_of(log), rel=1e-12)
     assert measured.episodes.rows() == [
         (n, c) for n, c in zip(*np.unique(np.diff(bounds(log)), return_counts=True), strict=True)

@@ -1,6 +1,7 @@
 """The ledger of looks: nothing in it can be rewritten, and what all looks spend together stays within three budgets."""
 
 import json
+import math
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models import ledger
+from offrl_models import bundle, ledger, stages, storage
+from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ledger import Look, level
 from offrl_models.ope.eprocess import elond_level
 from offrl_models.schema import InputError
+from tests.conftest import as_table, attributes, chain_world, write_batches
 
 CONFIG = GateConfig()
 DAY = date(2026, 3, 1)
@@ -103,3 +106,28 @@ def test_what_was_rewritten_is_seen(tmp_path: Path, damage: str) -> None:
         ledger.read(path)
     with pytest.raises(InputError):
         ledger.enter(path, look("next"))
+
+
+def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path: Path) -> None:
+    world = chain_world()
+    pipeline = Pipeline(parse_pipeline(attributes(world.n_states, 3), "toy"), tmp_path)
+    write_batches(tmp_path, world.simulate(3000, seed=3))
+    first, released = stages.run(pipeline)
+    assert released is not None and first.summary["champion"] == "the behavior policy"
+    again = stages.evidence(pipeline)  # what was released is not held against itself
+    assert again.reused and again.summary["status"] == "PASS"
+    later = as_table(world.simulate(600, seed=4), first_id=10_000)
+    storage.write_parquet(pipeline.folders.landing / "later.parquet", later)
+    second, _ = stages.run(pipeline)
+    assert second.summary["champion"] == "version 1"
+    evidence = json.loads((pipeline.folder / "evidence" / "evidence.json").read_text())
+    caps = [math.inf if rung["cap"] is None else rung["cap"] for rung in evidence["ladder"]]
+    assert min(caps) >= (math.inf if first.summary["cap"] is None else first.summary["cap"])
+    looks = ledger.read(pipeline.folder / "policies" / ledger.LEDGER)
+    assert [look.verdict for look in looks] == [first.summary["status"], second.summary["status"]]
+    assert looks[0].hypothesis != looks[1].hypothesis and looks[1].alpha == elond_level(0.05, 2, 1)
+    assert looks[1].champion == released_policy(pipeline, 1)
+
+
+def released_policy(pipeline: Pipeline, version: int) -> str:
+    return storage.sha256_file(pipeline.folder / "policies" / str(version) / bundle.POLICY)

@@ -167,7 +167,7 @@ def judge(pipeline: Pipeline, candidate: np.ndarray) -> list[CheckResult]:
 
 @pytest.fixture(scope="module")
 def log() -> pl.DataFrame:
-    return simulate(3)
+    return simulate(1)
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +226,11 @@ def other_actions_on_arrival(log: Log) -> Log:
 
 
 def rare_triumphs(log: Log) -> Log:
-    """Action 1 is a little worse than the others, but for one patient in sixty who is healed at once."""
-    triumph = FIRST & (pl.col("action") == 1) & (EPISODE % 60 == 0)
-    worse = 0.002 * (pl.col("action") == 1).cast(float)
-    plain = 0.4 + 0.02 * (pl.col("reward") - 0.4) - worse
+    """Action 1 is a little worse than the others on arrival, but of the gate's patients one in eighty is healed by it at once."""
+    chosen = FIRST & (pl.col("action") == 1)
+    counted = chosen & within(log, "gate")
+    triumph = counted & (counted.cum_sum() % 80 == 0)
+    plain = 0.02 * pl.col("reward") + 0.01 * (~chosen).cast(float)
     return log.with_columns(reward=pl.when(triumph).then(1.0).otherwise(plain))
 
 

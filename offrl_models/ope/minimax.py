@@ -18,7 +18,7 @@ from offrl_models.ope.tabular import RATIO_LIMIT
 
 ROUNDING = 1e-3  # of the ball, in units of the largest mean square
 RIDGES = np.logspace(1, -10, 12)  # in squares of the largest singular value
-UNDERSMOOTHED = 10.0  # of the ridge that balances best is used: its bias is then small beside the noise
+UNDERSMOOTHED = 0.1  # of the ridge that balances best is used: its bias is then small beside the noise
 FOLDS = 3  # few, so that what is left out of balance in each is seen above its noise
 RANK = 1e-12  # of the largest eigenvalue or singular value, under which a direction is taken not to exist
 

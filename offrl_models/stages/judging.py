@@ -1,5 +1,6 @@
 """From the best candidate to a verdict: the ladder on the gate split, against the champion, at the error rate that is left."""
 
+import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ class Champion:
     name: str
     version: int | None
     policy: Path  # its graph
+    cap: float  # on its ratio to the behavior; 1 for the behavior itself
 
     @property
     def key(self) -> str:
@@ -75,8 +77,11 @@ def current_champion(pipeline: Pipeline) -> Champion:
         if manifest.get("candidate") == _candidate_digest(pipeline):
             version = manifest["champion_version"]
     if version is None:
-        return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY)
-    champion = Champion(f"version {version}", version, policies / str(version) / bundle.POLICY)
+        return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY, 1.0)
+    cap = storage.read_json(policies / str(version) / registry.MANIFEST)["cap"]
+    champion = Champion(
+        f"version {version}", version, policies / str(version) / bundle.POLICY, math.inf if cap is None else cap
+    )
     contract = pipeline.config.logs
     OnnxPolicy(champion.policy).require_interface(len(contract.features), contract.action.n_actions)
     return champion
@@ -166,7 +171,7 @@ def evidence(pipeline: Pipeline) -> Stage:
             "policy_name": look.names[final],
             "rung": str(look.rungs[look.names[final]].relative_to(folder)),
             "algorithm": look.best,
-            "cap": pipeline.config.gate.caps[final],
+            "cap": look.caps[final],
             "lower_bound": verdict.measures.lower_bound,
             "alpha": verdict.measures.alpha,
             "champion": look.champion.name,
@@ -191,6 +196,7 @@ class _Look:
         self.board = current_leaderboard(pipeline)
         self.best: str = self.board.summary["best"]
         self.champion = current_champion(pipeline)
+        self.caps = self._caps()
         self.fitted_on, self.gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
@@ -202,12 +208,17 @@ class _Look:
         self.found: Evaluation = evaluate_policies(pipeline, policies, self.fitted_on, self.gate, "FQE for the gate")
         self.digests = [storage.sha256_file(rung / bundle.POLICY) for rung in self.rungs.values()]
 
+    def _caps(self) -> tuple[float | None, ...]:
+        """The rungs from the champion's own on: one closer to the behavior than the champion is cannot be expected to beat it."""
+        caps = self.config.gate.caps
+        return tuple(cap for cap in caps if cap is None or cap >= self.champion.cap) or caps[-1:]
+
     def _export(self, folder: Path, policies: dict[str, OnnxPolicy]) -> dict[str, Path]:
         """Every rung as the graph that would act; the uncapped one is the candidate's own."""
         encoder, rungs = encoder_of(self.pipeline), {}
         behavior = load_behavior(self.pipeline, encoder)
         candidate = load_candidate(self.pipeline, self.best, encoder)
-        for position, cap in enumerate(self.config.gate.caps):
+        for position, cap in enumerate(self.caps):
             name, rung = _rung_name(self.best, cap), folder / f"rung-{position + 1}"
             if cap is None:
                 for file in (bundle.POLICY, bundle.WEIGHTS):
@@ -276,14 +287,14 @@ class _Look:
             ],
             "ladder": [
                 {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
-                for key, cap, verdict in zip(self.names, config.gate.caps, verdicts, strict=True)
+                for key, cap, verdict in zip(self.names, self.caps, verdicts, strict=True)
             ],
             "detail": detail(self.found, self.names[final], self.champion.key, verdicts[final].measures, config.gate),
             "verdict": {
                 **verdicts[final].to_json(),
                 "proven_by_betting": verdicts[final].exact,
                 "policy_name": self.names[final],
-                "cap": config.gate.caps[final],
+                "cap": self.caps[final],
             },
         }
 
