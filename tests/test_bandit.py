@@ -268,6 +268,8 @@ def test_what_smoothing_refuses() -> None:
         logarithmic_smoothing_lower_bound(episodes, ones, low=0.0, alpha=1.0)
     with pytest.raises(InputError, match="NaN or infinite"):
         logarithmic_smoothing(log([0], [np.inf], [0.5]), np.ones(1), low=0.0)
+    with pytest.raises(InputError, match="ratio holds 1 values"):
+        logarithmic_smoothing(episodes, np.array([1.0, np.nan]), low=0.0)
 
 
 # Several logging policies

@@ -76,7 +76,7 @@ def logarithmic_smoothing(
     gain = finite("the reward", episodes.reward - low)
     if (gain < 0).any():
         raise InputError(f"{int((gain < 0).sum())} rewards lie under {low}, the lowest one that was said to occur.")
-    return Terms(low + np.log1p(scale * ratio * gain)[:, None] / scale)
+    return Terms(low + np.log1p(scale * finite("the ratio", ratio) * gain)[:, None] / scale)
 
 
 def logarithmic_smoothing_lower_bound(
