@@ -1,7 +1,6 @@
 """From the best candidate to a verdict: the ladder on the gate split, against the champion, at the error rate that is left."""
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models import bundle, ledger, registry, storage
+from offrl_models import bundle, ledger, storage
 from offrl_models.config import ComparisonConfig, Pipeline
 from offrl_models.evaluation import (
     BEHAVIOR,
@@ -30,6 +29,7 @@ from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import detail
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages.behavior import LOGGED, current_behavior, load_behavior, propensities_are, read_evaluated
+from offrl_models.stages.champion import candidate_digest, current_champion
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
 from offrl_models.storage import Stage
@@ -37,54 +37,6 @@ from offrl_models.storage import Stage
 
 def _rung_name(candidate: str, cap: float | None) -> str:
     return candidate if cap is None else f"{candidate} ≤ {cap:g}μ"
-
-
-@dataclass(frozen=True)
-class Champion:
-    """What a candidate has to beat: the policy released last, or the one that wrote the logs before the first release."""
-
-    name: str
-    version: int | None
-    policy: Path  # its graph
-    cap: float  # on its ratio to the behavior; 1 for the behavior itself
-
-    @property
-    def key(self) -> str:
-        """What it is called among the policies that are evaluated."""
-        return BEHAVIOR if self.version is None else CHAMPION
-
-    @property
-    def digest(self) -> str:
-        return storage.sha256_file(self.policy)
-
-
-def _candidate_digest(pipeline: Pipeline) -> str:
-    """Digest of the best candidate and of the behavior policy that caps it."""
-    board = current_leaderboard(pipeline)
-    return storage.digest([board.key["candidates"][board.summary["best"]], board.key["behavior"]])
-
-
-def current_champion(pipeline: Pipeline) -> Champion:
-    """The champion to beat. A candidate that was released already is held against the one that it replaced.
-
-    Raises InputError when the champion's bundle was altered, or takes other observations or actions than these logs have.
-    """
-    policies = pipeline.folder / "policies"
-    pointer = registry.champion(policies)
-    version = None if pointer is None else int(pointer["version"])
-    if version is not None:
-        manifest = storage.read_json(policies / str(version) / registry.MANIFEST)
-        if manifest.get("candidate") == _candidate_digest(pipeline):
-            version = manifest["champion_version"]
-    if version is None:
-        return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY, 1.0)
-    cap = storage.read_json(policies / str(version) / registry.MANIFEST)["cap"]
-    champion = Champion(
-        f"version {version}", version, policies / str(version) / bundle.POLICY, math.inf if cap is None else cap
-    )
-    contract = pipeline.config.logs
-    OnnxPolicy(champion.policy).require_interface(len(contract.features), contract.action.n_actions)
-    return champion
 
 
 def evidence_key(pipeline: Pipeline) -> dict[str, Any]:
@@ -176,7 +128,7 @@ def evidence(pipeline: Pipeline) -> Stage:
             "alpha": verdict.measures.alpha,
             "champion": look.champion.name,
             "champion_version": look.champion.version,
-            "candidate": _candidate_digest(pipeline),
+            "candidate": candidate_digest(pipeline),
             "episodes": look.gate.n_episodes,
             "rows": look.gate.n_rows,
             "checks": [result.to_json() for result in results],

@@ -1,0 +1,59 @@
+"""What a candidate has to beat."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from offrl_models import bundle, registry, storage
+from offrl_models.config import Pipeline
+from offrl_models.evaluation import BEHAVIOR, CHAMPION
+from offrl_models.policies import OnnxPolicy
+from offrl_models.stages.learning import current_leaderboard
+
+
+@dataclass(frozen=True)
+class Champion:
+    """What a candidate has to beat: the policy released last, or the one that wrote the logs before the first release."""
+
+    name: str
+    version: int | None
+    policy: Path  # its graph
+    cap: float  # on its ratio to the behavior; 1 for the behavior itself
+
+    @property
+    def key(self) -> str:
+        """What it is called among the policies that are evaluated."""
+        return BEHAVIOR if self.version is None else CHAMPION
+
+    @property
+    def digest(self) -> str:
+        return storage.sha256_file(self.policy)
+
+
+def candidate_digest(pipeline: Pipeline) -> str:
+    """Digest of the best candidate and of the behavior policy that caps it."""
+    board = current_leaderboard(pipeline)
+    return storage.digest([board.key["candidates"][board.summary["best"]], board.key["behavior"]])
+
+
+def current_champion(pipeline: Pipeline) -> Champion:
+    """The champion to beat. A candidate that was released already is held against the one that it replaced.
+
+    Raises InputError when the champion's bundle was altered, or takes other observations or actions than these logs have.
+    """
+    policies = pipeline.folder / "policies"
+    pointer = registry.champion(policies)
+    version = None if pointer is None else int(pointer["version"])
+    if version is not None:
+        manifest = storage.read_json(policies / str(version) / registry.MANIFEST)
+        if manifest.get("candidate") == candidate_digest(pipeline):
+            version = manifest["champion_version"]
+    if version is None:
+        return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY, 1.0)
+    cap = storage.read_json(policies / str(version) / registry.MANIFEST)["cap"]
+    champion = Champion(
+        f"version {version}", version, policies / str(version) / bundle.POLICY, math.inf if cap is None else cap
+    )
+    contract = pipeline.config.logs
+    OnnxPolicy(champion.policy).require_interface(len(contract.features), contract.action.n_actions)
+    return champion
