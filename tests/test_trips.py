@@ -360,7 +360,8 @@ def test_what_is_spoiled_once_fails_one_check(name: str, request: pytest.Fixture
 
 
 def test_an_episode_of_two_patients_is_refused_on_arrival(log: Log, tmp_path: Path) -> None:
-    two = log.with_columns(patient=pl.when((EPISODE == 1) & (STEP == 1)).then(pl.lit("patient 7")).otherwise("patient"))
+    second = (STEP == 1) & ((STEP == 1).cum_sum() == 1)  # one row of all
+    two = log.with_columns(patient=pl.when(second).then(pl.lit("patient 7")).otherwise("patient"))
     pipeline = land(tmp_path, two)
     with pytest.raises(InputError, match=r"'patient' has 1 row .*\(C27\).*now lies in data/ward/quarantine/0\.parquet"):
         walk(pipeline)
