@@ -19,7 +19,7 @@ from offrl_models.assess.values import Effort
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.intervals import bootstrap, bootstrap_shares
+from offrl_models.ope.intervals import Interval, bootstrap, bootstrap_shares
 from offrl_models.ope.worlds import World, bandit
 from offrl_models.reports import assessment, evidence
 from offrl_models.schema import Episodes, InputError
@@ -581,6 +581,53 @@ def test_a_check_that_fails_keeps_better_back() -> None:
     assert answer.answer(down, [fails])[0] == "worse"
     nothing = answer.Gain("DR", math.nan, math.nan, math.nan, 0.95, math.nan)
     assert answer.answer(nothing, [holds])[0] == "unsettled"
+
+
+def failing(episodes: Episodes, ratio: np.ndarray) -> set[str]:
+    """The checks of the self-normalised difference that fail."""
+    known, returns = target.Target({}, ratio * episodes.action_prob, None, None), Terms(episodes.return_[:, None])
+    terms = answer.every_terms(episodes, ratio, None)["SNIPW"]
+    gain = answer.gain("SNIPW", terms, returns, answer.units(episodes, 0), 0.05)
+    said = answer.checks(episodes, known, ratio, None, gain, answer.influence(terms, returns))
+    assert all(check.sentence for check in said if not check.holds)
+    return {check.name for check in said if not check.holds}
+
+
+def test_each_check_fails_where_it_should() -> None:
+    episodes = bandit(6, 3, 2, 1).simulate(2000, 0)
+    ones = np.ones(2000)
+    assert failing(episodes, ones) == set()
+    assert failing(episodes.take(np.arange(2000) < 400), ones[:400]) == {"episodes"}
+    assert failing(episodes, 1.2 * ones) == {"mean ratio"}
+    few = np.where(np.arange(2000) % 40 == 0, 40.0, 0.0)  # 50 episodes carry all of the weight, and its mean is 1
+    assert "effective episodes" in failing(episodes, few)
+    one = np.where(np.arange(2000) == int(episodes.reward.argmax()), 200.0, 1.0 - 199 / 1999)
+    assert {"largest share", "influence"} <= failing(episodes, one)
+
+
+def test_the_direct_method_may_not_contradict_what_is_settled() -> None:
+    direct = Interval(0.4, 0.3, 0.5, 0.95, "")
+    up, down = answer.Gain("DR", 0.2, 0.1, 0.3, 0.95, 0.0), answer.Gain("DR", -0.2, -0.3, -0.1, 0.95, 0.0)
+    open_ = answer.Gain("DR", 0.0, -0.1, 0.1, 0.95, 0.0)
+    held = [answer.direct_check(direct, logged, gain).holds for gain in (up, down, open_) for logged in (0.3, 0.5)]
+    assert held == [True, False, False, True, True, True]
+
+
+def test_a_state_that_is_only_ever_reached_is_worth_the_mean_return() -> None:
+    """All recordings stop on reaching state 1, in which no decision was logged."""
+    n = 400
+    rng = np.random.default_rng(0)
+    episodes = Episodes(
+        episode_id=np.arange(n), offsets=np.arange(n + 1), observation=np.zeros((n, 1), np.float32),
+        final_observation=np.ones((n, 1), np.float32), action=rng.integers(0, 2, n), mask=np.ones((n, 2), bool),
+        reward=rng.normal(size=n), terminated=np.zeros(n, bool), truncated=np.ones(n, bool), action_prob=np.full(n, 0.5),
+        gamma=0.9,
+    )  # fmt: skip
+    known = target.Target({}, np.full(n, 0.5), np.full((n, 2), 0.5), None)
+    found = values.tabular_values(episodes, known, np.ones(n), 2)
+    assert found is not None
+    first = values.first_fold(episodes)
+    assert found.next_v[first] == pytest.approx(np.full(first.sum(), episodes.return_[~first].mean()))
 
 
 def test_weights_that_overflow_are_said_to() -> None:
