@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from offrl_models.ope import fitted_ratios, minimax, model_based
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.fitted_ratios import Refusal, Weights, fit_ratios
 from offrl_models.ope.flow import Features, Flow, block, chunks
@@ -234,6 +235,7 @@ def test_a_policy_whose_visits_never_end_is_refused() -> None:
     flows = [Flow.by_state(log, ratio_of(policy, log)) for log in logs]
     assert "too little of where the policy goes" in refused(fit_ratios(flows[0], ridge=1e-12).weights(flows[1]))
     assert "instead of 1" in refused(fit_ratios(flows[0], ridge=1.0).weights(flows[1]))
+    assert fit_ratios(flows[0], ridge=1.0).weights(flows[1]).checks.mean < 0.5
     assert refused(fit_ratios(flows[0]).weights(flows[1]))
     required(fit_ratios(flows[0], by_step=True).weights(flows[1]))  # by step a recording's end is an end
 
@@ -245,15 +247,37 @@ def test_too_few_episodes_to_check_with_are_refused(controlled: tuple[Episodes, 
     assert "12 episodes tell the mean" in refused(fitted.weights(Flow.by_state(few, gaussian_ratio(few))))
 
 
-def test_right_weights_are_refused_no_more_often_than_stated() -> None:
-    """80 pairs of logs, half as many episodes fitted on as weighed, at a level of 10%."""
+def test_the_stated_errors_are_those_over_many_logs() -> None:
+    """100 pairs of logs, half as many episodes fitted on as weighed: refusals at a level of 10%, and every standard error."""
     world = random_world(2, 2, 3, 0.9, seed=1)
-    policy, refusals = random_policy(world, 1), 0
-    for seed in range(80):
+    policy, refusals, fits, mean_z = random_policy(world, 1), 0, [], []
+    for seed in range(100):
         logs = [coded(world.simulate(n, 2 * seed + i), world.n_states) for i, n in enumerate((300, 600))]
         fitted_on, flow = (Flow.by_state(log, ratio_of(policy, log)) for log in logs)
-        refusals += isinstance(fit_ratios(fitted_on).weights(flow, level=0.1), Refusal)
-    assert refusals <= stats.binom.ppf(0.99, 80, 0.1)
+        fits.append(fit_ratios(fitted_on, ridge=1e-4))
+        found = fits[-1].weights(flow, level=0.1)
+        refusals += isinstance(found, Refusal)
+        mean_z.append(found.checks.mean_z)
+    assert refusals <= stats.binom.ppf(0.99, 100, 0.1)
+    assert np.std(mean_z) == pytest.approx(1.0, abs=0.2)
+    spread = np.cov(np.array([fit.coefficients for fit in fits]).T)
+    stated = np.mean([fit.covariance for fit in fits], axis=0)
+    assert np.abs(stated - spread).max() < 0.3 * np.abs(spread).max()
+    later = np.flatnonzero(np.diag(spread) > 0.2 * np.diag(spread).max())
+    assert len(later) >= 2 and np.diag(stated)[later] == pytest.approx(np.diag(spread)[later], rel=0.4)
+    visits = world.occupancy(world.behavior) * ~world.terminal
+    average = np.sqrt((np.diag(spread) * visits).sum() / visits.sum())
+    assert np.mean([fit.noise for fit in fits]) == pytest.approx(average, rel=0.15)
+
+
+def test_with_the_ridge_that_balances_folds_right_weights_are_hardly_refused() -> None:
+    world = random_world(2, 2, 3, 0.9, seed=1)
+    policy, refusals = random_policy(world, 1), 0
+    for seed in range(40):
+        logs = [coded(world.simulate(n, 2 * seed + i), world.n_states) for i, n in enumerate((300, 600))]
+        fitted_on, flow = (Flow.by_state(log, ratio_of(policy, log)) for log in logs)
+        refusals += isinstance(fit_ratios(fitted_on).weights(flow), Refusal)
+    assert refusals <= stats.binom.ppf(0.99, 40, 0.01)
 
 
 def test_the_fitting_error_is_part_of_the_checks() -> None:
@@ -318,6 +342,52 @@ def test_the_ridge_is_chosen_on_folds_of_entities() -> None:
         fit_ratios(flow)
 
 
+def test_the_imbalance_left_in_a_fold_is_over_pairs_of_its_episodes() -> None:
+    """Against the plain sum over pairs, and the coefficients of a fold against those of a log without it."""
+    world = circling_world(0.8)
+    episodes, policy = numbered(world.simulate(30, 0)), random_policy(world, 1)
+    flow = Flow.by_state(episodes, ratio_of(policy, episodes))
+    features = Features.fit(episodes, fourier=4, by_step=False, seed=0)
+    fold, share = np.arange(30) % 3, np.full(30, 1 / 30)
+    coefficients = np.random.default_rng(0).normal(size=(3, 2, features.size))
+    coefficients[:, 1] *= 30.0  # beyond the limits of omega
+    ball = np.random.default_rng(1).normal(size=(features.size, features.size))
+    part = block(flow, features, False, slice(0, 30))
+    expected = np.zeros(2)
+    for place, number in itertools.product(range(2), range(3)):
+        omega = np.clip(part.basis @ coefficients[number, place], 0.0, 20.0)
+        left = part.start - episodes.sum_per_episode((episodes.time_discount * omega)[:, None] * part.departure)
+        mine = left[fold == number] @ ball.T
+        expected[place] += np.mean([one @ other for one, other in itertools.permutations(mine, 2)])
+    assert minimax._violations(flow, features, False, coefficients, fold, ball) == pytest.approx(expected, rel=1e-9)
+    without = minimax._mean(minimax._moments(flow, features, False, share, fold), without=1)
+    others = episodes.take(fold != 1)
+    alone = minimax._moments(
+        Flow.by_state(others, ratio_of(policy, others)), features, False, np.full(20, 1 / 20), np.zeros(20, np.int64)
+    )
+    for mine, theirs in zip(without[:4], alone[:4], strict=True):
+        assert mine == pytest.approx(theirs[0], abs=1e-12)
+
+
+def test_weights_are_never_negative_nor_above_the_limit(controlled: tuple[Episodes, Episodes]) -> None:
+    log = controlled[0].take(np.arange(800) < 50)
+    flow = Flow.by_state(log, gaussian_ratio(log))
+    fitted = fit_ratios(flow, fourier=20, ridge=1e-3)
+    wild = fitted.coefficients * -30.0
+    for limited, low, high in ((True, 0.0, 20.0), (False, -np.inf, np.inf)):
+        omega = fitted_ratios._balance(
+            flow, fitted.features, wild, fitted.checked, by_step=False, limited=limited
+        ).omega
+        assert (omega.min() >= low and omega.max() <= high) and (limited or omega.min() < 0)
+
+
+def test_other_functions_are_checked_than_those_fitted_with(controlled: tuple[Episodes, Episodes]) -> None:
+    log = controlled[0].take(np.arange(800) < 50)
+    fitted = fit_ratios(Flow.by_state(log, gaussian_ratio(log)), fourier=50, ridge=1e-3)
+    assert fitted.features.frequency.shape == fitted.checked.frequency.shape
+    assert not np.isclose(fitted.features.phase, fitted.checked.phase).any()
+
+
 def test_blocks_of_any_size_give_the_same(
     monkeypatch: pytest.MonkeyPatch, controlled: tuple[Episodes, Episodes]
 ) -> None:
@@ -350,19 +420,23 @@ def test_features_of_numbers_categories_and_gaps() -> None:
     assert (linear[:, 3:6].argmax(1) == log.observation[:, 0]).all()
     assert linear[:, 6] == pytest.approx((log.step - log.step.mean()) / log.step.std())
     assert np.abs(values[:, 8:]).max() <= np.sqrt(2 / 5)
+    one_category = Features.fit(coded(log, 3), fourier=5, by_step=False, seed=0)
+    indicators = one_category.of(log.observation, log.step)
+    assert indicators.shape == (log.n_rows, 3) and (indicators @ one_category.constant == 1.0).all()
 
 
 def test_random_features_make_a_kernel_of_the_distance() -> None:
     """Their products average to a mixture of Gaussians of the distance. Rahimi & Recht (2007)."""
     log = numbered(MASS.simulate(50, 0))
     found = Features.fit(log, fourier=30_000, by_step=False, seed=0)
-    pair = found.of(log.observation[:2], log.step[:2])[:, 4:]
     inputs = found._inputs(log.observation, log.step)
-    apart = np.square(inputs[0] - inputs[1]).sum()
     rows = np.random.default_rng(0).integers(0, log.n_rows, (2, 2000))
     width = np.median(np.sqrt(np.square(inputs[rows[0]] - inputs[rows[1]]).sum(1)))
-    kernel = np.mean([np.exp(-apart / (2 * (scale * width) ** 2)) for scale in (0.5, 1.0, 2.0)])
-    assert pair[0] @ pair[1] == pytest.approx(kernel, abs=0.03)
+    waves = found.of(log.observation[:12], log.step[:12])[:, 4:]
+    apart = np.square(inputs[:12, None] - inputs[None, :12]).sum(2) / width**2
+    kernel = np.mean([np.exp(-apart / (2 * scale**2)) for scale in (0.5, 1.0, 2.0)], axis=0)
+    assert waves @ waves.T == pytest.approx(kernel, abs=0.03)
+    assert np.abs(np.exp(-apart / 2) - kernel).max() > 0.08
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
@@ -387,12 +461,14 @@ def test_linear_dynamics_of_indicators_are_the_tabular_model(gamma: float) -> No
     world = circling_world(gamma)
     episodes = coded(recorded_paths(world, 4)[0], 3)
     policy = random_policy(world, 1)
-    flow = pair_flow(episodes, policy)
+    state, next_state = states_of(episodes)
+    beyond = np.where(episodes.terminated[:, None], np.nan, policy[next_state])  # nothing acts past the end
+    flow = Flow.by_state_action(episodes, policy[state], beyond)
     values = FeatureModel.fit(flow, ridge=0.0).values(flow)
     model = TabularModel.fit(episodes, 3)
     assert model is not None
     q = model.q_values(policy)
-    v, (state, next_state) = (policy * q).sum(1), states_of(episodes)
+    v = (policy * q).sum(1)
     assert values.q == pytest.approx(q[state, episodes.action], abs=EXACT)
     assert values.v == pytest.approx(v[state], abs=EXACT)
     assert values.next_v == pytest.approx(np.where(episodes.truncated, v[next_state], 0.0), abs=EXACT)
@@ -410,6 +486,29 @@ def test_a_finite_horizon_is_followed_step_by_step() -> None:
         v = (policy * (model.reward + model.transition @ v)).sum(1)
         assert dm(episodes, fitted.values(flow, steps).v).estimate() == pytest.approx(model.initial @ v, abs=EXACT)
     assert fitted.coefficients(500) == pytest.approx(fitted.coefficients(), abs=EXACT)
+
+
+def test_the_models_ridge_is_judged_on_the_folds_left_out() -> None:
+    """Against plain least squares on the other folds: up to a constant, its squared errors over what there was to predict."""
+    world = circling_world(0.8)
+    episodes, policy = numbered(world.simulate(30, 0)), random_policy(world, 1)
+    flow = pair_flow(episodes, policy)
+    features = Features.fit(episodes, fourier=4, by_step=False, seed=0)
+    fold = np.arange(30) % 3
+    part = block(flow, features, False, slice(0, 30))
+    ahead, of_row = episodes.discount[:, None] * part.onward, fold[episodes.episode_of_row]
+    expected = np.zeros(len(model_based.RIDGES))
+    for place, ridge in enumerate(model_based.RIDGES):
+        for number in range(3):
+            mine, basis = of_row == number, part.basis[of_row != number]
+            largest = np.linalg.eigvalsh(basis.T @ basis)[-1]
+            solve = np.linalg.solve(basis.T @ basis + ridge * largest * np.eye(basis.shape[1]), basis.T)
+            off = ahead[mine] - part.basis[mine] @ (solve @ ahead[of_row != number])
+            earned = episodes.reward[mine] - part.basis[mine] @ (solve @ episodes.reward[of_row != number])
+            expected[place] += np.square(off).sum() / np.square(ahead).sum()
+            expected[place] += np.square(earned).sum() / np.square(episodes.reward).sum()
+    found = model_based._errors(model_based._sums(flow, features, False, fold))
+    assert found - found[0] == pytest.approx(expected - expected[0], abs=1e-6)
 
 
 def test_weighting_rewards_and_following_a_model_are_two_sides_of_the_same_equations() -> None:
