@@ -579,6 +579,8 @@ def test_a_check_that_fails_keeps_better_back() -> None:
     assert answer.answer(gain, [fails, grave])[0] == "unusable"
     down = answer.Gain("DR", -0.2, -0.3, -0.1, 0.95, 0.01)
     assert answer.answer(down, [fails])[0] == "worse"
+    rounding = answer.Gain("SNIPW", -3e-15, -4e-15, -2e-15, 0.95, 0.0)
+    assert answer.answer(rounding, [holds])[0] == "unsettled"
     nothing = answer.Gain("DR", math.nan, math.nan, math.nan, 0.95, math.nan)
     assert answer.answer(nothing, [holds])[0] == "unsettled"
 
@@ -601,7 +603,8 @@ def test_each_check_fails_where_it_should() -> None:
     assert failing(episodes, 1.2 * ones) == {"mean ratio"}
     few = np.where(np.arange(2000) % 40 == 0, 40.0, 0.0)  # 50 episodes carry all of the weight, and its mean is 1
     assert "effective episodes" in failing(episodes, few)
-    one = np.where(np.arange(2000) == int(episodes.reward.argmax()), 200.0, 1.0 - 199 / 1999)
+    worse = 1.0 - 199 / 1999 - 0.1 * (episodes.reward - episodes.reward.mean())
+    one = np.where(np.arange(2000) == int(episodes.reward.argmax()), 200.0, worse)
     assert {"largest share", "influence"} <= failing(episodes, one)
 
 

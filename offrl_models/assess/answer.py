@@ -36,6 +36,7 @@ THRESHOLDS = GateConfig()  # those of the gate
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
 EFFECTIVE_EPISODES = 100.0  # floor
 SAMPLES = 1000  # of the bootstrap
+ROUNDING = 1e-12  # of a difference that is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
 MOST_UNITS = 5000  # that are resampled: more episodes are pooled, which costs memory for nothing
 
@@ -160,7 +161,7 @@ def checks(
         *said,
         _check("largest share", share <= most, share, f"at most {most:g}",
                f"one episode carries {share:.1%} of the difference, more than {most:.0%}"),
-        _check("influence", sign * without_top >= 0, without_top, "the same sign",
+        _check("influence", sign * without_top >= -ROUNDING, without_top, "the same sign",
                f"without its 0.5% most influential episodes the difference is {without_top:+.3g}, of another sign"),
     ]  # fmt: skip
 
@@ -250,18 +251,19 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
             "These logs cannot tell: at some step hardly any logged episode does what the policy would do.",
         )
     size = f"by {abs(found.estimate):.4g} per episode ({found.estimator})"
-    if found.upper_bound < 0:
+    if found.upper_bound < -ROUNDING:
         return "worse", (
             f"The policy is worse than the one that wrote the logs, {size}, and by at least {-found.upper_bound:.4g} at {level} "
             "confidence."
         )
-    if found.lower_bound > 0 and not broken:
+    if found.lower_bound > ROUNDING and not broken:
         return "better", (
             f"The policy is better than the one that wrote the logs, {size}, and by at least {found.lower_bound:.4g} at {level} "
             "confidence."
         )
     between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
-    why = f"; {broken[0].sentence}" if broken else ""
+    reasons = [check for check in broken if found.lower_bound > ROUNDING or check.name != "influence"]
+    why = f"; {reasons[0].sentence}" if reasons else ""
     return "unsettled", (
         "These logs do not settle whether the policy is better than the one that wrote them: the difference is "
         f"{found.estimate:+.4g} per episode ({found.estimator}), {between}{why}."

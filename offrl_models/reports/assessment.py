@@ -37,7 +37,7 @@ small { color: #718096; } img { max-width: 100%; display: block; }
 .answer { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .better { border-color: #2f855a; } .unsettled { border-color: #b7791f; } .worse, .unusable { border-color: #c53030; }
 .notice { padding: .6rem 1rem; border: 1px solid #b7791f; background: #fffaf0; }
-.fails { color: #c53030; font-weight: 600; }
+.fails { color: #c53030; font-weight: 600; } .checks td:not(:last-child) { white-space: nowrap; }
 </style></head><body>
 <h1>Evaluation of {{ e.policy.name }}</h1>
 <p class="answer {{ e.answer }}"><b>{{ word }}</b>: {{ e.sentence }}</p>
@@ -59,7 +59,7 @@ small { color: #718096; } img { max-width: 100%; display: block; }
 {{ signed(e.difference.lower_bound) }} and at most {{ signed(e.difference.upper_bound) }}, each at {{ one_sided }} confidence.</p>
 {% for names, why in e.left_out.items() %}<p>Left out: {{ names }}. {{ sentence(why) }}</p>{% endfor %}
 <h2>What speaks against believing it</h2>
-<table><tr><th class="l">check</th><th class="l"></th><th>measured</th><th class="l">asked</th><th class="l"></th></tr>
+<table class="checks"><tr><th class="l">check</th><th class="l"></th><th>measured</th><th class="l">asked</th><th></th></tr>
 {% for check in e.checks %}<tr><td class="l">{{ check.name }}</td>
 <td class="l {{ "" if check.holds else "fails" }}">{{ "holds" if check.holds else "fails" }}</td>
 <td>{{ short(check.value) }}</td><td class="l">{{ check.asked }}</td>
@@ -186,9 +186,10 @@ def _tail(found: dict[str, Any]) -> str:
     weights, episodes = found["weights"], found["log"]["episodes"]
     if "overflow" in weights:
         return f"The importance weights of {weights['overflow']:,} of {episodes:,} episodes are too large to be represented."
+    zero = "none is" if not weights["zero"] else "one is" if weights["zero"] == 1 else f"{weights['zero']:,} are"
     said = (
         f"The weights of {episodes:,} whole episodes are worth {weights['effective_episodes']:,.0f} equal ones; the largest is "
-        f"{weights['largest']:,.4g}, {weights['largest_share']:.1%} of their sum, and {weights['zero']:,} are 0."
+        f"{weights['largest']:,.4g}, {weights['largest_share']:.1%} of their sum, and {zero} 0."
     )
     if weights["pareto_k"] is not None:
         limit, shape = weights["pareto_k_limit"], weights["pareto_k"]
@@ -246,7 +247,7 @@ def _weights(weights: dict[str, Any]) -> str:
     axes.stairs(weights["counts"], edges, fill=True, color=BLUE)
     axes.set_xscale("log")
     axes.axvline(1.0, color=GRAY, linestyle="--", linewidth=1)
-    axes.set_xlabel("importance weight of an episode (1: as the logs)")
+    axes.set_xlabel("importance weight of an episode (1: as the logs; smaller than 0.0001 in the first bar)")
     axes.set_ylabel("episodes")
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
