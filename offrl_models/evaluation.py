@@ -193,9 +193,9 @@ def _cost_rise(
     """Per episode a number whose mean is the rise in the expected total of a cost over the champion's."""
 
     def rise(policy: str) -> np.ndarray:
-        leg, side = paired[policy], found.side(policy)
-        weight = side.ratio if isinstance(leg, str) else leg.weight
-        return legs.cost_outcome(column, side, weight, found.fitted_on, found.episodes, asked.states)
+        return legs.cost_outcome(
+            column, found.side(policy), paired[policy], found.fitted_on, found.episodes, asked.states
+        )
 
     return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)
 

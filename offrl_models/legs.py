@@ -17,7 +17,7 @@ from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.eprocess import e_value
 from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
 from offrl_models.ope.flow import Flow
-from offrl_models.ope.importance import Terms, trajectory_weights
+from offrl_models.ope.importance import Terms, pdis, trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.marginal import paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
@@ -46,12 +46,13 @@ class Paired:
     outcome: Float64[np.ndarray, "episodes"]
     weight: Float64[np.ndarray, "rows"]
     method: str
+    behavior_weight: Float64[np.ndarray, "rows"] | float = 1.0  # above 1 where rows stand for what was cut off
 
 
 def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, model: TabularModel | None) -> Paired | str:
     """Leg A of one policy, or the sentence that says why there is none."""
     if (gate.length == 1).all() and gate.terminated.all():
-        return Paired(value_gains(gate, side.ratio, side.q, side.v, side.next_v, behavior.next_v), side.ratio,
+        return Paired(_gains(gate, side, side.ratio, behavior, np.ones(gate.n_rows)), side.ratio,
                       "doubly robust paired difference")  # fmt: skip
     if model is None:
         return _fitted(side, behavior, fitted_on, gate)
@@ -73,8 +74,24 @@ def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> 
     found = fit_ratios(Flow.by_state(fitted_on, ratio)).weights(Flow.by_state(gate, side.ratio))
     if isinstance(found, Refusal):
         return found.reason.rstrip(".")
-    outcome = value_gains(gate, found.weight, side.q, side.v, side.next_v, behavior.next_v)
-    return Paired(outcome, found.weight, "doubly robust paired difference with fitted visit ratios")
+    behavior_weight = np.ones(gate.n_rows)
+    if gate.truncated.any():
+        base = fit_ratios(Flow.by_state(fitted_on, np.ones(len(rows)))).weights(Flow.by_state(gate, behavior_weight))
+        if isinstance(base, Refusal):
+            return f"what truncations cut off cannot be made up for: {base.reason.rstrip('.')}"
+        behavior_weight = base.weight
+    outcome = _gains(gate, side, found.weight, behavior, behavior_weight)
+    return Paired(outcome, found.weight, "doubly robust paired difference with fitted visit ratios", behavior_weight)
+
+
+def _gains(
+    gate: Episodes,
+    side: Side,
+    weight: Float64[np.ndarray, "rows"],
+    behavior: Side,
+    behavior_weight: Float64[np.ndarray, "rows"],
+) -> Float64[np.ndarray, "episodes"]:
+    return value_gains(gate, weight, side.q, side.v, side.next_v, behavior_weight, behavior.v, behavior.next_v)
 
 
 def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int) -> Contrast:
@@ -95,25 +112,23 @@ def by_subgroup(found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: 
 
 
 def cost_outcome(
-    column: str,
-    side: Side,
-    weight: Float64[np.ndarray, "rows"],
-    fitted_on: Episodes,
-    gate: Episodes,
-    states: int | None,
+    column: str, side: Side, leg: Paired | str, fitted_on: Episodes, gate: Episodes, states: int | None
 ) -> Float64[np.ndarray, "episodes"]:
     """Per episode a number whose mean is the rise in the expected discounted total of a cost over the behavior's.
 
-    Doubly robust where the observation is one category of `states`; by the transitions' weights alone elsewhere.
+    Doubly robust where the observation is one category of `states`; by the weights of leg A elsewhere. Where leg A cannot be
+    trusted, per-decision importance sampling of what was recorded.
     """
     model = TabularModel.fit(replace(fitted_on, reward=fitted_on.costs[column]), states) if states else None
+    paid = replace(gate, reward=gate.costs[column])
+    if isinstance(leg, str):
+        return pdis(paid, side.ratio).numerator.sum(1) - paid.return_
     if model is not None:
         table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))
-        paid = replace(gate, reward=gate.costs[column])
         found = None if table is None else paired_differences(model, table, paid, side.ratio)
         if found is not None:
             return found[0]
-    return gate.sum_per_episode((weight - 1.0) * gate.time_discount * gate.costs[column])
+    return gate.sum_per_episode((leg.weight - leg.behavior_weight) * gate.time_discount * gate.costs[column])
 
 
 def influence(outcome: Float64[np.ndarray, "episodes"]) -> float:

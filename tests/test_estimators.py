@@ -204,7 +204,7 @@ def test_the_tabular_model_of_many_episodes_has_the_worlds_values(tiny: World) -
     model = required(TabularModel.fit(tiny.simulate(200_000, 0), tiny.n_states))
     policy = random_policy(tiny, 5)
     assert model.initial @ (policy * model.q_values(policy)).sum(1) == pytest.approx(tiny.value(policy), abs=0.01)
-    assert model.state_ratio(model.behavior) == pytest.approx(np.ones(tiny.n_states), abs=1e-9)
+    assert model.recorded_state_ratio(model.behavior) == pytest.approx(np.ones(tiny.n_states), abs=1e-9)
 
 
 def test_a_policy_that_differs_within_a_state_has_no_table(tiny: World) -> None:

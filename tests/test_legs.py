@@ -14,6 +14,7 @@ from offrl_models.ope.worlds import bandit, random_policy, random_world
 from offrl_models.reports.detail import episodes_needed
 from offrl_models.schema import Episodes, Feature
 from tests.test_gate import GOOD
+from tests.test_marginal import circling_world
 
 WORLD = bandit(4, 3, 2, seed=1)
 POLICY = random_policy(WORLD, 2)
@@ -49,7 +50,9 @@ def test_the_rise_of_a_cost_is_exact_and_is_discounted() -> None:
     cost = np.random.default_rng(0).random(POLICY.shape)
     log = dataclasses.replace(log, costs={"days": cost[state, log.action]})
     side = side_of(log, state, 0)
-    rise = probability @ legs.cost_outcome("days", side, side.ratio, log, log, None)
+    leg = legs.paired(side, side, log, log, None)
+    assert isinstance(leg, legs.Paired)
+    rise = probability @ legs.cost_outcome("days", side, leg, log, log, None)
     contexts = np.bincount(state, probability, len(POLICY))
     assert rise == pytest.approx(contexts @ ((POLICY - WORLD.behavior) * cost).sum(1), abs=1e-12)
 
@@ -66,7 +69,7 @@ def test_the_rise_of_a_cost_over_several_steps() -> None:
     model = legs.TabularModel.fit(fitted_on, world.n_states)
     found = legs.paired(side, side, fitted_on, gate, model)
     assert isinstance(found, legs.Paired)
-    rise = legs.cost_outcome("paid", side, found.weight, fitted_on, gate, world.n_states)
+    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, world.n_states)
     assert rise == pytest.approx(found.outcome, abs=1e-12)
     difference = world.value(table) - world.value(world.behavior)
     assert abs(found.outcome.mean() - difference) < 4 * found.outcome.std() / np.sqrt(800)
@@ -112,6 +115,59 @@ def test_weights_that_do_not_balance_are_no_evidence() -> None:
     side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
     found = legs.paired(side, side, fitted_on, gate, None)
     assert isinstance(found, str) and "weights" in found
+
+
+def stopped(log: Episodes, steps: int) -> Episodes:
+    """The log of a recording that stops after so many steps of each episode."""
+    kept, length = log.step < steps, np.minimum(log.length, steps)
+    last = np.zeros(int(kept.sum()), bool)
+    last[length.cumsum() - 1] = True
+    names = ("observation", "action", "mask", "reward", "action_prob", "terminated")
+    return dataclasses.replace(
+        log,
+        final_observation=log.next_observation[kept][last],
+        **{name: getattr(log, name)[kept] for name in names},
+        offsets=np.append(0, length.cumsum()),
+        truncated=last & ~log.terminated[kept],
+        costs={},
+    )
+
+
+@pytest.mark.parametrize("tabular", [True, False], ids=["tabular", "fitted"])
+def test_a_log_that_stops_early_is_compared_by_what_was_cut_off_too(tabular: bool) -> None:
+    """Both sides with values that are wrong: the weights alone have to make up for it, in rewards and in costs."""
+    world = circling_world(0.9)
+    fitted_on, gate = (stopped(world.simulate(6000, seed), 4) for seed in (1, 2))
+    assert gate.truncated.sum() > 1000
+    columns = (Feature("state", world.n_states),)
+    fitted_on, gate = (
+        dataclasses.replace(log, features=columns, costs={"paid": log.reward}) for log in (fitted_on, gate)
+    )
+    table = random_policy(world, 1)
+    probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
+    zeros = np.zeros(gate.n_rows)
+    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
+    base = legs.Side(world.behavior[world.states(fitted_on.observation)], probs, zeros + 1, zeros, zeros, zeros)
+    model = legs.TabularModel.fit(fitted_on, world.n_states) if tabular else None
+    wrong = dataclasses.replace(model, reward=np.ones((3, 2))) if model is not None else None
+    found = legs.paired(side, base, fitted_on, gate, wrong)
+    assert isinstance(found, legs.Paired)
+    difference = world.value(table) - world.value(world.behavior)
+    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, world.n_states if tabular else None)
+    for outcome in (found.outcome, rise):
+        error = outcome.std() / np.sqrt(6000)
+        assert error < 0.1 * abs(difference) and abs(outcome.mean() - difference) < 4 * error
+
+
+def test_a_cost_without_leg_a_is_weighed_by_decisions() -> None:
+    world = random_world(3, 2, 3, 0.9, seed=4)
+    log, probability = world.enumerate(3)
+    log = dataclasses.replace(log, costs={"paid": log.reward})
+    table = random_policy(world, 3)
+    probs, zeros = table[world.states(log.observation)], np.zeros(log.n_rows)
+    side = legs.Side(probs, probs, ratios(log, probs), zeros, zeros, zeros)
+    rise = probability @ legs.cost_outcome("paid", side, "no weights", log, log, world.n_states)
+    assert rise == pytest.approx(world.value(table) - world.value(world.behavior), abs=1e-9)
 
 
 @pytest.mark.parametrize("lower", [-0.01, 0.004])

@@ -25,7 +25,7 @@ from offrl_models.ope.marginal import (
     wmis,
 )
 from offrl_models.ope.sequences import completed, ratios
-from offrl_models.ope.tabular import TabularModel, states_of
+from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.ope.worlds import World, chain, random_policy, random_world
 from offrl_models.schema import Episodes, InputError
 
@@ -190,10 +190,14 @@ def test_weights_over_a_recording_that_stops_stand_for_the_visits_past_its_end(g
         assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
         x = pseudo_outcomes(episodes, weight, *values(policy, random_q(world), episodes))
         assert probability @ x == pytest.approx(world.value(policy), abs=EXACT)
-    whole = pseudo_outcomes(
-        episodes, model.state_ratio(policy)[states_of(episodes)[0]] * ratio, *values(policy, random_q(world), episodes)
-    )
-    assert abs(probability @ whole - world.value(policy)) > 0.01  # the ratio of all visits is not that of the rows
+    wrong = dataclasses.replace(model, reward=random_q(world))  # no matter: the weights are right
+    paired = paired_differences(wrong, policy, episodes, ratio)
+    assert paired is not None
+    assert probability @ paired[0] == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
+    every_visit = dataclasses.replace(wrong, recorded=None)  # their ratio is not that of the rows
+    paired = paired_differences(every_visit, policy, episodes, ratio)
+    assert paired is not None
+    assert abs(probability @ paired[0] - world.value(policy) + world.value(world.behavior)) > 0.01
 
 
 def test_a_fitted_model_knows_the_rows_of_its_log() -> None:
@@ -250,12 +254,15 @@ def test_marginal_weights_by_hand() -> None:
     q, v = np.array([0.3, 0.4]), np.array([0.1, 0.2])
     x = pseudo_outcomes(episode, weight, q, v, np.array([9.0, 9.0]))
     assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 - 0.4)])
-    assert value_gains(episode, weight, q, v, v, v) == pytest.approx(x - (1 + 0.5 * 2.0))
+    one = np.ones(2)
+    assert value_gains(episode, weight, q, v, v, one, q, v) == pytest.approx(x - (1 + 0.5 * 2.0))
     cut = dataclasses.replace(episode, terminated=np.zeros(2, bool), truncated=np.array([False, True]))
     x = pseudo_outcomes(cut, weight, q, v, np.array([9.0, 10.0]))
     assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 + 0.5 * 10.0 - 0.4)])
-    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), np.array([9.0, 4.0]))
+    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), one, q, np.array([9.0, 4.0]))
     assert gains == pytest.approx(x - (1 + 0.5 * (2.0 + 0.5 * 4.0)))
+    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), np.array([1.0, 3.0]), q, np.array([9.0, 4.0]))
+    assert gains == pytest.approx(x - (1 + 0.5 * 0.4 + 0.5 * 3.0 * (2.0 + 0.5 * 4.0 - 0.4)))
 
 
 def test_marginal_weights_escape_the_curse_of_the_horizon() -> None:
@@ -297,20 +304,19 @@ def test_pseudo_outcomes_are_right_when_the_weights_are_or_the_values_are(world:
     assert probability @ pseudo_outcomes(episodes, weight, *wrong) == pytest.approx(value, abs=EXACT)
     assert probability @ pseudo_outcomes(episodes, wrong_weight, *right) == pytest.approx(value, abs=EXACT)
     assert abs(probability @ pseudo_outcomes(episodes, wrong_weight, *wrong) - value) > 0.01
-    gains = value_gains(episodes, weight, *wrong, wrong[2])
+    gains = value_gains(episodes, weight, *wrong, np.ones(episodes.n_rows), *wrong[1:])
     assert probability @ gains == pytest.approx(value - world.value(world.behavior), abs=EXACT)
 
 
-def test_gains_from_arrays_are_the_paired_differences_of_the_table() -> None:
+def test_the_ratio_of_states_is_limited_in_paired_differences() -> None:
+    """What is above the limit is left to the values, which are exact here."""
     world = circling_world(0.9)
-    episodes, _ = recorded_paths(world, 3)
+    episodes, probability = recorded_paths(world, 3)
     model, policy = exact_model(world), random_policy(world, 1)
-    paired = paired_differences(model, policy, episodes, ratio_of(policy, episodes))
-    assert paired is not None
-    *_, behavior_next_v = values(model.behavior, model.q_values(model.behavior), episodes)
-    gains = value_gains(episodes, paired[1], *values(policy, model.q_values(policy), episodes), behavior_next_v)
-    assert gains == pytest.approx(paired[0], abs=EXACT)
-    assert paired[1] == pytest.approx(model.state_ratio(policy)[states_of(episodes)[0]] * ratio_of(policy, episodes))
+    rare = dataclasses.replace(model, recorded=np.full((3, 2), 1e-3))
+    paired, ratio = paired_differences(rare, policy, episodes, ratio_of(policy, episodes)), ratio_of(policy, episodes)
+    assert paired is not None and paired[1] == pytest.approx(RATIO_LIMIT * ratio)
+    assert probability @ paired[0] == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
 
 
 def test_values_that_are_not_finite_are_refused(tiny: World) -> None:

@@ -16,8 +16,8 @@ from jaxtyping import Float64
 
 from offrl_models.ope.importance import Terms, discounted_rewards
 from offrl_models.ope.multistep import following
-from offrl_models.ope.sequences import by_step, completed, finite
-from offrl_models.ope.tabular import TabularModel, fit_ending, over, states_of
+from offrl_models.ope.sequences import by_step, finite
+from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, fit_ending, over, states_of
 from offrl_models.schema import Episodes, InputError
 
 
@@ -153,13 +153,17 @@ def value_gains(
     q: Float64[np.ndarray, "rows"],
     v: Float64[np.ndarray, "rows"],
     next_v: Float64[np.ndarray, "rows"],
+    behavior_weight: Float64[np.ndarray, "rows"],
+    behavior_v: Float64[np.ndarray, "rows"],
     behavior_next_v: Float64[np.ndarray, "rows"],
 ) -> Float64[np.ndarray, "episodes"]:
     """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior), from weights and values of any origin.
 
-    The realised return counts the behavior's value past a truncation, as the pseudo-outcome counts the policy's.
+    Of the behavior it takes the pseudo-outcome with v in the place of q, which is the realised return, whatever the values,
+    where its weights are 1: in a log without truncations. Elsewhere they stand for the visits that were cut off.
     """
-    return pseudo_outcomes(episodes, weight, q, v, next_v) - completed(episodes, behavior_next_v).return_
+    gained = pseudo_outcomes(episodes, weight, q, v, next_v)
+    return gained - pseudo_outcomes(episodes, behavior_weight, behavior_v, behavior_v, behavior_next_v)
 
 
 def tabular_dm(episodes: Episodes, policy: Float64[np.ndarray, "states actions"]) -> Terms:
@@ -189,15 +193,20 @@ def paired_differences(
 
     None where the policy never ends an episode in the model, so that its values do not exist (gamma 1 only).
 
-    X_i = V(s_0) + sum_t gamma^t omega(s_t) rho_t [r_t + gamma V(s_{t+1}) - Q(s_t, a_t)] - G_i, where a truncated episode
-    counts the value of its last next state in G_i as well. The model must be fitted on other episodes than these.
+    X_i = V(s_0) + sum_t gamma^t omega(s_t) rho_t [r_t + gamma V(s_{t+1}) - Q(s_t, a_t)] - G_i, where the return of a
+    truncated episode counts what was cut off as well (`value_gains`). omega is at most RATIO_LIMIT; what is above is left to
+    the values. The model must be fitted on other episodes than these.
     """
     if not (model.ends(policy) and model.ends(model.behavior)):
         return None
     state, next_state = states_of(episodes)
     q = model.q_values(policy)
     v = (policy * q).sum(1)
-    weight = model.state_ratio(policy)[state] * ratio
-    v_behavior = (model.behavior * model.q_values(model.behavior)).sum(1)
-    gains = value_gains(episodes, weight, q[state, episodes.action], v[state], v[next_state], v_behavior[next_state])
+    behavior_v = (model.behavior * model.q_values(model.behavior)).sum(1)
+    weight = state_weights(model, policy, episodes, ratio, RATIO_LIMIT)
+    behavior_weight = np.ones(len(ratio))
+    if episodes.truncated.any():
+        behavior_weight = state_weights(model, model.behavior, episodes, behavior_weight, RATIO_LIMIT)
+    gains = value_gains(episodes, weight, q[state, episodes.action], v[state], v[next_state], behavior_weight,
+                        behavior_v[state], behavior_v[next_state])  # fmt: skip
     return gains, weight

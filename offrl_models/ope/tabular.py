@@ -84,10 +84,6 @@ class TabularModel:
             return False
         return bool(np.isfinite(visits).all() and visits.min() > 0 and visits.max() < LONGEST_STAY)
 
-    def state_ratio(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states"]:
-        """omega(s): visits under the policy over visits under the behavior, at most RATIO_LIMIT; 1 where neither is known."""
-        return np.minimum(over(self.occupancy(policy), self.occupancy(self.behavior)), RATIO_LIMIT)
-
     def recorded_ratio(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states actions"]:
         """w(s, a): visits under the policy, however many, over the rows that the log has; 1 where it has none.
 
