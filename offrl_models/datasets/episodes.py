@@ -19,11 +19,11 @@ from jaxtyping import Bool
 
 from offrl_models import storage
 from offrl_models.datasets.moments import Moments
-from offrl_models.datasets.placement import Destination, Placement, place
+from offrl_models.datasets.placement import Destination, Placement, place, splits_of
 from offrl_models.datasets.split import SPLITS, require_split
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.index import index
+from offrl_models.logs.index import analyse, read_runs
 from offrl_models.logs.read import CHUNK, WORKERS, Log
 from offrl_models.mapped import Columns, open_columns, read_table, write_table
 from offrl_models.schema import Episodes, InputError
@@ -102,8 +102,12 @@ class _Splits:
 
     def __init__(self, log: Log, salt: str, folder: Path):
         self.contract, self.folder = log.contract, folder
-        found = index(log)
-        placed = place(found, self.contract, salt)
+        runs = read_runs(log)
+        with ThreadPoolExecutor(1) as pool:
+            split = pool.submit(splits_of, runs.frame["entity"], salt)
+            found = analyse(runs, log)
+            placed = place(found, self.contract, split.result())
+        del runs
         self.clock, self.placements = found.clock, Placement.by_batch(found, placed)
         self.episodes = [placed.filter(pl.col("split") == number) for number in range(len(SPLITS))]
         self.counts = {

@@ -14,7 +14,14 @@ from offrl_models.logs.index import Index
 from offrl_models.schema import InputError
 
 
-def place(found: Index, contract: Contract, salt: str) -> pl.DataFrame:
+def splits_of(entities: pl.Series, salt: str) -> pl.DataFrame:
+    """The number of the split of every entity, each once."""
+    each = entities.unique().rename("entity")
+    later = np.array([numbers.start for numbers in list(SPLITS.values())[1:]])
+    return pl.DataFrame({"entity": each, "split": np.searchsorted(later, buckets(each.to_numpy(), salt), "right")})
+
+
+def place(found: Index, contract: Contract, split: pl.DataFrame) -> pl.DataFrame:
     """Episodes that enter the dataset, sorted by id: their split, the row of it where they begin, and how many they keep.
 
     Left out are episodes with gaps, and those whose rewards may still come. An open episode counts as truncated. Where the log
@@ -24,14 +31,7 @@ def place(found: Index, contract: Contract, salt: str) -> pl.DataFrame:
     kept = found.episodes.filter(~pl.col("gap") & ~pl.col("pending")).with_columns(truncated=~pl.col("terminated"))
     if contract.next_observation is None:
         kept = kept.with_columns(pl.col("length") - pl.col("truncated")).filter(pl.col("length") > 0)
-    if contract.entity is None:  # every episode is an entity of its own
-        kept = kept.with_columns(bucket=pl.Series(buckets(kept["entity"].to_numpy(), salt)))
-    else:
-        entities = kept["entity"].unique()
-        side = pl.DataFrame({"entity": entities, "bucket": buckets(entities.to_numpy(), salt)})
-        kept = kept.join(side, on="entity", how="left", maintain_order="left")
-    later = [numbers.start for numbers in list(SPLITS.values())[1:]]
-    kept = kept.with_columns(split=pl.sum_horizontal(*((pl.col("bucket") >= start).cast(pl.Int64) for start in later)))
+    kept = kept.join(split, on="entity", how="left", maintain_order="left")
     for number, name in enumerate(SPLITS):
         if not (kept["split"] == number).any():
             raise InputError(f"the log has {kept.height} episodes and none falls into the {name} split; collect more.")

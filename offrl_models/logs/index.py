@@ -6,7 +6,7 @@ kept in memory grows with the episodes and not with the rows; a shuffled one has
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -100,8 +100,21 @@ def _runs(frame: pl.DataFrame, contract: Contract, first_row: int) -> pl.DataFra
     return runs
 
 
+class Runs(NamedTuple):
+    """The runs of a log, in order of reading, with the rows of each batch and the latest time that the log knows of."""
+
+    frame: pl.DataFrame
+    rows: dict[int, int]
+    clock: datetime | None
+
+
 def index(log: Log) -> Index:
     """Find the episodes of a log and every rule of structure that its rows break."""
+    return analyse(read_runs(log), log)
+
+
+def read_runs(log: Log) -> Runs:
+    """One pass over the keys of a log. Raises DamagedBatchError for a batch without rows, and a log without decisions."""
     contract = log.contract
     times = [
         name for name in (contract.decided_at, contract.reward.arrived_at) if name and contract.reward.window_hours
@@ -131,13 +144,12 @@ def index(log: Log) -> Index:
     frames = [runs for runs, _ in found]
     del found
     runs = pl.concat(frames, how="vertical_relaxed", rechunk=True)
-    del frames
-    return analyse(runs, rows, clock, log)
+    return Runs(runs, rows, clock)
 
 
-def analyse(runs: pl.DataFrame, rows: dict[int, int], clock: datetime | None, log: Log) -> Index:
+def analyse(read: Runs, log: Log) -> Index:
     """Episodes and broken rules from the runs of a log."""
-    contract = log.contract
+    (runs, rows, clock), contract = read, log.contract
     usable = runs.drop_nulls(["episode", "step"]) if runs["episode"].has_nulls() or runs["step"].has_nulls() else runs
     ordered = _in_order(usable, ["episode"])
     shared = (ordered["same"] & (ordered["batch"] != ordered["batch"].shift(1))).any()
