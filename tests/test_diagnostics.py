@@ -24,6 +24,7 @@ from offrl_models.ope.diagnostics import (
     largest_share,
     pareto_k,
     pareto_k_limit,
+    worst_action_z,
 )
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
 from offrl_models.ope.intervals import Interval
@@ -61,6 +62,45 @@ def bandit(rewards: list[float], probs: list[float]) -> Episodes:
         action_prob=np.array(probs, float),
         gamma=1.0,
     )
+
+
+# The mean-ratio test of each action
+
+
+def rare_action(times: int, prob: float = 0.002, rows: int = 5000) -> tuple[Episodes, np.ndarray, np.ndarray]:
+    """A log in which the second action was taken so many times, and a policy that takes it 1.2 times as often as logged."""
+    log = bandit([0.0] * rows, [1 - prob] * rows)
+    action = (np.arange(rows) < times).astype(np.int64)
+    log = dataclasses.replace(log, action=action, action_prob=np.where(action == 1, prob, 1 - prob))
+    probs = np.tile([1 - 1.2 * prob, 1.2 * prob], (rows, 1))
+    return log, ratios(log, probs), probs
+
+
+def test_an_action_seen_too_rarely_by_chance_is_no_broken_log() -> None:
+    """10 are expected; 3 are as rare as 1 in 100, and 0 as 1 in 22,000. By the errors alone 3 have z = -4.05."""
+    assert worst_action_z(*rare_action(10)) == pytest.approx(0.0, abs=1e-9)
+    errors_alone = (3 - 10) / math.sqrt(3)
+    assert worst_action_z(*rare_action(3)) == pytest.approx(-7 / math.sqrt(10), abs=0.05) != errors_alone
+    assert -4 < worst_action_z(*rare_action(0)) < -3
+    assert worst_action_z(*rare_action(22)) == pytest.approx((22 - 10) / math.sqrt(22), abs=0.05)
+
+
+@pytest.mark.parametrize(("times", "prob"), [(700, 0.1), (330, 0.1), (60, 0.004)])
+def test_a_wrong_propensity_of_one_action_is_seen(times: int, prob: float) -> None:
+    assert abs(worst_action_z(*rare_action(times, prob))) > 4
+
+
+def test_the_test_of_each_action_has_its_size() -> None:
+    """Three actions of 4, 15 and 40 expected rows: with right propensities |z| hardly ever is above 3."""
+    rng, rows, far = np.random.default_rng(0), 2000, 0
+    mu = np.array([0.9705, 0.002, 0.0075, 0.02])
+    pi = np.array([0.9558, 0.003, 0.01125, 0.03])
+    pi /= pi.sum()
+    for _ in range(1000):
+        action = rng.choice(4, rows, p=mu)
+        log = dataclasses.replace(bandit([0.0] * rows, [1.0] * rows), action=action, mask=np.ones((rows, 4), bool))
+        far += abs(worst_action_z(log, pi[action] / mu[action], np.tile(pi, (rows, 1)))) > 3
+    assert far <= 20  # it was 114 by the errors alone
 
 
 # Effective sample sizes, shares, clips, agreement

@@ -165,9 +165,20 @@ def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0
 def worst_action_z(
     episodes: Episodes, ratio: Float64[np.ndarray, "rows"], probs: Float64[np.ndarray, "rows actions"]
 ) -> float:
-    """The mean-ratio test of each single action: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score furthest from 0."""
-    scores = [zero_mean_z((episodes.action == a) * ratio - probs[:, a]) for a in range(episodes.n_actions)]
-    return max(scores, key=abs)
+    """The mean-ratio test of each single action: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score furthest from 0.
+
+    The variance is the larger one of two: that of the errors, and that which is expected of an action of this ratio when the
+    propensities are right. By the first alone, an action that happens to be seen too rarely looks certain to be too rare.
+    """
+    typical = np.square(ratio).sum() / max(ratio.sum(), 1e-12)  # what the ratio is where the policy acts
+    scores = []
+    for action in range(episodes.n_actions):
+        seen, expected = np.where(episodes.action == action, ratio, 0.0), probs[:, action]
+        error = seen - expected
+        usual = (np.square(seen).sum() + typical) / (seen.sum() + 1.0)  # as if seen once more, with the typical ratio
+        variance = max(len(error) * error.var(), usual * expected.sum() - np.square(expected).sum())
+        scores.append(0.0 if abs(error.mean()) <= 1e-12 else error.sum() / np.sqrt(max(variance, 1e-24)))
+    return float(max(scores, key=abs))
 
 
 def confounded_bounds(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], odds_ratio: float) -> tuple[float, float]:
