@@ -15,10 +15,10 @@ from offrl_models.ope.diagnostics import (
     mean_ratio_z,
     worst_action_z,
 )
-from offrl_models.ope.estimates import LEVEL, Estimates, estimate
+from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitted
 from offrl_models.ope.fqe import FQEConfig, FQEValues
-from offrl_models.ope.importance import tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap, bootstrap_shares
+from offrl_models.ope.importance import Terms, tis, trajectory_weights, wis
+from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.policies import OnnxPolicy
@@ -27,7 +27,7 @@ from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit_fqe
 
 BEHAVIOR, CHAMPION = "behavior", "champion"  # who wrote the log, and what was released last
-STATED = ("TIS", "WIS")  # estimators that need no model of the values
+STATED = {"TIS": tis, "WIS": wis}  # estimators that need no model of the values
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,12 @@ def evaluate(
     samples: int,
     seed: int,
     task: str,
+    refit: Refit | None = None,
 ) -> Evaluation:
-    """FQE of all policies at once on `fitted_on`, then every estimator of each on `episodes`."""
+    """FQE of all policies at once on `fitted_on`, then every estimator of each on `episodes`.
+
+    `refit` fits the propensities of `episodes` again in every bootstrap sample, where they are estimates.
+    """
     with progress() as update:
         fqe = fit_fqe(
             fqe_config,
@@ -101,7 +105,9 @@ def evaluate(
     shares = bootstrap_shares(episodes.n_episodes, samples, seed)
     probs = {name: policy.on(episodes) for name, policy in policies.items()}
     ratio = {name: ratios(episodes, probs[name]) for name in policies}
-    estimates = {name: estimate(episodes, ratio[name], fqe, position, shares) for position, name in enumerate(policies)}
+    estimates = {
+        name: estimate(episodes, ratio[name], fqe, position, shares, refit) for position, name in enumerate(policies)
+    }
     return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, shares, estimates)
 
 
@@ -240,9 +246,17 @@ def estimate_stated(
     episodes: Episodes,
     probs: Float64[np.ndarray, "rows actions"],
     shares: Float64[np.ndarray, "samples episodes"],
+    refit: Refit | None = None,
 ) -> Estimates:
     """The value of a policy of which only the probabilities at the logged observations are known."""
     ratio = ratios(episodes, probs)
-    terms = (tis(episodes, ratio), wis(episodes, ratio))
-    intervals = {name: bootstrap(term, shares, LEVEL) for name, term in zip(STATED, terms, strict=True)}
+    taken = ratio * episodes.action_prob
+
+    def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
+        return {name: of(episodes, taken / action_prob) for name, of in STATED.items()}
+
+    if refit is None:
+        intervals = bootstrap_all({name: of(episodes, ratio) for name, of in STATED.items()}, shares, LEVEL)
+    else:
+        intervals = refitted(terms_of, refit, episodes, shares, LEVEL)
     return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from offrl_models import assess, cli, registry, storage
 from offrl_models.assess import answer, log, options, target, values
+from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.assess.values import Effort
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs.contract import Contract
@@ -553,19 +554,19 @@ def test_pooling_keeps_the_estimate_and_counts_entities_once() -> None:
     entity, shares = np.repeat(np.arange(300), 4), bootstrap_shares(300, 200, 0)
     for once in (Terms(top, bottom), Terms(top)):
         copied = Terms(np.repeat(top, 4, 0), None if once.denominator is None else np.repeat(bottom, 4, 0))
-        pooled = answer.pooled(copied, entity)
-        assert pooled.estimate() == pytest.approx(once.estimate(), abs=1e-12)
-        mine, plain = bootstrap(pooled, shares, 0.95), bootstrap(once, shares, 0.95)
+        merged = pooled(copied, entity)
+        assert merged.estimate() == pytest.approx(once.estimate(), abs=1e-12)
+        mine, plain = bootstrap(merged, shares, 0.95), bootstrap(once, shares, 0.95)
         assert (mine.low, mine.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
     uneven = Terms(top)
-    assert answer.pooled(uneven, np.arange(300) // 7).estimate() == pytest.approx(top.mean(0).sum(), abs=1e-12)
-    assert answer.pooled(uneven, np.arange(300)) is uneven
+    assert pooled(uneven, np.arange(300) // 7).estimate() == pytest.approx(top.mean(0).sum(), abs=1e-12)
+    assert pooled(uneven, np.arange(300)) is uneven
 
 
 def test_more_episodes_than_are_resampled_are_pooled_evenly() -> None:
-    episodes = bandit(3, 2, 1, 0).simulate(2 * answer.MOST_UNITS + 10, 0)
-    count = np.bincount(answer.units(episodes, 0))
-    assert len(count) == answer.MOST_UNITS and set(count) == {2, 3}
+    episodes = bandit(3, 2, 1, 0).simulate(2 * MOST_UNITS + 10, 0)
+    count = np.bincount(units_of(episodes, 0))
+    assert len(count) == MOST_UNITS and set(count) == {2, 3}
 
 
 def test_a_check_that_fails_keeps_better_back() -> None:
@@ -589,7 +590,7 @@ def failing(episodes: Episodes, ratio: np.ndarray) -> set[str]:
     """The checks of the self-normalised difference that fail."""
     known, returns = target.Target({}, ratio * episodes.action_prob, None, None), Terms(episodes.return_[:, None])
     terms = answer.every_terms(episodes, ratio, None)["SNIPW"]
-    gain = answer.gain("SNIPW", terms, returns, answer.units(episodes, 0), 0.05)
+    gain = answer.gain("SNIPW", terms, returns, units_of(episodes, 0), 0.05)
     said = answer.checks(episodes, known, ratio, None, gain, answer.influence(terms, returns))
     assert all(check.sentence for check in said if not check.holds)
     return {check.name for check in said if not check.holds}
@@ -640,7 +641,7 @@ def test_weights_that_overflow_are_said_to() -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         terms = answer.every_terms(episodes, ratio, None)
         assert answer.tail(episodes, ratio, 0.0)["overflow"] > 0
-        unit = answer.units(episodes, 0)
+        unit = units_of(episodes, 0)
         returns = Terms(episodes.return_[:, None])
         found = answer.intervals({"": returns, **terms}, bootstrap_shares(50, 100, 0), unit)
         gain = answer.gain("WPDIS", terms["WPDIS"], returns, unit, 0.05)

@@ -2,23 +2,30 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models import stages
+from offrl_models import stages, storage
 from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.datasets.split import SPLITS, bucket
 from offrl_models.ope import behavior
 from offrl_models.ope.eprocess import elond_level
-from offrl_models.ope.importance import wis
+from offrl_models.ope.estimates import refitted
+from offrl_models.ope.importance import Terms, tis, wis
+from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
 from offrl_models.ope.sequences import ratios
+from offrl_models.ope.worlds import bandit, random_policy
 from offrl_models.policies import BehaviorTable, probs_of
 from offrl_models.schema import Episodes
-from tests.conftest import attributes, chain_world, write_batches
+from tests.conftest import as_table, attributes, chain_world, write_batches
 
 WORLD = chain_world()
 
@@ -173,3 +180,66 @@ def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(
     if released is not None:
         verdict = json.loads((released.folder / "verdict.json").read_text())
         assert verdict["measures"]["propensities"] == "estimated"
+
+
+def context_free(rounds: int, seed: int) -> tuple[Episodes, np.ndarray]:
+    """Rounds of a bandit with one context and three arms, without propensities, and a policy."""
+    world = bandit(1, 3, 1, seed=0)
+    log = world.simulate(rounds, seed)
+    return dataclasses.replace(log, observation=np.zeros_like(log.observation)), random_policy(world, 4)
+
+
+def importance_terms(log: Episodes, policy: np.ndarray) -> Callable[[np.ndarray], dict[str, Terms]]:
+    taken = policy[0][log.action]
+    return lambda action_prob: {"TIS": tis(log, taken / action_prob), "WIS": wis(log, taken / action_prob)}
+
+
+def test_fitted_again_with_every_episode_once_propensities_are_the_same() -> None:
+    log = WORLD.simulate(200, 3)
+    once = behavior.estimate_propensities(log, WORLD.n_states)
+    assert behavior.estimate_propensities(log, WORLD.n_states, np.full(200, 3.0)) == pytest.approx(once, abs=1e-12)
+    half = (np.arange(200) < 100).astype(float)
+    alone = behavior.estimate_propensities(log.take(half > 0), WORLD.n_states)
+    assert behavior.estimate_propensities(log, WORLD.n_states, half)[: len(alone)] == pytest.approx(alone, abs=1e-12)
+
+
+def test_with_propensities_fitted_again_weights_need_no_normalising_in_any_sample() -> None:
+    """In one context the fitted weights average 1 exactly, so TIS and WIS agree in every bootstrap sample."""
+    log, policy = context_free(400, 0)
+    log = dataclasses.replace(log, action_prob=behavior.estimate_propensities(log, 1))
+    shares = bootstrap_shares(400, 50, 0)
+    terms = importance_terms(log, policy)
+    found = refitted(terms, lambda copies: behavior.estimate_propensities(log, 1, copies), log, shares, 0.9)
+    assert found["TIS"].estimate == pytest.approx(found["WIS"].estimate, abs=1e-12)
+    assert (found["TIS"].low, found["TIS"].high) == pytest.approx((found["WIS"].low, found["WIS"].high), abs=1e-12)
+    given = bootstrap_all(terms(log.action_prob), shares, 0.9)
+    assert given["TIS"].high - given["TIS"].low > 1.1 * (found["TIS"].high - found["TIS"].low)
+
+
+def test_the_interval_is_as_wide_as_estimates_spread() -> None:
+    """Over 120 logs, the width of TIS's interval is that of a normal distribution of its own spread."""
+    points, widths = [], []
+    for seed in range(120):
+        log, policy = context_free(300, seed)
+        log = dataclasses.replace(log, action_prob=behavior.estimate_propensities(log, 1))
+        refit = partial(behavior.estimate_propensities, log, 1)
+        found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 200, seed), 0.9)["TIS"]
+        points.append(found.estimate)
+        widths.append(found.high - found.low)
+    assert np.mean(widths) == pytest.approx(2 * 1.645 * np.std(points), rel=0.15)
+
+
+def test_the_shares_of_logging_policies_are_of_the_column_that_names_them(tmp_path: Path) -> None:
+    configured = attributes(WORLD.n_states, 3)
+    configured["logs"]["policy_version"] = "logger"
+    log = as_table(WORLD.simulate(600, seed=3))
+    newer = np.asarray(log["episode"]) % 3 == 0
+    named = log.append_column("logger", pa.array(np.where(newer, "newer", "older")))
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    storage.write_parquet(pipeline.raw / "b.parquet", named)
+    stages.ingest(pipeline)
+    stages.coverage(pipeline)
+    stages.episodes(pipeline)
+    train = np.array([number for number in range(600) if bucket(number, pipeline.config.salt) in SPLITS["train"]])
+    share = float((train % 3 == 0).mean())
+    assert stages.behavior_policy(pipeline).summary["versions"] == pytest.approx({"newer": share, "older": 1 - share})

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from offrl_models.assess import answer as answers
+from offrl_models.assess import units
 from offrl_models.assess.log import Assessed, read
 from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
 from offrl_models.logs.contract import Contract
+from offrl_models.ope.behavior import version_shares
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import finite
@@ -51,7 +53,7 @@ def assess(
         ratio = finite("the ratio", policy.ratio(episodes))
         with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
             values, why = _values(given, episodes, policy, ratio, effort, update)
-            found = _found(episodes, policy, ratio, values, propensities, effort)
+            found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort)
     return answers.plain(
         {
             "policy": policy.card,
@@ -60,7 +62,7 @@ def assess(
                 "propensities": propensities,
                 "color": "GREEN" if propensities == LOGGED else "AMBER",
                 "ece": ece,
-                "versions": _versions(episodes),
+                "versions": version_shares(episodes, contract.policy_version),
             },
             **found,
             "left_out": _left_out(episodes, values, why),
@@ -104,14 +106,17 @@ def _found(
     ratio: np.ndarray,
     values: Values | None,
     propensities: str,
+    states: int | None,
     effort: Effort,
 ) -> dict[str, Any]:
-    unit = answers.units(episodes, effort.seed)
-    shares = answers.shares_of(unit, effort.seed)
+    unit = units.units_of(episodes, effort.seed)
+    shares = units.shares_of(unit, effort.seed)
     returns = Terms(logged_returns(episodes, values)[:, None])
     terms = answers.every_terms(episodes, ratio, values)
     intervals = answers.intervals({"": returns, **terms}, shares, unit)
     logged = intervals.pop("")
+    if propensities != LOGGED and states is not None:
+        intervals |= answers.refitted_intervals(episodes, ratio, values, states, shares, unit)
     if values is not None and isinstance(values.direct, Interval):
         intervals["FQE"] = values.direct
     alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
@@ -133,15 +138,6 @@ def _found(
     }
 
 
-def _versions(episodes: Episodes) -> dict[str, float]:
-    """Share of the episodes of each logging policy, where the log names them."""
-    versions = episodes.labels.get("policy_version")
-    if versions is None:
-        return {}
-    names, counts = np.unique(versions.astype(str), return_counts=True)
-    return {str(name): float(count / counts.sum()) for name, count in zip(names, counts, strict=True)}
-
-
 def _left_out(episodes: Episodes, values: Values | None, why: str) -> dict[str, str]:
     """Estimators that could not be made -> why."""
     if values is None:
@@ -161,9 +157,14 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
             "are evaluated; where the logs are new to it, --all-entities takes the rest as well."
         )
     if propensities != LOGGED:
+        again = (
+            "fitted again in every bootstrap sample"
+            if given.contract.tabular_states
+            else "taken as given by the intervals"
+        )
         said.append(
-            "No propensities were logged. They were estimated from the log itself, floored at 0.01, and every bound is made at "
-            "half the error rate."
+            f"No propensities were logged. They were estimated from the log itself, floored at 0.01 and {again}, and every bound "
+            "is made at half the error rate."
         )
     if values is not None:
         said.append(
@@ -178,7 +179,7 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
         )
     networks = values is not None and isinstance(values.direct, Interval)
     said.append(
-        f"Intervals are percentile bootstraps over entities, {answers.SAMPLES:,} samples"
+        f"Intervals are percentile bootstraps over entities, {units.SAMPLES:,} samples"
         + ("; FQE's is a t-interval over its networks" if networks else "")
         + ". The two bounds of the difference are asymptotic confidence sequences: they hold however often a growing log is "
         "looked at, each on its own."

@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from offrl_models.assess.target import Target
+from offrl_models.assess.units import pooled
 from offrl_models.assess.values import Values, logged_returns
 from offrl_models.gate import GateConfig
+from offrl_models.ope.behavior import estimate_propensities
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
     gamma_star,
@@ -20,12 +22,11 @@ from offrl_models.ope.diagnostics import (
     without_most_influential,
     worst_action_z,
 )
-from offrl_models.ope.estimates import LEVEL, all_terms
+from offrl_models.ope.estimates import LEVEL, all_terms, refitted
 from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import (
     Interval,
     bootstrap_all,
-    bootstrap_shares,
     confidence_sequence_lower_bound,
     difference,
 )
@@ -35,10 +36,8 @@ from offrl_models.schema import Episodes
 THRESHOLDS = GateConfig()  # those of the gate
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
 EFFECTIVE_EPISODES = 100.0  # floor
-SAMPLES = 1000  # of the bootstrap
 ROUNDING = 1e-12  # of a difference that is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
-MOST_UNITS = 5000  # that are resampled: more episodes are pooled, which costs memory for nothing
 
 
 @dataclass(frozen=True)
@@ -65,25 +64,6 @@ class Gain:
     largest_share: float  # what one unit contributes to the sum of all, without their signs
 
 
-def units(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
-    """What is resampled: entities, or groups of entities at random where there are over MOST_UNITS."""
-    entity = episodes.episode_id if episodes.entity is None else episodes.entity
-    distinct, place = np.unique(entity, return_inverse=True)
-    number = np.random.default_rng(seed).permutation(len(distinct)) % min(len(distinct), MOST_UNITS)
-    return number[place.ravel()]
-
-
-def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
-    """The same estimate with one row per unit: a ratio of sums over units, in which larger units count for more."""
-    if len(np.unique(unit)) == len(unit):
-        return terms
-    order = np.argsort(unit, kind="stable")
-    starts = np.flatnonzero(np.append(True, np.diff(unit[order]) > 0))
-    bottom = np.ones_like(terms.numerator) if terms.denominator is None else terms.denominator
-    numerator, denominator = (np.add.reduceat(part[order], starts, axis=0) for part in (terms.numerator, bottom))
-    return Terms(numerator, denominator)
-
-
 def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> dict[str, Terms]:
     """Every estimator that there are nuisances for, by the name it has at this horizon."""
     if values is None:
@@ -108,6 +88,27 @@ def intervals(
     found = bootstrap_all(usable, shares, LEVEL)
     nothing = Interval(np.nan, np.nan, np.nan, LEVEL, "the importance weights overflow")
     return {name: found.get(name, nothing) for name in terms}
+
+
+def refitted_intervals(
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    values: Values | None,
+    states: int,
+    shares: Float64[np.ndarray, "samples units"],
+    unit: Int64[np.ndarray, "episodes"],
+) -> dict[str, Interval]:
+    """The same where propensities were counted in these very episodes: they are counted again in every sample."""
+    taken = ratio * episodes.action_prob
+
+    def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
+        again = every_terms(episodes, taken / action_prob, values)
+        return {name: pooled(term, unit) for name, term in again.items() if name in finite}
+
+    finite = [name for name, term in every_terms(episodes, ratio, values).items() if _is_finite(term)]
+    return refitted(
+        terms_of, lambda copies: estimate_propensities(episodes, states, copies[unit]), episodes, shares, LEVEL
+    )
 
 
 def _is_finite(terms: Terms) -> bool:
@@ -281,7 +282,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return plain(asdict(value)) if isinstance(value, (Interval, Gain, Check)) else value
-
-
-def shares_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> Float64[np.ndarray, "samples units"]:
-    return bootstrap_shares(int(unit.max()) + 1, SAMPLES, seed)

@@ -43,9 +43,12 @@ def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
     return BehaviorTable(known)
 
 
-def _visits(episodes: Episodes, states: int) -> Float64[np.ndarray, "states actions"]:
+def _visits(
+    episodes: Episodes, states: int, copies: Float64[np.ndarray, "episodes"] | None = None
+) -> Float64[np.ndarray, "states actions"]:
     cell = episodes.observation[:, 0].astype(np.int64) * episodes.n_actions + episodes.action
-    return np.bincount(cell, minlength=states * episodes.n_actions).reshape(states, -1).astype(np.float64)
+    weight = None if copies is None else copies[episodes.episode_of_row]
+    return np.bincount(cell, weight, states * episodes.n_actions).reshape(states, -1).astype(np.float64)
 
 
 def estimate_table(episodes: Episodes, states: int, tuned_on: Episodes) -> BehaviorTable:
@@ -61,10 +64,16 @@ def estimate_table(episodes: Episodes, states: int, tuned_on: Episodes) -> Behav
     return tables[int(np.argmin(losses))]
 
 
-def estimate_propensities(episodes: Episodes, states: int) -> Float64[np.ndarray, "rows"]:
-    """Estimated propensity of every logged action: the share of its state's visits in these very episodes, at least FLOOR."""
-    visits = _visits(episodes, states)
-    share = visits / np.maximum(visits.sum(1, keepdims=True), 1.0)
+def estimate_propensities(
+    episodes: Episodes, states: int, copies: Float64[np.ndarray, "episodes"] | None = None
+) -> Float64[np.ndarray, "rows"]:
+    """Estimated propensity of every logged action: the share of its state's visits in these very episodes, at least FLOOR.
+
+    `copies` counts each episode that many times, in whatever unit.
+    """
+    visits = _visits(episodes, states, copies)
+    total = visits.sum(1, keepdims=True)
+    share = visits / np.where(total > 0, total, 1.0)
     return np.maximum(share[episodes.observation[:, 0].astype(np.int64), episodes.action], FLOOR)
 
 
@@ -190,6 +199,14 @@ def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], 
             if c
         ],
     }
+
+
+def version_shares(episodes: Episodes, column: str | None) -> dict[str, float]:
+    """Share of each logging policy in the episodes, where a label column of the log names them."""
+    if column is None:
+        return {}
+    names, counts = np.unique(episodes.labels[column].astype(str), return_counts=True)
+    return {str(name): float(count / counts.sum()) for name, count in zip(names, counts, strict=True)}
 
 
 def halves(episodes: Episodes) -> tuple[Episodes, Episodes]:

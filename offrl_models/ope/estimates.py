@@ -1,5 +1,6 @@
 """Everything one evaluation says about one policy: all estimators with intervals, and effective sample sizes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,15 @@ from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.doubly_robust import dr, wdr
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
-from offrl_models.ope.intervals import Interval, bootstrap, ensemble
+from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
 from offrl_models.ope.sequences import completed
 from offrl_models.schema import Episodes
 
 LEVEL = 0.95  # of the two-sided intervals in reports
 ESTIMATORS = ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE")
+REFITS = 200  # bootstrap samples, where propensities are fitted again in each
+
+Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]  # propensities, of counted episodes
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,52 @@ def all_terms(
     }
 
 
+def refitted(
+    terms_of: Callable[[Float64[np.ndarray, "rows"]], Mapping[str, Terms]],
+    refit: Refit,
+    episodes: Episodes,
+    shares: Float64[np.ndarray, "samples episodes"],
+    level: float,
+) -> dict[str, Interval]:
+    """Percentile bootstrap over episodes that fits the propensities again in each of its first REFITS samples.
+
+    `terms_of` are the estimators by name, given the propensity of every row. Taken as given, propensities that were estimated
+    on the same episodes would make an interval of importance sampling too wide: Hirano, Imbens & Ridder (2003).
+    """
+    estimates = {name: terms.estimate() for name, terms in terms_of(episodes.action_prob).items()}
+    samples = [
+        [terms.estimate(share) for terms in terms_of(refit(share * episodes.n_episodes)).values()]
+        for share in shares[:REFITS]
+    ]
+    ends = np.quantile(np.array(samples), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    method = "percentile bootstrap over episodes, propensities fitted again in every sample"
+    return {
+        name: Interval(estimates[name], float(low), float(high), level, method)
+        for name, low, high in zip(estimates, *ends, strict=True)
+    }
+
+
 def estimate(
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
     fqe: FQEValues,
     policy: int,
     shares: Float64[np.ndarray, "samples episodes"],
+    refit: Refit | None = None,
 ) -> Estimates:
     """All estimators of the value of policy number `policy` of `fqe`, on the same bootstrap samples.
 
-    What lies past a truncation is the policy's fitted value in all of them.
+    What lies past a truncation is the policy's fitted value in all of them. `refit` fits estimated propensities again.
     """
     episodes = completed(episodes, fqe.next_v[policy])
-    terms = all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy])
-    intervals = {name: bootstrap(term, shares, LEVEL) for name, term in terms.items()}
+    probs = ratio * episodes.action_prob  # of the logged action, under the policy
+
+    def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
+        return all_terms(episodes, probs / action_prob, fqe.q[policy], fqe.v[policy])
+
+    if refit is None:
+        intervals = bootstrap_all(all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy]), shares, LEVEL)
+    else:
+        intervals = refitted(terms_of, refit, episodes, shares, LEVEL)
     intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
     return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -14,6 +14,7 @@ from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior
+from offrl_models.ope.estimates import Refit
 from offrl_models.policies import BehaviorTable, Mixture, export_checked, probs_of
 from offrl_models.reports import checks, plots
 from offrl_models.schema import Episodes, InputError
@@ -78,22 +79,13 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
             "kind": "table" if config.logs.tabular_states else "behavior cloning",
             "propensities": propensities_are(pipeline),
             "calibration": None if config.logs.action_prob else config.behavior.calibration,
-            "versions": _versions(train),
+            "versions": behavior.version_shares(train, config.logs.policy_version),
             "checks": [result.to_json() for result in results],
             **found,
         }
 
     pages = (pipeline.reports / "behavior.png", docs / "index.html")
     return storage.build_stage(pipeline.folder / "behavior", _behavior_key(pipeline, made), build, pages)
-
-
-def _versions(episodes: Episodes) -> dict[str, float]:
-    """Share of each logging policy in the episodes, where the log names them."""
-    versions = episodes.labels.get("policy_version")
-    if versions is None:
-        return {}
-    names, counts = np.unique(versions.astype(str), return_counts=True)
-    return {str(name): float(count / counts.sum()) for name, count in zip(names, counts, strict=True)}
 
 
 def _model(pipeline: Pipeline, train: Episodes, tuned_on: Episodes) -> torch.nn.Module:
@@ -143,6 +135,17 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
         model = behavior.calibrated(clone, other, pipeline.config.behavior.calibration)
         found[mine[episodes.episode_of_row]] = probs_of(model, other)[np.arange(other.n_rows), other.action]
     return np.maximum(found, behavior.FLOOR)
+
+
+def refit_of(pipeline: Pipeline, episodes: Episodes) -> Refit | None:
+    """What estimates the propensities of evaluated episodes again in a bootstrap sample. None where they were logged.
+
+    Those of behavior clones are kept as they are, for no clone can be trained a thousand times.
+    """
+    states = pipeline.config.logs.tabular_states
+    if pipeline.config.logs.action_prob or states is None:
+        return None
+    return lambda copies: behavior.estimate_propensities(episodes, states, copies)
 
 
 def read_evaluated(pipeline: Pipeline, split: str) -> Episodes:

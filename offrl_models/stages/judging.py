@@ -28,7 +28,14 @@ from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import detail
 from offrl_models.schema import Episodes, InputError
-from offrl_models.stages.behavior import LOGGED, current_behavior, load_behavior, propensities_are, read_evaluated
+from offrl_models.stages.behavior import (
+    LOGGED,
+    current_behavior,
+    load_behavior,
+    propensities_are,
+    read_evaluated,
+    refit_of,
+)
 from offrl_models.stages.champion import candidate_digest, current_champion
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
@@ -94,7 +101,7 @@ def compare(
         "logged_mean": float(reward.mean()),
         "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
         "gate_episodes": gate.n_episodes,
-        **estimate_stated(gate, probs, shares).to_json(),
+        **estimate_stated(gate, probs, shares, refit_of(pipeline, gate)).to_json(),
     }
 
 

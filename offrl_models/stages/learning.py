@@ -15,7 +15,7 @@ from offrl_models.progress import Update
 from offrl_models.reports import plots
 from offrl_models.schema import Episodes
 from offrl_models.selection import rank
-from offrl_models.stages.behavior import current_behavior, read_evaluated
+from offrl_models.stages.behavior import current_behavior, read_evaluated, refit_of
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
 from offrl_models.tensors import read_tensors
@@ -98,6 +98,7 @@ def evaluate_policies(
         samples=config.bootstrap_samples,
         seed=config.seed,
         task=task,
+        refit=refit_of(pipeline, evaluated_on),
     )
 
 

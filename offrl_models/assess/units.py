@@ -1,0 +1,34 @@
+"""What is resampled: entities, for the episodes of one are not independent."""
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from offrl_models.ope.importance import Terms
+from offrl_models.ope.intervals import bootstrap_shares
+from offrl_models.schema import Episodes
+
+SAMPLES = 1000  # of the bootstrap
+MOST_UNITS = 5000  # that are resampled: more episodes are pooled, which costs memory for nothing
+
+
+def units_of(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
+    """What is resampled: entities, or groups of entities at random where there are over MOST_UNITS."""
+    entity = episodes.episode_id if episodes.entity is None else episodes.entity
+    distinct, place = np.unique(entity, return_inverse=True)
+    number = np.random.default_rng(seed).permutation(len(distinct)) % min(len(distinct), MOST_UNITS)
+    return number[place.ravel()]
+
+
+def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
+    """The same estimate with one row per unit: a ratio of sums over units, in which larger units count for more."""
+    if len(np.unique(unit)) == len(unit):
+        return terms
+    order = np.argsort(unit, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(unit[order]) > 0))
+    bottom = np.ones_like(terms.numerator) if terms.denominator is None else terms.denominator
+    numerator, denominator = (np.add.reduceat(part[order], starts, axis=0) for part in (terms.numerator, bottom))
+    return Terms(numerator, denominator)
+
+
+def shares_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> Float64[np.ndarray, "samples units"]:
+    return bootstrap_shares(int(unit.max()) + 1, SAMPLES, seed)
