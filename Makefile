@@ -54,7 +54,7 @@ bench-data: install  ## from 10 million raw rows to episodes, and every check of
 calibrate: install  ## how often the gate is wrong, on logs whose truth is known: hours; stop and start it at will
 	@python -m benchmarks.calibrate
 
-calibrate-smoke: install  ## two policies that are no better, on 60 logs: minutes
+calibrate-smoke: install  ## policies that are no better, and one that is, on 60 small logs: seconds
 	@python -m benchmarks.calibrate --smoke
 
 clean:  ## remove everything that can be made again, but no raw logs and no released policy

@@ -8,7 +8,8 @@ from jaxtyping import Float, Float64, Int64
 
 from offrl_models import legs
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.gate import GateConfig, Measures
+from offrl_models.gate import GateConfig
+from offrl_models.measures import Measures
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
     largest_share,
@@ -19,6 +20,7 @@ from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitt
 from offrl_models.ope.fqe import FQEConfig, FQEValues
 from offrl_models.ope.importance import Terms, tis, trajectory_weights, wis
 from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
+from offrl_models.ope.markov import markov_z
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.policies import OnnxPolicy
@@ -59,12 +61,10 @@ class Evaluation:
         """Trajectory-wise doubly robust pseudo-outcome, less the realised return."""
         return legs.trajectory_outcome(self.side(name), self.episodes) - self.logged_returns
 
-    def trajectory(self, name: str, champion: str) -> tuple[float, float]:
-        """Leg C: the trajectory-wise doubly robust difference to the champion, and its standard error."""
-        difference = self.pseudo_outcome(name)
-        if champion != BEHAVIOR:
-            difference = difference - self.pseudo_outcome(champion)
-        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    def trajectory_gains(self, name: str, champion: str) -> Float64[np.ndarray, "episodes"]:
+        """Leg C: per episode a number whose mean is the trajectory-wise doubly robust difference to the champion."""
+        gains = self.pseudo_outcome(name)
+        return gains if champion == BEHAVIOR else gains - self.pseudo_outcome(champion)
 
     def paired(self, name: str, model: TabularModel | None) -> legs.Paired | str:
         """Leg A against the behavior, or the sentence that says why there is none."""
@@ -127,7 +127,8 @@ def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfi
     model = TabularModel.fit(found.fitted_on, asked.states) if asked.states is not None else None
     names = [*rungs, asked.champion] if asked.champion != BEHAVIOR else rungs
     paired = {name: found.paired(name, model) for name in names}
-    return [_measure(name, found, thresholds, asked, paired) for name in rungs]
+    markov = None if model is None else markov_z(model, found.fitted_on, found.episodes)
+    return [replace(_measure(name, found, thresholds, asked, paired), markov_z=markov) for name in rungs]
 
 
 def _against_champion(
@@ -152,7 +153,8 @@ def _measure(
     overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
     sure = legs.sure_share(gate)
     trajectories = sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
-    difference, error = found.trajectory(name, asked.champion) if trajectories else (None, None)
+    leg_c = found.trajectory_gains(name, asked.champion)
+    trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
     betting = (
         trajectories and asked.champion == BEHAVIOR and asked.return_range is not None and not gate.truncated.any()
     )
@@ -169,8 +171,10 @@ def _measure(
         e_value=legs.betting(side, gate, asked.return_range, thresholds.margin)
         if betting and asked.return_range
         else None,
-        trajectory_difference=difference,
-        trajectory_error=error,
+        trajectory_difference=trajectory.difference if trajectory else None,
+        trajectory_error=float(leg_c.std(ddof=1) / np.sqrt(gate.n_episodes)) if trajectory else None,
+        trajectory_lower=trajectory.lower_bound if trajectory else None,
+        trajectory_upper=trajectory.upper_bound if trajectory else None,
         fqe_differences=found.fqe_gains(name, asked.champion),
         effective_transitions=effective_sample_size(mine.weight),
         effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),

@@ -5,7 +5,7 @@ way around them.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from offrl_models.logs.contract import Strict
-
-TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from which leg C is informative
+from offrl_models.measures import Contrast, Measures
 
 
 class Status(StrEnum):
@@ -45,6 +44,7 @@ class GateConfig(Strict):
     sure_share: float = Field(
         default=0.2, ge=0, le=1
     )  # rows with a propensity over .999 from which trajectory legs are off
+    markov_z: float = Field(default=4.0, gt=0)  # from which the state is not Markov, and leg C has to show the gain too
     return_range: tuple[float, float] | None = None  # of the discounted return, where more is known than of one reward
     constraints: dict[str, float] = Field(
         default_factory=dict
@@ -59,68 +59,6 @@ class GateConfig(Strict):
         if not numbers or min(numbers) <= 1 or any(not low < high for low, high in pairwise(numbers)):
             raise ValueError(f"caps {list(caps)} must be above 1 and rise from rung to rung, null (no cap) only last")
         return caps
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A difference to the champion with one-sided bounds: of one subgroup, or of one cost."""
-
-    name: str
-    episodes: int
-    difference: float
-    lower_bound: float
-    upper_bound: float
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What the gate knows of one rung. Differences are against the champion, in units of return."""
-
-    episodes: int
-    rows: int
-    alpha: float  # error rate of each of the bounds
-    difference: float  # leg A, the primary one
-    lower_bound: float  # one-sided, at 1 - alpha
-    upper_bound: float  # one-sided, at 1 - alpha
-    bound: str  # how the bounds were made
-    doubt: str  # why they cannot be trusted; empty where they can
-    e_value: float | None  # leg B: evidence that needs neither a model nor large numbers; None where it does not apply
-    trajectory_difference: float | None  # leg C: trajectory-wise doubly robust; None where it does not apply
-    trajectory_error: float | None  # its standard error
-    fqe_differences: list[float]  # leg D: each member's value of the rung minus its value of the champion
-    effective_transitions: float
-    effective_episodes: float
-    mean_ratio_z: float
-    worst_action_z: float
-    unsupported_mass: float
-    few_visits_mass: float
-    ratio_q99: float  # 99% quantile, largest value and chi-squared of the state-action ratios
-    ratio_max: float
-    chi_squared: float
-    largest_share: float  # of one episode in the sum of |X|
-    without_top: float  # the difference without its 0.5% most influential episodes
-    sure_share: float  # of rows with a propensity over .999
-    propensities: str  # "logged" or "estimated"
-    costs: list[Contrast] = field(default_factory=list)
-    subgroups: list[Contrast] = field(default_factory=list)
-
-    @property
-    def influence(self) -> float:
-        """Below 0 where the sign of the difference hangs on a few episodes."""
-        return self.without_top * (1.0 if self.difference >= 0 else -1.0)
-
-    @property
-    def error_rate_share(self) -> float:
-        """What is left of the error rate: estimating the propensities costs half of it."""
-        return 1.0 if self.propensities == "logged" else 0.5
-
-    @property
-    def trajectory_top(self) -> float | None:
-        """Leg C plus twice its standard error, where enough episodes stand behind it; None where it cannot object."""
-        if self.trajectory_difference is None or self.trajectory_error is None:
-            return None
-        informative = self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.episodes)
-        return self.trajectory_difference + 2 * self.trajectory_error if informative else None
 
 
 @dataclass(frozen=True)
@@ -191,11 +129,16 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _is_markov(m: Measures, config: GateConfig) -> bool:
+    """Whether leg A may be believed without leg C."""
+    return m.markov_z is None or m.markov_z < config.markov_z
+
+
 def _harm(m: Measures, config: GateConfig) -> list[Finding]:
     """Evidence that the policy is worse than the champion, for all or for some."""
-    level = _level(m.alpha)
+    level, top = _level(m.alpha), m.upper_bound if _is_markov(m, config) else max(m.upper_bound, m.trajectory_bounds[1])
     return [
-        Finding("harm", m.upper_bound >= 0.0, Status.FAIL, m.upper_bound, 0.0,
+        Finding("harm", top >= 0.0, Status.FAIL, m.upper_bound, 0.0,
                 f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4g} at {level}"),
         *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0, Status.FAIL, group.upper_bound, 0.0,
                   f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference is at most "
@@ -232,6 +175,10 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
                 "more than 2 standard errors below 0"),
         Finding("fitted Q evaluation", all(d > 0.0 for d in m.fqe_differences), Status.INCONCLUSIVE, smallest, 0.0,
                 f"a member of the FQE ensemble puts the difference at {smallest:+.4g}"),
+        Finding("Markov state", _is_markov(m, config) or m.trajectory_bounds[0] > config.margin, Status.INCONCLUSIVE,
+                m.markov_z or 0.0, config.markov_z, "what happens next depends on more than the state (z = "
+                f"{m.markov_z or 0:.1f}), and trajectory-wise doubly robust estimation, which needs no such state, does not show "
+                f"that the difference is above {config.margin:+.4g}"),
         *(Finding(f"bound on {cost.name}", cost.upper_bound <= config.constraints[cost.name], Status.INCONCLUSIVE,
                   cost.upper_bound, config.constraints[cost.name], f"{cost.name} may rise by {cost.upper_bound:+.4g} at "
                   f"{level}, above the {config.constraints[cost.name]:+.4g} that is allowed") for cost in m.costs),

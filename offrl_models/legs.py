@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models.gate import Contrast
+from offrl_models.measures import Contrast
 from offrl_models.ope.behavior import FLOOR
 from offrl_models.ope.diagnostics import without_most_influential
 from offrl_models.ope.doubly_robust import dr

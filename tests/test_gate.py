@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models.gate import (
-    Contrast,
     GateConfig,
-    Measures,
     Status,
     decisive_rung,
     findings,
@@ -19,6 +17,7 @@ from offrl_models.gate import (
     ladder,
     verdict_from_json,
 )
+from offrl_models.measures import Contrast, Measures
 
 CONFIG = GateConfig()
 GOOD = Measures(
@@ -62,6 +61,7 @@ BAD = {
     "influence": ("without_top", -0.001, Status.INCONCLUSIVE),
     "trajectory doubly robust": ("trajectory_difference", -0.021, Status.INCONCLUSIVE),
     "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
+    "Markov state": ("markov_z", 4.1, Status.INCONCLUSIVE),
     "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
 }
 
@@ -93,7 +93,8 @@ def test_a_number_that_is_nan_refuses(name: str) -> None:
 
 @given(st.sets(st.sampled_from(sorted(BAD)), min_size=1))
 def test_the_gravest_objection_decides(names: set[str]) -> None:
-    broken = dataclasses.replace(GOOD, **{BAD[name][0]: BAD[name][1] for name in names})
+    shown = dataclasses.replace(GOOD, trajectory_lower=-1.0, trajectory_upper=-0.001)  # harm needs no Markov state here
+    broken = dataclasses.replace(shown, **{BAD[name][0]: BAD[name][1] for name in names})
     order = [Status.INVALID, Status.FAIL, Status.INCONCLUSIVE]
     assert judge("abc", broken, CONFIG).status is min((BAD[name][2] for name in names), key=order.index)
 
@@ -128,6 +129,43 @@ def test_leg_c_objects_only_where_enough_episodes_stand_behind_it() -> None:
         assert judge("abc", dataclasses.replace(harmful, effective_episodes=episodes), CONFIG).status is status
     off = dataclasses.replace(GOOD, trajectory_difference=None, trajectory_error=None)
     assert judge("abc", off, CONFIG).status is Status.PASS
+
+
+@pytest.mark.parametrize(
+    ("z", "lower", "upper", "episodes", "status"),
+    [
+        (3.9, -0.01, 0.03, 900.0, Status.PASS),
+        (4.1, -0.01, 0.03, 900.0, Status.INCONCLUSIVE),
+        (4.1, 0.001, 0.03, 900.0, Status.PASS),
+        (4.1, 0.001, 0.03, 299.0, Status.INCONCLUSIVE),  # too few episodes stand behind leg C
+        (math.nan, -0.01, 0.03, 900.0, Status.INCONCLUSIVE),
+    ],
+)
+def test_without_a_markov_state_leg_c_has_to_show_the_gain(
+    z: float, lower: float, upper: float, episodes: float, status: Status
+) -> None:
+    shown = dataclasses.replace(
+        GOOD, markov_z=z, trajectory_lower=lower, trajectory_upper=upper, effective_episodes=episodes
+    )
+    assert judge("abc", shown, CONFIG).status is status
+
+
+@pytest.mark.parametrize(
+    ("z", "upper", "episodes", "status"),
+    [
+        (0.0, 0.01, 900.0, Status.FAIL),
+        (5.0, 0.01, 900.0, Status.INCONCLUSIVE),
+        (5.0, -0.01, 900.0, Status.FAIL),
+        (5.0, -0.01, 299.0, Status.INCONCLUSIVE),
+    ],
+)
+def test_without_a_markov_state_leg_c_has_to_show_the_harm(
+    z: float, upper: float, episodes: float, status: Status
+) -> None:
+    worse = dataclasses.replace(GOOD, upper_bound=-0.001, lower_bound=-0.02, markov_z=z, effective_episodes=episodes)
+    assert (
+        judge("abc", dataclasses.replace(worse, trajectory_lower=-1.0, trajectory_upper=upper), CONFIG).status is status
+    )
 
 
 @pytest.mark.parametrize(

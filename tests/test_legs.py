@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from offrl_models import legs
-from offrl_models.gate import GateConfig, Measures
+from offrl_models.gate import GateConfig
+from offrl_models.measures import Measures
 from offrl_models.ope.eprocess import e_value
 from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
 from offrl_models.ope.sequences import ratios

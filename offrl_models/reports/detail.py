@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from offrl_models.evaluation import BEHAVIOR, Evaluation
-from offrl_models.gate import GateConfig, Measures
+from offrl_models.gate import GateConfig
+from offrl_models.measures import Measures
 from offrl_models.ope.diagnostics import effective_sample_size_by_step, gamma_star, pareto_k, pareto_k_limit
 from offrl_models.ope.importance import trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_width

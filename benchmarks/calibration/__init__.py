@@ -1,0 +1,1 @@
+"""The calibration study: one file per group of experiments, and what they share."""

@@ -1,0 +1,230 @@
+"""Nominal against empirical coverage of every interval that the library has, on a grid of (episodes, horizon, overlap).
+
+The world is random, small and exact; the policy evaluated is a mixture of the behavior and the best policy. Two-sided intervals
+are for its value; the one-sided bounds are asked whether they lie below what they bound.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.calibration.judging import CONFIG, MEMBERS, Table, evaluation
+from benchmarks.calibration.small import world as small_world
+from benchmarks.calibration.store import Experiment, Found, Lines
+from benchmarks.calibration.tables import clopper_pearson, cost, prose, table
+from offrl_models.evaluation import Evaluation
+from offrl_models.legs import contrast
+from offrl_models.ope.bandit import logarithmic_smoothing_lower_bound
+from offrl_models.ope.distribution import band_interval, mean, tis_cdf
+from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
+from offrl_models.ope.importance import Terms, trajectory_weights
+from offrl_models.ope.intervals import (
+    Interval,
+    bca,
+    bootstrap,
+    bootstrap_shares,
+    confidence_sequence,
+    delta_method,
+    empirical_bernstein_lower_bound,
+    ensemble,
+    hcope_lower_bound,
+    hoeffding_lower_bound,
+    student_t,
+    student_t_lower_bound,
+    two_sided,
+)
+from offrl_models.ope.tabular import TabularModel
+from offrl_models.ope.worlds import World
+from offrl_models.reports.plots import BLUE, GRAY, save
+
+EPISODES, HORIZONS, OVERLAP = (100, 500, 2_000), (1, 5, 20), {"near": 0.2, "far": 0.6}
+FITTED = 7 / 3  # episodes for the nuisances, for one that judges: the shares of the permanent split
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+SAMPLES = 400
+GATE = "gate: one-sided asymptotic confidence sequence, leg A"
+REPORTED = LEVELS.index(0.95)
+UNDEFINED = "-"  # the one-sided sequence has no bound at 50%
+
+
+@cache
+def setting(horizon: int, overlap: str) -> tuple[World, Table]:
+    """A world and the policy that is evaluated in it."""
+    world = small_world(3, 3, horizon)
+    share = OVERLAP[overlap]
+    return world, (1 - share) * world.behavior + share * world.optimal()
+
+
+def two_sided_intervals(
+    weight: np.ndarray, returns: np.ndarray, largest: float
+) -> dict[str, Callable[[float], Interval]]:
+    """Intervals of a value by level, from the weights and returns of episodes; no weighted return exceeds `largest`."""
+    x, n = weight * returns, len(weight)
+    tis, wis = Terms(x[:, None]), Terms(x[:, None], weight[:, None])
+    shares = bootstrap_shares(n, SAMPLES, 0)
+    bounded = (
+        hoeffding_lower_bound,
+        empirical_bernstein_lower_bound,
+        betting_lower_bound,
+        betting_sequence_lower_bound,
+    )
+    names = ("Hoeffding, TIS", "empirical Bernstein, TIS", "betting, TIS", "betting sequence, TIS")
+    return {
+        "Student's t, TIS": partial(student_t, x),
+        "percentile bootstrap, TIS": partial(bootstrap, tis, shares),
+        "BCa bootstrap, TIS": partial(bca, tis, shares),
+        "asymptotic confidence sequence, TIS": partial(confidence_sequence, x, planned=n),
+        "delta method, WIS": partial(delta_method, wis),
+        "percentile bootstrap, WIS": partial(bootstrap, wis, shares),
+        "BCa bootstrap, WIS": partial(bca, wis, shares),
+        **{
+            name: partial(two_sided, bound, x, low=0.0, high=largest)
+            for name, bound in zip(names, bounded, strict=True)
+        },
+    }
+
+
+def lower_bounds(
+    found: Evaluation, model: TabularModel, seed: int
+) -> Iterator[tuple[str, str, Callable[[float], float]]]:
+    """One-sided bounds by error rate, and whether they are of the policy's value or of its gain."""
+    gate, ratio = found.episodes, found.ratio["policy"]
+    weight = trajectory_weights(gate, ratio)
+    leg = found.paired("policy", model)
+    if not isinstance(leg, str):
+        yield GATE, "gain", lambda alpha: contrast("", leg.outcome, alpha, CONFIG.planned_episodes).lower_bound
+        yield "Student's t, leg A", "gain", lambda alpha: student_t_lower_bound(leg.outcome, alpha=alpha)
+    yield "HCOPE", "value", lambda alpha: hcope_lower_bound(weight * gate.return_, alpha=alpha, seed=seed)
+    if gate.length.max() == 1:
+        yield (
+            "logarithmic smoothing",
+            "value",
+            lambda alpha: logarithmic_smoothing_lower_bound(gate, ratio, low=0.0, alpha=alpha),
+        )
+
+
+def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
+    """Which levels every interval covers at on one log: one digit for each of LEVELS."""
+    world, policy = setting(horizon, overlap)
+    fitted_on = round(FITTED * n)
+    log = world.simulate(fitted_on + n, seed)
+    fitted = np.arange(log.n_episodes) < fitted_on
+    found = evaluation({"policy": policy}, world.behavior, log.take(fitted), log.take(~fitted), seed)
+    value, base = world.value(policy), world.value(world.behavior)
+    gate = found.episodes
+    weight = trajectory_weights(gate, found.ratio["policy"])
+    largest = float((policy / world.behavior).max()) ** horizon
+    intervals = two_sided_intervals(weight, gate.return_, largest)
+    cdf = tis_cdf(gate, found.ratio["policy"], low=0.0, high=1.0)
+    intervals["mean by a band of the CDF, TIS"] = partial(band_interval, cdf, mean, largest)
+    initial = found.fqe.initial[0].mean(0)
+    intervals[f"t over {MEMBERS} FQE models"] = partial(ensemble, found.fqe.members(0), initial)
+    digits = {
+        name: _digits(interval.low <= value <= interval.high for interval in map(of_level, LEVELS))
+        for name, of_level in intervals.items()
+    }
+    model = TabularModel.fit(found.fitted_on, world.n_states)
+    assert model is not None
+    for name, what, bound in lower_bounds(found, model, seed):
+        truth = value - base if what == "gain" else value
+        digits[name] = _digits(bound(1 - level) <= truth for level in LEVELS[name == GATE :])
+    return {name: digit.rjust(len(LEVELS), UNDEFINED) for name, digit in digits.items()}
+
+
+def _digits(hits: Iterator[bool]) -> str:
+    return "".join(str(int(hit)) for hit in hits)
+
+
+def coverage(seed: int) -> Found:
+    grid = list(product(HORIZONS, OVERLAP, EPISODES))
+    seeds = np.random.SeedSequence(seed).generate_state(len(grid)).tolist()
+    return {
+        f"n {n}, horizon {horizon}, {overlap}": covered(horizon, overlap, n, own)
+        for (horizon, overlap, n), own in zip(grid, seeds, strict=True)
+    }
+
+
+def counts(lines: Lines) -> Mapping[str, Mapping[str, np.ndarray]]:
+    """By interval and cell of the grid, how many logs are covered at each level."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for line in lines.values():
+        for cell, digits in line.found.items():
+            for name, hits in digits.items():
+                total = found.setdefault(name, {}).setdefault(cell, np.zeros(len(LEVELS)))
+                total += [np.nan if hit == UNDEFINED else int(hit) for hit in hits]
+    return found
+
+
+def report(lines: Lines, path: Path) -> list[str]:
+    found, logs = counts(lines), len(lines)
+    plot = path.with_name("calibration-coverage.png")
+    _plot(found, logs, plot)
+    rows = [("interval", "coverage at 95%, least and most of the grid", "below nominal at 95%")]
+    for name, cells in found.items():
+        shares = {cell: hits[REPORTED] / logs for cell, hits in cells.items()}
+        below = [
+            f"{cell}: {share:.1%}" for cell, share in shares.items()
+            if clopper_pearson(round(share * logs), logs)[1] < LEVELS[REPORTED]
+        ]  # fmt: skip
+        rows.append((name, f"{min(shares.values()):.1%} to {max(shares.values()):.1%}", "; ".join(below) or "nowhere"))
+    own = _own(found, logs)
+    return [
+        "## Intervals",
+        "",
+        *prose(
+            "A random exact world of 3 states and 3 actions a step; the policy evaluated is the behavior with a share of the best "
+            f"policy mixed in, {OVERLAP['near']:.0%} (near) or {OVERLAP['far']:.0%} (far). Below nominal: the upper "
+            "Clopper-Pearson limit lies under the level. TIS and WIS are (weighted) trajectory importance sampling. HCOPE, "
+            "logarithmic smoothing (horizon 1 only), leg A and its t-bound are one-sided lower bounds, of the value or, for leg "
+            f"A, of the gain; its nuisances are fitted on 7 episodes for 3 that judge. {cost(lines)}"
+        ),
+        *table(*rows),
+        *prose(
+            "The gate decides by one of them alone, the one-sided confidence sequence of leg A, from 500 episodes on, and only "
+            "where the findings on weights, influence and visits do not object; the others stand in reports. Leg B, which may "
+            "upgrade a certificate, is a test by betting and no interval. Where a row above names n 100, the gate does not look; "
+            "where it names more episodes, the gate does not use that interval"
+            + (" — except for its own:" if own else ".")
+        ),
+        *[f"- {each}" for each in own],
+        *[""] * bool(own),
+        f"![Nominal against empirical coverage]({plot.name})",
+        "",
+    ]
+
+
+def _own(found: Mapping[str, Mapping[str, np.ndarray]], logs: int) -> list[str]:
+    """Where the gate's own bound covers less than it says, with enough episodes for a look."""
+    sentences = []
+    for cell, hits in found.get(GATE, {}).items():
+        for level, hit in list(zip(LEVELS, hits, strict=True))[1:]:
+            if not cell.startswith("n 100,") and clopper_pearson(int(hit), logs)[1] < level:
+                sentences.append(f"{cell}: {hit:.0f} of {logs} at {level:.0%}")
+    return sentences
+
+
+def _plot(found: Mapping[str, Mapping[str, np.ndarray]], logs: int, path: Path) -> None:
+    """One panel per interval, one line per cell, dotted where the overlap is poor; bands where the measurement is exact."""
+    across = 4
+    figure, grid = plt.subplots(-(-len(found) // across), across, figsize=(11, 11), sharex=True, sharey=True)
+    low, high = np.array([clopper_pearson(round(level * logs), logs) for level in LEVELS]).T
+    for axes in grid.ravel()[len(found) :]:
+        axes.set_visible(False)
+    for axes, (name, cells) in zip(grid.ravel(), found.items(), strict=False):
+        axes.fill_between(LEVELS, low, high, color=GRAY, alpha=0.35)
+        axes.plot([0.5, 1], [0.5, 1], color=GRAY, linewidth=0.8)
+        for cell, hits in cells.items():
+            axes.plot(LEVELS, hits / logs, ":" if cell.endswith("far") else "-", color=BLUE, linewidth=0.9)
+        axes.set_title("\n".join(name.split(": ")[-1].rsplit(", ", 1)), fontsize=8)
+        axes.set_xlim(0.5, 1.0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("nominal; gray: the diagonal and where a share of that many logs would fall, 95%", fontsize=9)
+    figure.supylabel("empirical; solid: near, dotted: far", fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+EXPERIMENTS = {"coverage": Experiment(coverage, 1_000, report)}

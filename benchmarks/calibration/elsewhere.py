@@ -1,0 +1,148 @@
+"""Other worlds than ICU-Sepsis: a long chain, a contextual bandit, and CartPole, the last two with neural nuisances.
+
+The nulls of the chain and of the bandit are exact; those of CartPole are as good as the behavior by 50,000 rollouts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.calibration.cartpole import CartPole, Policy, controller
+from benchmarks.calibration.judging import (
+    KnownPolicy,
+    Table,
+    asked,
+    judged,
+    known_policies,
+    measured,
+    on_a_log,
+)
+from benchmarks.calibration.store import Experiment, Found, Lines
+from benchmarks.calibration.tables import cell, cost, count, ever, names, prose, table, verdicts
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.evaluation import BEHAVIOR, evaluate
+from offrl_models.ope.fqe import FQEConfig
+from offrl_models.ope.nulls import Family
+from offrl_models.ope.worlds import World, bandit, chain
+from offrl_models.schema import Episodes, Feature
+
+FITTED_ON, JUDGED_ON = 4_667, 2_000
+CHAIN_CAPS = (1.2, 1.5)  # a coin has no ratio above 2
+SOME = (Family("random half", 1.5), Family("random half", 5.0), Family("severe half", 2.0), Family("action swap", None))
+FQE = FQEConfig(hidden=(64, 64), gradient_steps=600, learning_rate=2e-3, polyak=0.05, members=3)
+RIGHT = {"a little better on one side": 5.0, "better on one side": 6.0}  # gain of the controller on the right
+ROLLOUTS = 50_000
+
+
+@cache
+def chain_nulls() -> tuple[World, dict[str, Table]]:
+    world = chain(50)
+    families = tuple(Family(way, cap) for way in ("random half", "severe half") for cap in CHAIN_CAPS)
+    return world, known_policies(world, 0.0, families)
+
+
+@cache
+def bandit_nulls() -> tuple[World, dict[str, Table]]:
+    world = bandit(contexts=200, actions=6, columns=5, seed=1)
+    return world, known_policies(world, 0.0, SOME)
+
+
+@cache
+def pole_nulls() -> tuple[CartPole, dict[str, Policy]]:
+    world = CartPole(controller(4.0, 4.0))
+    return world, {name: world.no_better(gain, ROLLOUTS, seed=1) for name, gain in RIGHT.items()}
+
+
+def by_networks(policies: Mapping[str, KnownPolicy], log: Episodes, seed: int) -> Found:
+    """The pipeline's own evaluation, fitted Q networks included, and the gate's verdict on every policy."""
+    fitted = np.arange(log.n_episodes) < FITTED_ON
+    train, gate = log.take(fitted), log.take(~fitted)
+    found = evaluate(dict(policies), train, gate, Encoder.fit(train), FQE, samples=50, seed=seed, task="nuisances")
+    return {name: judged(each) for name, each in measured(found, asked(None)).items()}
+
+
+def on_chain(seed: int) -> Found:
+    world, nulls = chain_nulls()
+    found = on_a_log(world, nulls, seed, FITTED_ON, JUDGED_ON)
+    return {name: judged(each) for name, each in measured(found, asked(world.n_states)).items()}
+
+
+def on_bandit(seed: int) -> Found:
+    world, nulls = bandit_nulls()
+    log = world.simulate(FITTED_ON + JUDGED_ON, seed)
+    shown = replace(log, features=tuple(Feature(f"x{column}") for column in range(log.observation.shape[1])))
+    tables = {**nulls, BEHAVIOR: world.behavior}
+    return by_networks({name: _over_contexts(world, policy) for name, policy in tables.items()}, shown, seed)
+
+
+def _over_contexts(world: World, policy: Table) -> KnownPolicy:
+    """A table over contexts as a policy of their features; after the end, where nothing acts, it is that of context 0."""
+    assert world.observed is not None
+    place = {row.tobytes(): state for state, row in enumerate(world.observed[~world.terminal])}
+
+    def known(observation: np.ndarray) -> tuple[Table, np.ndarray]:
+        shown = np.ascontiguousarray(observation, np.float32)
+        return policy, np.array([place.get(row.tobytes(), 0) for row in shown])
+
+    return KnownPolicy(known)
+
+
+def on_pole(seed: int) -> Found:
+    world, nulls = pole_nulls()
+    policies = {**nulls, BEHAVIOR: world.behavior}
+    return by_networks(
+        {name: _of_function(policy) for name, policy in policies.items()},
+        world.simulate(FITTED_ON + JUDGED_ON, seed),
+        seed,
+    )
+
+
+def _of_function(policy: Policy) -> KnownPolicy:
+    def known(observation: np.ndarray) -> tuple[Table, np.ndarray]:
+        right = policy(observation)
+        return np.stack([1.0 - right, right], 1), np.arange(len(observation))
+
+    return KnownPolicy(known)
+
+
+def _rows(lines: Lines) -> list[str]:
+    rows = [("null policy", "false passes", "verdicts")]
+    for name in names(lines):
+        every = [line.found[name] for line in lines.values()]
+        rows.append((name, cell(*count(lines, name, ever)), verdicts(every)))
+    return table(*rows)
+
+
+def _section(title: str, intro: str, lines: Lines) -> list[str]:
+    return [f"### {title}", "", *prose(f"{intro} {cost(lines)}"), *_rows(lines)]
+
+
+def chain_report(lines: Lines, path: Path) -> list[str]:
+    return [
+        "## Other worlds", "",
+        f"One look at {JUDGED_ON:,} episodes, nuisances fitted on {FITTED_ON:,} others.", "",
+        *_section("A chain of 50 steps", "The curse of horizon; tabular nuisances.", lines),
+    ]  # fmt: skip
+
+
+def bandit_report(lines: Lines, path: Path) -> list[str]:
+    intro = f"200 contexts shown as 5 numbers, 6 actions; fitted Q networks of {FQE.gradient_steps} gradient steps."
+    return _section("A contextual bandit", intro, lines)
+
+
+def pole_report(lines: Lines, path: Path) -> list[str]:
+    intro = (
+        "Four numbers observed, recordings stop after 40 steps, gamma .9; fitted Q networks and fitted visit ratios. No better "
+        f"than the behavior by {ROLLOUTS:,} rollouts."
+    )
+    return _section("CartPole", intro, lines)
+
+
+EXPERIMENTS = {
+    "chain": Experiment(on_chain, 400, chain_report),
+    "bandit": Experiment(on_bandit, 400, bandit_report),
+    "cartpole": Experiment(on_pole, 200, pole_report),
+}

@@ -1,0 +1,82 @@
+"""What the gate knows of a policy: plain numbers."""
+
+import math
+from dataclasses import dataclass, field
+
+TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from which leg C is informative
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference to the champion with one-sided bounds: of one subgroup, or of one cost."""
+
+    name: str
+    episodes: int
+    difference: float
+    lower_bound: float
+    upper_bound: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the gate knows of one rung. Differences are against the champion, in units of return."""
+
+    episodes: int
+    rows: int
+    alpha: float  # error rate of each of the bounds
+    difference: float  # leg A, the primary one
+    lower_bound: float  # one-sided, at 1 - alpha
+    upper_bound: float  # one-sided, at 1 - alpha
+    bound: str  # how the bounds were made
+    doubt: str  # why they cannot be trusted; empty where they can
+    e_value: float | None  # leg B: evidence that needs neither a model nor large numbers; None where it does not apply
+    trajectory_difference: float | None  # leg C: trajectory-wise doubly robust; None where it does not apply
+    trajectory_error: float | None  # its standard error
+    fqe_differences: list[float]  # leg D: each member's value of the rung minus its value of the champion
+    effective_transitions: float
+    effective_episodes: float
+    mean_ratio_z: float
+    worst_action_z: float
+    unsupported_mass: float
+    few_visits_mass: float
+    ratio_q99: float  # 99% quantile, largest value and chi-squared of the state-action ratios
+    ratio_max: float
+    chi_squared: float
+    largest_share: float  # of one episode in the sum of |X|
+    without_top: float  # the difference without its 0.5% most influential episodes
+    sure_share: float  # of rows with a propensity over .999
+    propensities: str  # "logged" or "estimated"
+    markov_z: float | None = None  # of "the past tells what comes next, beyond the state"; None where it cannot be told
+    trajectory_lower: float | None = None  # bounds of leg C, one-sided, at 1 - alpha
+    trajectory_upper: float | None = None
+    costs: list[Contrast] = field(default_factory=list)
+    subgroups: list[Contrast] = field(default_factory=list)
+
+    @property
+    def influence(self) -> float:
+        """Below 0 where the sign of the difference hangs on a few episodes."""
+        return self.without_top * (1.0 if self.difference >= 0 else -1.0)
+
+    @property
+    def error_rate_share(self) -> float:
+        """What is left of the error rate: estimating the propensities costs half of it."""
+        return 1.0 if self.propensities == "logged" else 0.5
+
+    @property
+    def trajectory_informs(self) -> bool:
+        """Whether enough episodes stand behind leg C."""
+        return self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.episodes)
+
+    @property
+    def trajectory_top(self) -> float | None:
+        """Leg C plus twice its standard error; None where it cannot object."""
+        if self.trajectory_difference is None or self.trajectory_error is None or not self.trajectory_informs:
+            return None
+        return self.trajectory_difference + 2 * self.trajectory_error
+
+    @property
+    def trajectory_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound of leg C, which needs no Markov state; infinite where it says nothing."""
+        if self.trajectory_lower is None or self.trajectory_upper is None or not self.trajectory_informs:
+            return -math.inf, math.inf
+        return self.trajectory_lower, self.trajectory_upper
