@@ -22,9 +22,9 @@ from offrl_models.ope.estimates import refitted
 from offrl_models.ope.importance import Terms, tis, wis
 from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
 from offrl_models.ope.sequences import ratios
-from offrl_models.ope.worlds import bandit, random_policy
+from offrl_models.ope.worlds import bandit, random_policy, simulate_each
 from offrl_models.policies import BehaviorTable, probs_of
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 from tests.conftest import as_table, attributes, chain_world, write_batches
 
 WORLD = chain_world()
@@ -243,3 +243,25 @@ def test_the_shares_of_logging_policies_are_of_the_column_that_names_them(tmp_pa
     train = np.array([number for number in range(600) if bucket(number, pipeline.config.salt) in SPLITS["train"]])
     share = float((train % 3 == 0).mean())
     assert stages.behavior_policy(pipeline).summary["versions"] == pytest.approx({"newer": share, "older": 1 - share})
+
+
+def test_of_several_policies_the_table_is_their_mixture() -> None:
+    """Two policies in turn, each with its own propensities; the first wrote three quarters of the log."""
+    first, second = bandit(1, 3, 1, seed=0), bandit(1, 3, 1, seed=5)
+    writer = (np.random.default_rng(0).random(40_000) < 0.25).astype(np.int64)
+    worlds = [first, dataclasses.replace(first, behavior=second.behavior)]
+    log = simulate_each(worlds, writer, 1)
+    log = dataclasses.replace(log, observation=np.zeros_like(log.observation))
+    mixture = 0.75 * first.behavior[0] + 0.25 * second.behavior[0]
+    found = behavior.fit_table(log, 1).known.numpy()[0]
+    assert found == pytest.approx(mixture, abs=0.01)
+    arithmetic = np.array([log.action_prob[log.action == action].mean() for action in range(3)])
+    assert np.abs(arithmetic - mixture).max() > 0.05
+    assert behavior.fit_table(log.take(writer == 0), 1).known.numpy()[0] == pytest.approx(first.behavior[0], abs=1e-12)
+
+
+def test_equal_propensities_that_add_up_to_more_than_one_are_refused() -> None:
+    log, _ = context_free(300, 0)
+    log = dataclasses.replace(log, action_prob=log.action_prob * 1.02)
+    with pytest.raises(InputError, match="add up to 1.0200 over its actions"):
+        behavior.fit_table(log, 1)

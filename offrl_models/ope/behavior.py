@@ -24,16 +24,26 @@ LEAST_LEVEL = 1e-6  # of a calibration curve: what is allowed may happen
 
 
 def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
-    """Mean logged propensity of every visited state-action cell.
+    """Harmonic mean of the logged propensities of every visited state-action cell.
 
-    Raises InputError when a state's propensities add up to clearly more than 1, which no policy's do.
+    Where several policies wrote the log, that is the probability under them all, each as often as it acted in the state:
+    E[1 / mu(a|s) | s, a logged] is the inverse of it. The arithmetic mean would be too high, for each policy logs most often what
+    it plays most.
+
+    Raises InputError when a state's propensities, equal in each of its cells, add up to clearly more than 1, which no policy's do.
     """
-    state = episodes.observation[:, 0].astype(np.int64)
-    total, visits = np.zeros((states, episodes.n_actions)), np.zeros((states, episodes.n_actions))
-    np.add.at(total, (state, episodes.action), episodes.action_prob)
-    np.add.at(visits, (state, episodes.action), 1.0)
-    known = total / np.maximum(visits, 1.0)
-    excess = known.sum(1) > 1.0 + 1e-3
+    cell = (episodes.observation[:, 0].astype(np.int64), episodes.action)
+    visits, inverse, low, high = np.zeros((4, states, episodes.n_actions))
+    low[:] = 1.0
+    np.add.at(visits, cell, 1.0)
+    np.add.at(inverse, cell, 1.0 / episodes.action_prob)
+    np.minimum.at(low, cell, episodes.action_prob)
+    np.maximum.at(high, cell, episodes.action_prob)
+    known = visits / np.where(visits > 0, inverse, 1.0)
+    by_one_policy = (high <= low + 1e-6).all(
+        1
+    )  # else sums over 1 are noise, and the mean-ratio tests tell what is wrong
+    excess = by_one_policy & (known.sum(1) > 1.0 + 1e-3)
     if excess.any():
         first = int(np.flatnonzero(excess)[0])
         raise InputError(
