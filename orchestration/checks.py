@@ -34,7 +34,7 @@ def build_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
                 check_name(name), asset=key(asset), description=check.title, blocking=check.severity == BLOCKING
             )
             for name, check in CHECKS.items()
-            if check.asset == asset
+            if asset in check.assets
         ]
 
         @dg.multi_asset_check(name=f"{pipeline.config.dataset}_{asset}_checks", specs=specs)

@@ -16,7 +16,7 @@ LIBRARY = ROOT / "offrl_models"
 ROWS = [
     {"schema", "storage", "mapped", "tensors", "progress"},
     {"logs", "datasets", "nets", "losses"},
-    {"policies"},
+    {"policies", "measures"},
     {"algorithms", "ope"},
     {"learner", "gate", "registry"},
     {"config", "ledger", "legs"},

@@ -11,13 +11,14 @@ from typing import Any
 import polars as pl
 import pytest
 
-from offrl_models import storage
-from offrl_models.config import CoverageConfig, parse_pipeline
+from offrl_models import stages, storage
+from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import Coverage, measure
 from offrl_models.logs.read import Log
 from offrl_models.reports.checks import check_behavior, check_evidence, check_logs, check_shift, check_splits
 from offrl_models.reports.quality import CHECKS, CheckResult
+from offrl_models.schema import InputError
 from tests.conftest import as_table, attributes, chain_world
 
 WORLD = chain_world()
@@ -28,6 +29,7 @@ THRESHOLDS = CoverageConfig()
 def contract() -> Contract:
     configured = attributes(WORLD.n_states, 3)
     configured["logs"] |= {"subgroups": ["sex"], "policy_version": "version", "decided_at": "at", "ingested_at": "came"}
+    configured["logs"] |= {"entity": "patient"}
     configured["logs"]["reward"] |= {"window_hours": 48, "arrived_at": "known", "missing": 0.0}
     return parse_pipeline(configured, "toy").logs
 
@@ -38,7 +40,7 @@ def clean(contract: Contract, tmp_path_factory: pytest.TempPathFactory) -> Cover
     table = pl.DataFrame(as_table(WORLD.simulate(1200, seed=3)))
     at = pl.datetime(2025, 3, 1) + pl.duration(minutes=pl.col("episode") * 12 + pl.col("step"))
     log = table.with_columns(
-        at=at, came=at + pl.duration(minutes=1), known=at + pl.duration(hours=1), version=pl.lit("v1"),
+        patient="episode", at=at, came=at + pl.duration(minutes=1), known=at + pl.duration(hours=1), version=pl.lit("v1"),
         sex=pl.when(pl.col("episode") % 2 == 0).then(pl.lit("f")).otherwise(pl.lit("m")),
     )  # fmt: skip
     path = tmp_path_factory.mktemp("clean") / "b.parquet"
@@ -58,7 +60,7 @@ def test_on_a_clean_log_every_check_but_the_chain_looks_and_holds(
     assert [name for name, result in found.items() if not result.passed] == []
     silent = {name for name, result in found.items() if result.sentence.startswith("not applicable")}
     assert silent <= {"C34", "C11"}  # no chain; the one observed column is a category and has no outliers
-    assert set(found) == {name for name, check in CHECKS.items() if check.asset == "raw_logs"}
+    assert set(found) == {name for name, check in CHECKS.items() if "raw_logs" in check.assets}
 
 
 DAY = date(2025, 3, 9)
@@ -87,6 +89,50 @@ def test_a_measure_beyond_its_threshold_fails_its_check(
     measured = dataclasses.replace(clean, derived={**clean.derived, check: worse})
     result = run(measured, contract, tmp_path)[check]
     assert not result.passed and result.blocking is blocking and sentence in result.sentence
+
+
+def test_rows_of_another_entity_block_the_log(tmp_path: Path) -> None:
+    """Accepted before the contract named the entity: no batch is refused any more, so the coverage must."""
+    configured = attributes(WORLD.n_states, 3)
+    second = (pl.col("step") == 1) & (pl.col("episode") < 40)
+    log = pl.DataFrame(as_table(WORLD.simulate(300, seed=3)))
+    log = log.with_columns(patient=pl.col("episode") + pl.when(second).then(7000).otherwise(0))
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    storage.write_parquet(pipeline.raw / "b.parquet", log.to_arrow())
+    stages.ingest(pipeline).require_clean()
+    configured["logs"] |= {"entity": "patient"}
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    results = stages.coverage(pipeline)[1]
+    (result,) = [result for result in results if not result.passed and result.blocking]
+    rows = log.filter(second).height
+    said = f"column 'patient': {rows} rows of 1 batches, belonging to another entity than their episode"
+    assert result.check == "C27" and rows > 10 and result.sentence.startswith(said)
+    with pytest.raises(InputError, match=f"check C27 blocks the log: {said}"):
+        stages.episodes(pipeline)
+
+
+def test_a_log_without_entities_has_nothing_that_could_mix_them(
+    clean: Coverage, contract: Contract, tmp_path: Path
+) -> None:
+    result = run(clean, contract.model_copy(update={"entity": None}), tmp_path)["C27"]
+    assert result.passed and result.sentence == "not applicable: every episode is an entity of its own"
+
+
+@pytest.mark.parametrize("unknown", [0, 3])
+def test_late_rewards_of_no_decision_are_said_without_arrival_times(unknown: int, tmp_path: Path) -> None:
+    contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
+    log = pl.DataFrame(as_table(WORLD.simulate(300, seed=3)))
+    late = pl.DataFrame({"episode": [9000 + i for i in range(unknown)] or [0], "step": 0, "reward": 0.3})
+    if not unknown:
+        late = log.filter(pl.col("reward") > 0).select("episode", "step", "reward").head(1)
+    for name, batch in (("a", log), ("b", late)):
+        storage.write_parquet(tmp_path / f"{name}.parquet", batch.to_arrow())
+    measured = measure(Log.open([tmp_path / "a.parquet", tmp_path / "b.parquet"], contract))
+    result = run(measured, contract, tmp_path)["C31"]
+    said = f"column 'episode': {unknown} rows of 1 batches, with a reward for a decision that no batch has"
+    assert result.passed is (unknown == 0)
+    assert result.sentence.startswith(said if unknown else "not applicable: the log has no arrival times of rewards")
+    assert result.blocking is bool(unknown)
 
 
 def test_a_changed_file_and_thin_cells_and_constant_rewards(

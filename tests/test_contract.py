@@ -10,88 +10,7 @@ from offrl_models import storage
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log
 from offrl_models.schema import InputError
-from tests.hand_made import (
-    BANDIT,
-    GATE,
-    INF,
-    LOG,
-    MASKED,
-    NAN,
-    PAIRS,
-    ROLES,
-    SELECTION,
-    TRAIN,
-    VECTOR,
-    Columns,
-    acting,
-    contract_of,
-    dataset,
-    day,
-    log_of,
-    numbers,
-    observing,
-    write,
-)
-from tests.test_roles import (
-    ACTIONS,
-    LONGER,
-    OBSERVATIONS,
-    PROPENSITIES,
-    turn,
-)
-from tests.test_rules import (
-    AT,
-    CAME,
-    DEFAULTS,
-    LABELED,
-    LIST,
-    PRESENT,
-    TIMED,
-    TRIPPED,
-    WINDOW,
-    WORDS,
-    tripped,
-)
-
-# Names that other tests take from here.
-__all__ = [
-    "ACTIONS",
-    "AT",
-    "BANDIT",
-    "CAME",
-    "DEFAULTS",
-    "GATE",
-    "INF",
-    "LABELED",
-    "LIST",
-    "LOG",
-    "LONGER",
-    "MASKED",
-    "NAN",
-    "OBSERVATIONS",
-    "PAIRS",
-    "PRESENT",
-    "PROPENSITIES",
-    "ROLES",
-    "SELECTION",
-    "TIMED",
-    "TRAIN",
-    "TRIPPED",
-    "VECTOR",
-    "WINDOW",
-    "WORDS",
-    "Columns",
-    "acting",
-    "contract_of",
-    "dataset",
-    "day",
-    "log_of",
-    "numbers",
-    "observing",
-    "tripped",
-    "turn",
-    "write",
-]
+from tests.hand_made import BANDIT, INF, LOG, MASKED, ROLES, VECTOR, Columns, acting, contract_of, log_of, observing
 
 # --- contracts that cannot be -----------------------------------------------------------------------------------------
 
@@ -371,7 +290,10 @@ def test_formats_with_a_layout_of_their_own_name_its_columns() -> None:
     )
     assert found.reward.column == "reward" and found.next_observation is None
     assert Contract(**plain, format="minari").next_observation == ["next_observation"]
-    assert Contract(**plain, format="d3rlpy", episode_id="stay").episode_id == "stay"
+    named = Contract(**plain, format="d3rlpy", episode_id="stay")
+    assert named.episode_id == "stay"
+    assert found.numbers_episodes_by_batch and not named.numbers_episodes_by_batch
+    assert not Contract(**plain | ROLES).numbers_episodes_by_batch
     click: dict[str, Any] = plain | {"reward": {"column": "click", "range": [0, 1]}}
     assert Contract(**click, format="open_bandit").horizon == 1
 

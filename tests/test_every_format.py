@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -33,6 +34,7 @@ from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import measure
 from offrl_models.logs.ingest import Count, Folders, Ingested, ingest
 from offrl_models.logs.read import Log, batch_files
+from offrl_models.logs.screen import screen
 from offrl_models.schema import Episodes, InputError
 from tests.conftest import as_table, attributes, chain_world
 
@@ -42,9 +44,9 @@ Arrays = dict[str, np.ndarray]
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def source(action: str) -> Arrays:
+def source(action: str, seed: int = 11) -> Arrays:
     """50 episodes of 1 to 6 decisions, half of them cut off; the action is one of five codes, or two numbers."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(seed)
     length = rng.integers(1, 7, 50)
     episode = np.repeat(np.arange(50), length)
     rows, last = len(episode), np.append(episode[1:] != episode[:-1], True)
@@ -216,35 +218,41 @@ def contract_of(layout: Layout, action: str) -> Contract:
 # --- the way to episodes ----------------------------------------------------------------------------------------------
 
 
-def expected(log: Arrays, split: str, left_out: tuple[str, ...]) -> Arrays:
+def id_of(number: int, name: str) -> str:
+    """What the reader calls an episode of a batch, as text: where it counts them itself, the batch is part of the name."""
+    return f"{name}/{number}" if LAYOUTS[name].named_by_reader else str(number)
+
+
+def expected(log: Arrays, split: str, name: str) -> Arrays:
     """The episodes of a split, by episode. Where nothing is known of what follows, a truncated one ends a decision earlier."""
-    found: dict[str, list[Any]] = {}
+    left_out, found = LAYOUTS[name].left_out, dict[str, list[Any]]()
     for number, (start, stop) in enumerate(bounds(log)):
         truncated = bool(log["truncated"][stop - 1])
         cut = truncated and "next_observation" in left_out
         rows = range(start, stop - cut)
-        if bucket(number, SALT) not in SPLITS[split] or not rows:
+        if bucket(id_of(number, name), SALT) not in SPLITS[split] or not rows:
             continue
         ends = np.arange(len(rows)) == len(rows) - 1
         final = log["observation"][stop - 1] if cut else log["next_observation"][stop - 1]
-        parts = {"episode_id": [number], "length": [len(rows)]}
-        parts |= {name: log[name][list(rows)] for name in ("observation", "action", "reward", "action_prob")}
+        parts = {"episode_id": [id_of(number, name)], "length": [len(rows)]}
+        parts |= {column: log[column][list(rows)] for column in ("observation", "action", "reward", "action_prob")}
         parts |= {"terminated": ends & (not truncated), "truncated": ends & truncated}
         parts |= {"final_observation": [final]} if truncated or "next_observation" not in left_out else {}
-        for name, values in parts.items():
-            found.setdefault(name, []).extend(values)
-    return {name: np.array(values) for name, values in found.items() if name not in left_out}
+        for column, values in parts.items():
+            found.setdefault(column, []).extend(values)
+    return {column: np.array(values) for column, values in found.items() if column not in left_out}
 
 
 def plain(episodes: Episodes, left_out: tuple[str, ...]) -> Arrays:
     """The same of what was read. Ids that were read from text are in the order of text."""
-    order = np.argsort(episodes.episode_id.astype(np.int64))
+    ids = episodes.episode_id.astype(str)
+    order = np.argsort([int(one.rpartition("/")[2]) for one in ids])
     rows = np.concatenate([np.arange(*episodes.offsets[i : i + 2]) for i in order])
     last = episodes.offsets[1:][order] - 1
     known = episodes.truncated[last] | ("next_observation" not in left_out)
     per_row = ("observation", "action", "reward", "action_prob", "terminated", "truncated")
     found = {name: getattr(episodes, name)[rows] for name in per_row if name not in left_out}
-    found |= {"episode_id": episodes.episode_id[order].astype(np.int64), "length": episodes.length[order]}
+    found |= {"episode_id": ids[order], "length": episodes.length[order]}
     return found | {"final_observation": episodes.final_observation[order][known]}
 
 
@@ -278,7 +286,7 @@ def test_the_same_log_gives_the_same_episodes_in_every_format(name: str, action:
     counts = write_splits(accepted, SALT, tmp_path / "episodes")
     for split in SPLITS:
         found = read_splits(tmp_path / "episodes", split, salt=SALT, contract=contract)
-        wanted = expected(log, split, layout.left_out)
+        wanted = expected(log, split, name)
         same = plain(found, layout.left_out)
         assert counts[split] == {"rows": len(wanted["reward"]), "episodes": len(wanted["length"])}
         assert set(same) == set(wanted)
@@ -289,6 +297,51 @@ def test_the_same_log_gives_the_same_episodes_in_every_format(name: str, action:
                 assert same[column].shape == values.shape and np.array_equal(same[column], values), column
         assert found.mask.all() and found.n_actions == (ACTIONS if action == "codes" else 0)
         assert np.isnan(found.action_prob).all() == ("action_prob" in layout.left_out)
+
+
+READERS = [name for name in LAYOUTS if LAYOUTS[name].named_by_reader]
+
+
+@pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None):UserWarning")
+@pytest.mark.parametrize("name", READERS)
+def test_a_second_batch_of_a_reader_that_counts_episodes_brings_other_episodes(name: str, tmp_path: Path) -> None:
+    layout, contract = LAYOUTS[name], contract_of(LAYOUTS[name], "codes")
+    folders = Folders(tmp_path, tmp_path / contract.source, tmp_path / "data" / "lab")
+    folders.landing.mkdir(parents=True)
+    names, rows = [f"a{name}", f"b{name}"], 0
+    for seed, batch in enumerate(names):
+        log = source("codes", seed)
+        _, rows_of_batch = bounds(log)[7]  # eight episodes
+        layout.write({column: values[:rows_of_batch] for column, values in log.items()}, folders.landing / batch)
+        ingest(folders, contract).require_clean()
+        rows += rows_of_batch
+    accepted = batch_files(folders.raw, layout.format)
+    found = screen(Log.open(accepted, contract))
+    ids = {f"{batch}/{number}" for batch in names for number in range(8)}
+    assert found.violations == () and set(found.index.episodes["episode"]) == ids
+    assert sum(found.index.rows.values()) == rows and found.index.duplicates == {}
+
+    again = folders.landing / f"c{name}"  # the same batch under another name
+    (shutil.copytree if accepted[0].is_dir() else shutil.copy)(accepted[0], again)
+    repeated = ingest(folders, contract)
+    assert (repeated.accepted, repeated.quarantined, repeated.rows) == ([], {}, rows)
+    assert repeated.count.duplicates > 0 and batch_files(folders.raw, layout.format) == accepted
+
+
+def test_episodes_that_were_counted_have_the_same_names_from_a_folder_and_from_a_url(tmp_path: Path) -> None:
+    found = []
+    for place in ("folder", "url"):
+        root = tmp_path / place
+        contract = contract_of(LAYOUTS["log.hdf5"], "codes")
+        folders = Folders(root, root / contract.source, root / "data" / "lab")
+        if place == "url":
+            contract = contract.model_copy(update={"landing": f"file://{root / 'remote'}"})
+        there = root / "remote" if place == "url" else folders.landing
+        there.mkdir(parents=True)
+        write_d4rl(SOURCES["codes"], there / "log.hdf5")
+        ingest(folders, contract).require_clean()
+        found.append(Log.open(batch_files(folders.raw, "d4rl"), contract).frame()["episode_id"])
+    assert found[0].equals(found[1]) and found[0][-1] == "log.hdf5/49"
 
 
 # --- batches in a bucket ----------------------------------------------------------------------------------------------

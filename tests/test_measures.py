@@ -392,6 +392,46 @@ def test_a_state_that_never_changes_is_no_evidence_of_a_copy() -> None:
     assert independence.near_duplicates(sample, split_names(600))["judged"].to_list() == [0, 0]
 
 
+def test_what_is_seen_once_is_expected_as_often_as_good_and_turing_say() -> None:
+    """Two episodes of 0, 1 and one of 2, 3: starts 0 (twice) and 2, transitions 0-1 (twice, of other actions later) and 2-3."""
+    state, action = np.array([[0, 1], [0, 1], [2, 3]]), np.array([[0, 0], [0, 1], [0, 0]])
+    more = {"names": ("state",), "categories": (4,), "action": action.ravel()}
+    sample = sample_from(state.reshape(-1, 1), steps=2, **more)
+    # Codes a = (0, 0), b = (1, 0), c = (1, 1), d = (2, 0), e = (3, 0). Seen twice: the start a; once: a-b, a-c, the start d, d-e.
+    once = (2 * 1 + 1) / (4 + 1)  # more than any code's frequency of 1/6 or 2/6
+    wanted = [((2 - 1 + once) / 3) * (once / 2)] * 2 + [(once / 3) * (once / 1)]
+    content = support.episode_content(sample)
+    assert support.episode_bits(sample, content, np.arange(3)) == pytest.approx(-np.log2(wanted))
+
+
+def sparse(seed: int, states: int, episodes: int, steps: int) -> np.ndarray:
+    """States of a chain that nearly always takes the same way on; most ways are met by few episodes."""
+    rng = np.random.default_rng(seed)
+    onward, state = rng.dirichlet(np.full(states, 0.002), states), np.empty((episodes, steps), np.int64)
+    state[:, 0] = rng.choice(states, episodes, p=rng.dirichlet(np.full(states, 0.05)))
+    for step in range(1, steps):
+        drawn = rng.random((episodes, 1)) > onward[state[:, step - 1]].cumsum(1)[:, :-1]
+        state[:, step] = drawn.sum(1)
+    return state
+
+
+@pytest.mark.parametrize(("states", "episodes", "steps"), [(300, 300, 4), (100, 1000, 4), (40_000, 40_000, 1)])
+def test_chance_in_a_sparse_log_is_not_taken_for_copies(states: int, episodes: int, steps: int) -> None:
+    """All episodes are drawn one by one: what coincides does so by chance, and next to none of it may count."""
+    found = []
+    for seed in range(4 if steps > 1 else 1):
+        state = (
+            sparse(seed, states, episodes, steps)
+            if steps > 1
+            else np.random.default_rng(seed).integers(0, states, episodes)
+        )
+        sample = sample_from(state.reshape(-1, 1), steps=steps, names=("state",), categories=(states,))
+        found.append(independence.near_duplicates(sample, split_names(episodes)).sum())
+    total = pl.concat(found)
+    assert total["matching"].sum() > total["episodes"].sum() / 4
+    assert total["duplicates"].sum() / total["episodes"].sum() < 0.001
+
+
 # --- C29 --------------------------------------------------------------------------------------------------------------
 
 

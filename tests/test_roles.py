@@ -480,6 +480,48 @@ def test_with_a_next_observation_a_cut_episode_keeps_every_decision(tmp_path: Pa
     assert episodes.final_observation.ravel().tolist() == [finals[i] for i in wanted]
 
 
+def test_what_follows_an_end_may_be_missing_and_is_then_some_number(tmp_path: Path) -> None:
+    """Of the two decisions that terminated the next observation is null, of the one that was cut off it is needed."""
+    for number, (kind, missing) in enumerate([("number", None), ("number", NAN), ("list", None), ("list", [NAN, 1.0])]):
+        wide = kind == "list"
+        observed = {"observation": [{"column": "x", **({"size": 2} if wide else {})}], "next_observation": ["y"]}
+        x = PAIRS if wide else [0.5, 1.5, 2.5, 3.5]
+        y: list[Any] = [x[1], missing, x[0], missing]
+        roles = {**observed, "truncated": "cut"}
+        columns = {"x": x, "y": y, "end": [False, True, False, True], "cut": [False, False, True, False]}
+        episodes = dataset(tmp_path / str(number), roles, columns)
+        assert np.array_equal(episodes.final_observation, numbers(x[1], x[0], x[3]).reshape(3, -1))
+        wrong = screen(
+            log_of(tmp_path / f"{number} cut", roles, columns | {"y": [x[1], x[0], missing, x[0]]})
+        ).violations
+        assert [(violation.check, violation.column, violation.rows) for violation in wrong] == [("C10", "y", 1)]
+
+
+@pytest.mark.parametrize("name", ["codes", "labels", "a boolean", "an unsigned number", "a time", "a fixed list"])
+def test_what_follows_an_end_may_be_missing_in_any_kind_of_column(tmp_path: Path, name: str) -> None:
+    options, column, expected, _ = OBSERVATIONS[name]
+    column = column if isinstance(column, pa.Array) else pa.array(column, from_pandas=False)
+    following = column.take(pa.array([1, None, None, None]))
+    roles = {"observation": [{"column": "x", **options}], "next_observation": ["y"]}
+    episodes = dataset(tmp_path, roles, {"x": column, "y": following})
+    wanted = np.array(expected, np.float32).reshape(4, -1)
+    assert episodes.final_observation == pytest.approx(wanted[1:], rel=1e-6, abs=1e-6)
+
+
+def test_a_row_that_was_only_written_down_at_another_time_is_a_repetition(tmp_path: Path) -> None:
+    """Unless the time plays another role as well: then it says something of the decision."""
+    at = [day(1), day(2), day(1), day(1)]
+    for roles in ({"decided_at": "at", "ingested_at": "in"}, {"decided_at": "at", "ingested_at": "in", "step": None}):
+        batches = [{"at": at, "in": [day(number)] * 4} for number in (5, 6)]
+        folder = tmp_path / str(len(roles))
+        found = screen(log_of(folder, roles, *batches))
+        assert found.violations == () and found.index.duplicates == {1: 4}
+        assert dataset(folder, roles, *batches).n_rows == 4
+    roles = {"ingested_at": "in", "observation": ["x", {"column": "in", "timestamp": True}]}
+    batches = [{"in": [day(number)] * 4} for number in (5, 6)]
+    assert [v.check for v in screen(log_of(tmp_path / "seen", roles, *batches)).violations] == ["C03"]
+
+
 def test_only_truncation_may_be_logged(tmp_path: Path) -> None:
     episodes = dataset(tmp_path, {"truncated": "cut", "terminated": None}, LONGER)
     assert not episodes.terminated.any() and episodes.truncated.sum() == 3

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from offrl_models.logs.coverage import measure
 from offrl_models.logs.read import Log
 from offrl_models.logs.rules import rules
 from offrl_models.logs.screen import screen
@@ -370,3 +371,8 @@ def test_every_rule_of_these_contracts_is_tripped_by_one_of_these_logs(tmp_path:
         known |= {(rule.check, rule.problem) for rule in rules(log.contract, PRESENT, PRESENT)}
         broken |= {(violation.check, violation.problem) for violation in screen(log, PRESENT).violations}
     assert known <= broken
+
+
+def test_a_log_in_which_no_reward_says_when_it_came_is_measured(tmp_path: Path) -> None:
+    columns = {"at": AT["at"], "came": pa.nulls(4, pa.timestamp("us"))}
+    assert "C31" not in measure(log_of(tmp_path, WINDOW, columns)).derived

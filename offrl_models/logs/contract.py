@@ -144,6 +144,12 @@ class Contract(Strict):
         return self.episode_id or EPISODE
 
     @property
+    def numbers_episodes_by_batch(self) -> bool:
+        """Whether the ids come from a reader that counts the episodes of every batch from 0."""
+        given = LAYOUT.get(self.format, {}).get("episode_id")
+        return given is not None and given == self.episode_id and self.kinds[given] == "key"
+
+    @property
     def step_column(self) -> str:
         return self.step or STEP
 
@@ -210,6 +216,12 @@ class Contract(Strict):
         for _, name, kind in self._roles():
             found[name] = _narrower(found.get(name, kind), kind) or kind
         return found
+
+    @cached_property
+    def content(self) -> list[str]:
+        """Columns that say what was decided: all but `ingested_at`, which only says when that was written down."""
+        named = [name for _, name, _ in self._roles()]
+        return [name for name in self.kinds if name != self.ingested_at or named.count(name) > 1]
 
     @cached_property
     def reward_keys(self) -> tuple[str, ...]:

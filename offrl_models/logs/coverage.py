@@ -188,7 +188,7 @@ class _Times:
         if contract.reward.arrived_at:
             both = rows.drop_nulls([contract.decided_at, contract.reward.arrived_at])
             at = (both[contract.decided_at].to_numpy(), both[contract.reward.arrived_at].to_numpy())
-            found["C31"] = timing.reward_delay(*at, contract.reward.window_hours or np.inf)
+            found |= {"C31": timing.reward_delay(*at, contract.reward.window_hours or np.inf)} if both.height else {}
         return found
 
 

@@ -96,8 +96,8 @@ def near_duplicates(sample: Sample, split_of_episode: Shaped[np.ndarray, "episod
     categories coincide by chance, so only those count (`judged`) that are too improbable for it: under a Markov model of all
     other distinct episodes, the expected number of equals among the others must be below 2**-13. The model takes all
     categorical columns and the discrete action as one state, and the numeric columns as independent of each other, at most 8
-    of them; a copy that chance could have made, or that straddles a rounding edge, is not seen. `share` is duplicates over
-    all episodes of the split, `matching` counts the equals that could be chance as well.
+    of them; a copy that chance could have made, or that straddles a rounding edge, is not seen, and equal starts that decide
+    all that follows look like one. `share` is duplicates over all episodes of the split, `matching` counts all equals.
     """
     content = episode_content(sample)
     keys: dict[bytes, int] = {}

@@ -110,6 +110,11 @@ def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: boo
     return column
 
 
+def _in_batch(path: Path, number: pl.Expr) -> pl.Expr:
+    """Ids of what a batch counts from 0. No two batches have one name, and a batch keeps its own."""
+    return pl.concat_str(pl.lit(f"{path.name}/"), number.cast(pl.String))
+
+
 @dataclass(frozen=True)
 class Log:
     """Batches that hold to the contract, in order. Iterating reads them again each time; nothing is kept in memory."""
@@ -147,6 +152,8 @@ class Log:
                 _in_one_type(frame, name, batch.kinds[name], integer_keys=self.integer_keys) for name in frame.columns
             ]
             frame = frame.with_columns(*typed, pl.lit(number, pl.Int32).alias(BATCH))
+            if self.contract.numbers_episodes_by_batch and (name := self.contract.episode_column) in frame.columns:
+                frame = frame.with_columns(_in_batch(batch.path, pl.col(name)).alias(name))
             del table  # none of this is kept while the next chunk is read
             yield frame
             del frame
@@ -162,14 +169,16 @@ class Log:
         wanted = list(contract.kinds) if columns is None else list(dict.fromkeys(columns))
         stored = [name for name in wanted if name not in (EPISODE, STEP)]
         late = self.late_rewards if set(stored) & set(contract.reward.terms) else None
-        read = list(dict.fromkeys([*stored, *(contract.reward_keys if late is not None else ())]))
-        for frame in self._read(number, read or list(contract.kinds)[:1], rows):
+        read = dict.fromkeys([*stored, *(contract.reward_keys if late is not None else ())])
+        if contract.terminated and set(stored) & set(contract.next_observation or ()):
+            read |= dict.fromkeys([*(column.column for column in contract.observation), contract.terminated])
+        for frame in self._read(number, list(read) or list(contract.kinds)[:1], rows):
             row = pl.int_range(first, first + frame.height, dtype=pl.Int64, eager=True)
             if late is not None:
                 frame = self._with_late_rewards(frame, late)
+            frame = values.with_any_next_after_the_end(frame, contract)
             if contract.episode_id is None:
-                named = pl.select(pl.format(f"{self.batches[number].path.name}/{{}}", row)).to_series()
-                frame = frame.with_columns(named.alias(EPISODE))
+                frame = frame.with_columns(_in_batch(self.batches[number].path, pl.lit(row)).alias(EPISODE))
             if contract.step is None:
                 steps = 0 if self.derived_steps is None else pl.Series(self.derived_steps[number][row.to_numpy()])
                 frame = frame.with_columns(pl.lit(steps).cast(pl.Int64).alias(STEP))
@@ -185,8 +194,11 @@ class Log:
                 yield frame
 
     def each(self, work: Callable[[int, int, pl.DataFrame], T], columns: Iterable[str] | None = None) -> Iterator[T]:
-        """`work(batch, first row, chunk)` of every chunk, several batches at a time; the results in order."""
-        wanted = None if columns is None else list(columns)
+        """`work(batch, first row, chunk)` of every chunk, several batches at a time; the results in order.
+
+        Columns are those of `columns`, or all that say what was decided.
+        """
+        wanted = self.contract.content if columns is None else list(columns)
 
         def whole(number: int) -> list[T]:
             results = []
@@ -246,7 +258,8 @@ class Log:
             return self
         rows = pl.concat(read, how="vertical_relaxed").with_row_index("row")
         if rows.select(pl.struct(keys).is_duplicated().any()).item():
-            rows = rows.with_columns(content=pl.concat(values.row_hash(frame.drop(BATCH)) for frame in self.chunks()))
+            told = (values.row_hash(frame.drop(BATCH)) for frame in self.chunks(contract.content))
+            rows = rows.with_columns(content=pl.concat(told))
             keys = [*keys, "content"]
         rows = rows.with_columns(first=pl.col("row").min().over(keys)).sort(*keys[:2], "first", "row")
         step = (pl.col("row") == pl.col("first")).cast(pl.Int64).cum_sum().over(keys[0]) - 1

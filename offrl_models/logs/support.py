@@ -204,12 +204,21 @@ def episode_content(sample: Sample) -> Int64[np.ndarray, "rows streams"]:
     return np.ascontiguousarray(np.column_stack([code, rounded]))
 
 
+def _visits_expected(visits: Int64[np.ndarray, "transitions"]) -> float:
+    """How often a transition that is seen once comes in as many rows again, at most once: 2 N2 / N1, one added to both for
+    logs in which nothing repeats. Good (1953), https://doi.org/10.1093/biomet/40.3-4.237."""
+    once, twice = int((visits == 1).sum()), int((visits == 2).sum())
+    return min((2 * twice + 1) / (once + 1), 1.0)
+
+
 def episode_bits(
     sample: Sample, content: Int64[np.ndarray, "rows streams"], distinct: Int64[np.ndarray, "kept"]
 ) -> Float64[np.ndarray, "kept"]:
     """-log2 of each distinct episode's probability under a first-order Markov model of the other distinct ones.
 
-    A transition seen in no other episode falls back on the frequency of where it leads, which counts like one visit.
+    A transition that is seen once falls back on the frequency of where it leads, or on what Good & Turing say of transitions
+    seen once where that is more. An episode that is one code and nothing else has 0 bits: that it is there says nothing of
+    how often it should be.
     """
     chosen = np.isin(np.arange(sample.n_episodes), distinct)
     rows = chosen[sample.episode]
@@ -221,6 +230,8 @@ def episode_bits(
         before = np.where(start, code.max() + 1, np.roll(code, 1))
         pair = joint(before, code)
         n_pair, n_before = np.bincount(pair)[pair], np.bincount(before)[before]
-        frequency = np.bincount(code)[code] / len(code)
-        bits -= np.bincount(episode, np.log2((n_pair - 1 + frequency) / n_before), sample.n_episodes)
+        once = np.maximum(np.bincount(code)[code] / len(code), _visits_expected(np.bincount(pair)))
+        bits -= np.bincount(episode, np.log2((n_pair - 1 + once) / n_before), sample.n_episodes)
+    if not numeric:
+        bits[sample.length == 1] = 0.0
     return bits[distinct]

@@ -41,6 +41,37 @@ def row_hash(frame: pl.DataFrame) -> pl.Series:
     return frame.select(plain).hash_rows(seed=0)
 
 
+def _is_missing(frame: pl.DataFrame, name: str) -> pl.Expr:
+    """Whether a value is null or NaN, or a list that holds one."""
+    column, dtype = pl.col(name), frame.schema[name]
+    if isinstance(dtype, (pl.List, pl.Array)):
+        each = column.cast(pl.List(pl.Float64)).list
+        return column.is_null() | each.sum().is_nan() | each.contains(None)
+    return column.is_null() | (column.is_nan() if dtype.is_float() else pl.lit(False))
+
+
+def with_any_next_after_the_end(frame: pl.DataFrame, contract: Contract) -> pl.DataFrame:
+    """The same rows. Where a row terminated and its next observation is missing, that is the observation of the row.
+
+    Nothing follows an end, so many logs leave it out there; the arrays that are made of it hold some number all the same.
+    """
+    if contract.terminated not in frame.columns:
+        return frame
+    ended = pl.col(str(contract.terminated)).fill_null(False)
+    pairs = zip(contract.observation, contract.next_observation or (), strict=False)
+    missing = {
+        name: (column.column, ended & _is_missing(frame, name))
+        for column, name in pairs
+        if name in frame.columns and column.missing is None
+    }
+    found = frame.filter(ended).select(is_so.any().alias(name) for name, (_, is_so) in missing.items())
+    return frame.with_columns(
+        pl.when(is_so).then(now).otherwise(name).alias(name)
+        for name, (now, is_so) in missing.items()
+        if found[name].item()
+    )
+
+
 def codes(column: str, labels: Sequence[Label]) -> pl.Expr:
     """Position of each label; null where the contract does not name it."""
     names = [str(label) for label in labels]

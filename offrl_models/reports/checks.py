@@ -96,6 +96,7 @@ def _absent(contract: Contract, tables: Mapping[str, pl.DataFrame]) -> dict[str,
         "C17": "the log names no policy versions" if not contract.policy_version else "",
         "C18": "no propensities are logged" if not contract.action_prob else "densities have no bound of 1",
         "C09": "too few episodes end with either reward",
+        "C27": "every episode is an entity of its own",
         "C29": "too few rows for a test",
         "C30": "too few episodes of two steps or more",
         "C31": "the log has no arrival times of rewards",
@@ -138,7 +139,8 @@ def check_logs(
     }
     given = {name: table for name, table in tables.items() if table is not None and table.height}
     silent = {"C07"} if contract.next_observation is None else set()
-    silent |= set() if contract.reward_keys and contract.reward.arrived_at else {"C31"}
+    silent |= {"C27"} if contract.entity is None else set()
+    silent |= {"C31"} if "C31" not in derived and not _of_rows(measured.violations, "C31") else set()
     asked = [
         one
         for one in [*_row_level(measured), *_log_level(thresholds)]
