@@ -32,6 +32,9 @@ class GateConfig(Strict):
     long_run_alpha: float = Field(default=0.05, gt=0, lt=1)  # share of false ones among all releases, by e-LOND
     margin: float = 0.0  # by which the candidate must beat the champion, in units of return
     caps: tuple[float | None, ...] = (1.2, 1.5, 2.0, 5.0, None)  # of the ladder, in the order tested; None is uncapped
+    ladders: int = Field(
+        default=1, ge=1
+    )  # candidates that climb, from the top of the leaderboard; they share the error rate
     planned_episodes: int = Field(default=5000, ge=500)  # gate episodes at which the bound is to be tightest
     first_look: int = Field(default=500, ge=2)  # fewest gate episodes for a verdict
     effective_transitions: float = Field(default=500, ge=0)  # floor, marginal weights
@@ -237,6 +240,16 @@ def ladder(policies: list[str], measures: list[Measures], config: GateConfig) ->
         else:
             verdicts.append(judge(policy, measured, config))
     return verdicts
+
+
+def decisive_ladder(ladders: list[list[Verdict]]) -> int:
+    """Index of the ladder that decides: of those that passed a rung, the one with the highest lower bound; else the first."""
+
+    def bound(verdicts: list[Verdict]) -> float:
+        rung = verdicts[decisive_rung(verdicts)]
+        return rung.measures.lower_bound if rung.status is Status.PASS else -math.inf
+
+    return max(range(len(ladders)), key=lambda place: bound(ladders[place]))
 
 
 def decisive_rung(verdicts: list[Verdict]) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offrl_models.gate import (
     GateConfig,
     Status,
+    decisive_ladder,
     decisive_rung,
     findings,
     judge,
@@ -110,6 +111,14 @@ def test_the_ladder_stops_at_the_first_rung_that_does_not_pass() -> None:
     assert [v.status for v in verdicts] == [Status.PASS, Status.PASS, Status.INCONCLUSIVE, Status.NOT_TESTED]
     assert decisive_rung(verdicts) == 1
     assert decisive_rung(ladder(["a", "b"], [weak, GOOD], CONFIG)) == 0
+
+
+def test_of_several_ladders_the_highest_bound_decides() -> None:
+    weak, low = dataclasses.replace(GOOD, lower_bound=-0.01), dataclasses.replace(GOOD, lower_bound=0.005)
+    first, second, none = (ladder(["a", "b"], rungs, CONFIG) for rungs in ([GOOD, low], [GOOD, weak], [weak, GOOD]))
+    assert decisive_ladder([first, second]) == 1  # +0.005 at its last rung, against +0.01
+    assert decisive_ladder([none, first]) == 1
+    assert decisive_ladder([none, none]) == 0
 
 
 def test_a_verdict_survives_json() -> None:

@@ -101,7 +101,8 @@ def test_every_asset_says_what_it_is_and_links_open(released: tuple[Pipeline, An
             for part in str(text).replace("(", " ").replace(")", " ").split():
                 if part.startswith("/reports/toy/"):
                     assert (pipeline.reports / part.removeprefix("/reports/toy/")).exists(), part
-    assert len(result.get_asset_check_evaluations()) == len(CHECKS) + 1  # and the gate
+    expected = sum(len(check.assets) for check in CHECKS.values()) + 1  # and the gate
+    assert len(result.get_asset_check_evaluations()) == expected
     assert all(check.passed for check in result.get_asset_check_evaluations())
 
 
@@ -177,6 +178,24 @@ def test_the_same_logs_elsewhere_give_the_same_bundle(released: tuple[Pipeline, 
     assert judged.summary["status"] == "PASS" and release is not None
     mine = storage.read_json(pipeline.folder / "policies" / "champion.json")
     assert release.manifest_sha256 == mine["manifest_sha256"]
+
+
+def test_two_candidates_that_climb_share_the_error_rate(released: tuple[Pipeline, Any], tmp_path: Path) -> None:
+    pipeline, _ = released
+    shutil.copytree(pipeline.folder, tmp_path / "data" / "toy", ignore=shutil.ignore_patterns("policies", "evidence"))
+    gate = pipeline.config.gate.model_copy(update={"ladders": 2, "caps": (2.0, None)})
+    both = Pipeline(pipeline.config.model_copy(update={"gate": gate}), tmp_path)
+    judged = stages.evidence(both)
+    found = storage.read_json(judged.folder / "evidence.json")
+    assert [rung["policy"] for rung in found["ladder"]] == ["cql ≤ 2μ", "cql", "bc ≤ 2μ", "bc"]
+    assert all(rung["measures"]["alpha"] == found["error_rate"]["alpha"] / 2 for rung in found["ladder"])
+    bounds = {rung["policy"]: rung["measures"]["lower_bound"] for rung in found["ladder"] if rung["status"] == "PASS"}
+    assert judged.summary["status"] == "PASS" and judged.summary["algorithm"] == "cql"
+    assert judged.summary["lower_bound"] == bounds[judged.summary["policy_name"]]
+    release = stages.release(both)
+    assert (release.folder / "policy.onnx").read_bytes() == (
+        judged.folder / judged.summary["rung"] / "policy.onnx"
+    ).read_bytes()
 
 
 def test_release_refuses_what_was_not_judged_also_when_materialized_alone(

@@ -31,9 +31,10 @@ class Champion:
 
 
 def candidate_digest(pipeline: Pipeline) -> str:
-    """Digest of the best candidate and of the behavior policy that caps it."""
+    """Digest of the candidates that climb, the best ones, and of the behavior policy that caps them."""
     board = current_leaderboard(pipeline)
-    return storage.digest([board.key["candidates"][board.summary["best"]], board.key["behavior"]])
+    climbing = [row["candidate"] for row in board.summary["ranking"]][: pipeline.config.gate.ladders]
+    return storage.digest([*(board.key["candidates"][name] for name in climbing), board.key["behavior"]])
 
 
 def current_champion(pipeline: Pipeline) -> Champion:

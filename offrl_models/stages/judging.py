@@ -19,7 +19,7 @@ from offrl_models.evaluation import (
     measure_rungs,
     visit_frequencies,
 )
-from offrl_models.gate import Verdict, decisive_rung, ladder
+from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
 from offrl_models.logs import values
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
@@ -106,12 +106,11 @@ def compare(
 
 
 def evidence(pipeline: Pipeline) -> Stage:
-    """Climb the ladder with the best candidate, on the gate split, enter the look in the ledger, and write the verdict."""
+    """Climb the ladder with the best candidates, on the gate split, enter the look in the ledger, and write the verdict."""
 
     def build(folder: Path) -> dict[str, Any]:
         look = _Look(pipeline, folder)
-        verdicts, level = look.judged()
-        final = decisive_rung(verdicts)
+        verdicts, final, level = look.judged()
         found = look.facts(verdicts, final, level)
         verdict = verdicts[final]
         judged = {**asdict(verdict.measures), "policy": look.names[final], "influence": verdict.measures.influence}
@@ -129,8 +128,8 @@ def evidence(pipeline: Pipeline) -> Stage:
             "decided_by": verdict.decided_by,
             "policy_name": look.names[final],
             "rung": str(look.rungs[look.names[final]].relative_to(folder)),
-            "algorithm": look.best,
-            "cap": look.caps[final],
+            "algorithm": look.steps[final][0],
+            "cap": look.steps[final][1],
             "lower_bound": verdict.measures.lower_bound,
             "alpha": verdict.measures.alpha,
             "champion": look.champion.name,
@@ -148,14 +147,15 @@ def evidence(pipeline: Pipeline) -> Stage:
 
 
 class _Look:
-    """One look at the gate split: the rungs of the best candidate, exported and evaluated beside everything else."""
+    """One look at the gate split: the rungs of the best candidates, exported and evaluated beside everything else."""
 
     def __init__(self, pipeline: Pipeline, folder: Path):
         self.pipeline, self.config = pipeline, pipeline.config
         self.board = current_leaderboard(pipeline)
-        self.best: str = self.board.summary["best"]
         self.champion = current_champion(pipeline)
         self.caps = self._caps()
+        climbing = [row["candidate"] for row in self.board.summary["ranking"]][: self.config.gate.ladders]
+        self.steps = [(candidate, cap) for candidate in climbing for cap in self.caps]
         self.fitted_on, self.gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
@@ -176,14 +176,14 @@ class _Look:
         """Every rung as the graph that would act; the uncapped one is the candidate's own."""
         encoder, rungs = encoder_of(self.pipeline), {}
         behavior = load_behavior(self.pipeline, encoder)
-        candidate = load_candidate(self.pipeline, self.best, encoder)
-        for position, cap in enumerate(self.caps):
-            name, rung = _rung_name(self.best, cap), folder / f"rung-{position + 1}"
+        for position, (climbing, cap) in enumerate(self.steps):
+            name, rung = _rung_name(climbing, cap), folder / f"rung-{position + 1}"
             if cap is None:
                 for file in (bundle.POLICY, bundle.WEIGHTS):
-                    storage.write_bytes(rung / file, (self.pipeline.candidate(self.best) / file).read_bytes())
+                    storage.write_bytes(rung / file, (self.pipeline.candidate(climbing) / file).read_bytes())
                 policies[name] = OnnxPolicy(rung / bundle.POLICY)
             else:
+                candidate = load_candidate(self.pipeline, climbing, encoder)
                 policies[name] = export_checked(CappedPolicy(candidate, behavior, cap), self.fitted_on, rung)
             rungs[name] = rung
         return rungs
@@ -194,7 +194,7 @@ class _Look:
 
     @property
     def hypothesis(self) -> str:
-        """Digest of what is claimed: this ladder beats this champion, by these thresholds."""
+        """Digest of what is claimed: a rung of these ladders beats this champion, by these thresholds."""
         thresholds = self.config.gate.model_dump(mode="json")
         return storage.digest({"rungs": self.digests, "champion": self.champion.digest, "gate": thresholds})
 
@@ -202,14 +202,20 @@ class _Look:
     def gate_data(self) -> str:
         return str(self.board.key["episodes"])
 
-    def judged(self) -> tuple[list[Verdict], ledger.Level]:
-        """The verdict on every rung, at the error rate that the ledger has left."""
+    def judged(self) -> tuple[list[Verdict], int, ledger.Level]:
+        """The verdict on every rung, which of them decides, and the error rate that the ledger has left for all ladders."""
         gate, logs, propensities = self.config.gate, self.config.logs, propensities_are(self.pipeline)
         level = ledger.level(ledger.read(self.ledger_path), self.hypothesis, self.gate_data, gate)
-        alpha = level.alpha * (1.0 if propensities == LOGGED else 0.5)
+        ladders = len(self.steps) // len(self.caps)
+        alpha = level.alpha * (1.0 if propensities == LOGGED else 0.5) / ladders
         returns = gate.return_range or (logs.reward.range if logs.horizon == 1 else None)
         asked = Question(alpha, logs.tabular_states, propensities, returns, self.champion.key)
-        return ladder(self.digests, measure_rungs(self.names, self.found, gate, asked), gate), level
+        measures, rungs = measure_rungs(self.names, self.found, gate, asked), len(self.caps)
+        starts = range(0, len(self.steps), rungs)
+        climbed = [ladder(self.digests[s : s + rungs], measures[s : s + rungs], gate) for s in starts]
+        decisive = decisive_ladder(climbed)
+        final = decisive * rungs + decisive_rung(climbed[decisive])
+        return [verdict for verdicts in climbed for verdict in verdicts], final, level
 
     def enter(self, verdict: Verdict, level: ledger.Level) -> None:
         """Write the look into the ledger; a second time changes nothing."""
@@ -246,14 +252,14 @@ class _Look:
             ],
             "ladder": [
                 {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
-                for key, cap, verdict in zip(self.names, self.caps, verdicts, strict=True)
+                for key, (_, cap), verdict in zip(self.names, self.steps, verdicts, strict=True)
             ],
             "detail": detail(self.found, self.names[final], self.champion.key, verdicts[final].measures, config.gate),
             "verdict": {
                 **verdicts[final].to_json(),
                 "proven_by_betting": verdicts[final].exact,
                 "policy_name": self.names[final],
-                "cap": self.caps[final],
+                "cap": self.steps[final][1],
             },
         }
 
