@@ -13,7 +13,7 @@ PORT ?= 3000
 PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
-.PHONY: help install logs demo ui new check test bench-data calibrate calibrate-smoke clean
+.PHONY: help install logs demo ui new check test bench-data bench-ope calibrate calibrate-smoke clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,9 @@ test: install  ## style, types and every test
 bench-data: install  ## from 10 million raw rows to episodes, and every check of them, beside polars, DuckDB and pandas
 	@python -m benchmarks.data
 	@python -m benchmarks.coverage
+
+bench-ope: install  ## off-policy evaluation beside SCOPE-RL, OBP and d3rlpy, which get an environment of their own in .peers
+	@python -m benchmarks.ope --make-peers
 
 calibrate: install  ## how often the gate is wrong, on logs whose truth is known: hours; stop and start it at will
 	@python -m benchmarks.calibrate

@@ -6,6 +6,8 @@ Truncated episodes are to be completed first (`sequences.completed`).
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,32 +18,45 @@ from offrl_models.ope.sequences import by_step, finite, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
 
-def _parts(
-    episodes: Episodes,
-    after: Float64[np.ndarray, "episodes steps"],
-    q: Float64[np.ndarray, "rows"],
-    v: Float64[np.ndarray, "rows"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights after and before each step, the discounted r - q there, and discounted v."""
-    discount = episodes.time_discount
-    error = by_step(episodes, finite("the q-value", discount * (episodes.reward - q)), 0.0)
-    value = by_step(episodes, finite("the state value", discount * v), 0.0)
-    before = np.concatenate([np.ones((episodes.n_episodes, 1)), after[:, :-1]], axis=1)
-    return after, before, error, value
+@dataclass(frozen=True)
+class Model:
+    """What a model of the values says of every step, discounted; 0 past the end of an episode."""
+
+    error: Float64[np.ndarray, "episodes steps"]  # r_t - q(s_t, a_t)
+    value: Float64[np.ndarray, "episodes steps"]  # v(s_t)
+
+    @classmethod
+    def of(cls, episodes: Episodes, q: Float64[np.ndarray, "rows"], v: Float64[np.ndarray, "rows"]) -> "Model":
+        """Raises InputError when a value is NaN or infinite."""
+        discount = episodes.time_discount
+        error = by_step(episodes, finite("the q-value", discount * (episodes.reward - q)), 0.0)
+        return cls(error, by_step(episodes, finite("the state value", discount * v), 0.0))
+
+    @cached_property
+    def surprise(self) -> Float64[np.ndarray, "episodes steps"]:
+        """r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted: what the model did not foresee at each step."""
+        surprise = self.error.copy()
+        surprise[:, :-1] += self.value[:, 1:]
+        return surprise
+
+    def corrected(self, weight: Float64[np.ndarray, "episodes steps"]) -> Terms:
+        """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)].
+
+        Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
+        """
+        return Terms((self.value[:, 0] + np.einsum("et,et->e", weight, self.surprise))[:, None])
+
+    def normalised(self, after: Float64[np.ndarray, "episodes places"]) -> Terms:
+        """The same with the weights of each step normalised over all episodes. `after` holds a 1 before those of the steps."""
+        top = np.empty_like(after)
+        top[:, 0] = self.value[:, 0]
+        np.multiply(after[:, 1:], self.surprise, out=top[:, 1:])
+        return Terms(top, after)
 
 
-def _corrected(
-    episodes: Episodes,
-    weight: Float64[np.ndarray, "episodes steps"],
-    q: Float64[np.ndarray, "rows"],
-    v: Float64[np.ndarray, "rows"],
-) -> Terms:
-    """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)], sorted by step.
-
-    Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
-    """
-    after, before, error, value = _parts(episodes, weight, q, v)
-    return Terms((after * error + before * value).sum(1, keepdims=True))
+def weights_after(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes places"]:
+    """The weight after 0, 1, 2 and so on steps: 1, w_0, w_1 ..."""
+    return np.cumprod(np.hstack([np.ones((episodes.n_episodes, 1)), by_step(episodes, ratio, 1.0)]), axis=1)
 
 
 def dr(
@@ -51,7 +66,7 @@ def dr(
     v: Float64[np.ndarray, "rows"],
 ) -> Terms:
     """sum_t gamma^t [ w_t (r_t - q(s_t, a_t)) + w_{t-1} v(s_t) ]: Jiang & Li (2016), eq. 10, unrolled."""
-    return _corrected(episodes, weights_by_step(episodes, ratio), q, v)
+    return Model.of(episodes, q, v).corrected(weights_by_step(episodes, ratio))
 
 
 def switch_dr(
@@ -67,10 +82,14 @@ def switch_dr(
     weight is the product w_t, so that a step counts again once the product has come back under `tau`.
     Raises InputError when `tau` is negative.
     """
+    return Model.of(episodes, q, v).corrected(switched(weights_by_step(episodes, ratio), tau))
+
+
+def switched(weight: Float64[np.ndarray, "..."], tau: float) -> Float64[np.ndarray, "..."]:
+    """The weights of `switch_dr`."""
     if not tau >= 0:
         raise InputError(f"a switch at the weight {tau} is not possible; give 0 or more.")
-    weight = weights_by_step(episodes, ratio)
-    return _corrected(episodes, np.where(weight <= tau, weight, 0.0), q, v)
+    return np.where(weight <= tau, weight, 0.0)
 
 
 def dros(
@@ -86,11 +105,14 @@ def dros(
     is a bandit; over several steps the weight is the product w_t.
     Raises InputError when `shrinkage` is negative.
     """
+    return Model.of(episodes, q, v).corrected(shrunk(weights_by_step(episodes, ratio), shrinkage))
+
+
+def shrunk(weight: Float64[np.ndarray, "..."], shrinkage: float) -> Float64[np.ndarray, "..."]:
+    """The weights of `dros`."""
     if not shrinkage >= 0:
         raise InputError(f"a shrinkage of {shrinkage} is not possible; give 0 or more.")
-    weight = weights_by_step(episodes, ratio)
-    kept = weight / (1.0 + weight**2 / shrinkage) if shrinkage > 0 else np.zeros_like(weight)
-    return _corrected(episodes, kept, q, v)
+    return weight / (1.0 + weight**2 / shrinkage) if shrinkage > 0 else np.zeros_like(weight)
 
 
 def wdr(
@@ -100,8 +122,7 @@ def wdr(
     v: Float64[np.ndarray, "rows"],
 ) -> Terms:
     """DR with the weights of each step normalised over all episodes: Thomas & Brunskill (2016), section 5."""
-    after, before, error, value = _parts(episodes, weights_by_step(episodes, ratio), q, v)
-    return Terms(np.concatenate([after * error, before * value], 1), np.concatenate([after, before], 1))
+    return Model.of(episodes, q, v).normalised(weights_after(episodes, ratio))
 
 
 def partial_returns(
@@ -123,13 +144,14 @@ def partial_returns(
             raise InputError(
                 f"{reach} importance-weighted steps are not possible; give 0, 1, 2 and so on, or infinity."
             )
-    after, before, error, value = _parts(episodes, weights_by_step(episodes, ratio), q, v)
+    model, weight = Model.of(episodes, q, v), weights_after(episodes, ratio)
+    before, after = weight[:, :-1], weight[:, 1:]
     column = np.arange(after.shape[1])
     corrected = blend @ (np.asarray(steps)[:, None] > column)
     valued = blend @ (np.asarray(steps)[:, None] >= column)
     # A step that no blended return reaches need not have any overlap.
     reached, used = corrected != 0, valued != 0
-    top = [(corrected * after * error)[:, reached], (valued * before * value)[:, used]]
+    top = [(corrected * after * model.error)[:, reached], (valued * before * model.value)[:, used]]
     return Terms(np.concatenate(top, 1), np.concatenate([after[:, reached], before[:, used]], 1))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from offrl_models.ope.diagnostics import effective_sample_size
-from offrl_models.ope.doubly_robust import dr, wdr
+from offrl_models.ope.doubly_robust import Model, weights_after
 from offrl_models.ope.fqe import FQEValues
-from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope.importance import Terms, discounted_rewards, normalised, plain, trajectory_weights
 from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
 from offrl_models.ope.sequences import completed
 from offrl_models.schema import Episodes
@@ -42,14 +42,17 @@ def all_terms(
     q: Float64[np.ndarray, "rows"],
     v: Float64[np.ndarray, "rows"],
 ) -> dict[str, Terms]:
-    """Every estimator that is a sum of ratios of means over episodes."""
+    """Every estimator that is a sum of ratios of means over episodes; what they share is found once."""
+    after = weights_after(episodes, ratio)
+    weight, last, total = after[:, 1:], after[:, -1:], episodes.return_[:, None]
+    reward, model = discounted_rewards(episodes), Model.of(episodes, q, v)
     return {
-        "TIS": tis(episodes, ratio),
-        "PDIS": pdis(episodes, ratio),
-        "WIS": wis(episodes, ratio),
-        "WPDIS": wpdis(episodes, ratio),
-        "DR": dr(episodes, ratio, q, v),
-        "WDR": wdr(episodes, ratio, q, v),
+        "TIS": plain(last, total),
+        "PDIS": plain(weight, reward),
+        "WIS": normalised(last, total),
+        "WPDIS": normalised(weight, reward),
+        "DR": model.corrected(weight),
+        "WDR": model.normalised(after),
     }
 
 

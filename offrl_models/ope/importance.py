@@ -8,7 +8,7 @@ Weights may be clipped or forgotten, which trades a bias for a smaller variance;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from jaxtyping import Float64
 
 from offrl_models.ope.sequences import by_step, finite, weights_by_step
 from offrl_models.schema import Episodes, InputError
+
+Shares = Float64[np.ndarray, "samples episodes"] | Iterable[Float64[np.ndarray, "block episodes"]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ class Terms:
             return top.sum(1)
         bottom = share @ self.denominator
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan).sum(1)
+
+
+def resampled(candidates: Sequence[Terms], shares: Shares) -> Float64[np.ndarray, "candidates samples"]:
+    """`Terms.resampled` of many candidates: one product of matrices reads the shares once for all of them.
+
+    Weights that several estimators share in memory are resampled once.
+    """
+    parts = [part for t in candidates for part in (t.numerator, t.denominator) if part is not None]
+    distinct = {(column.ctypes.data, column.strides): column for part in parts for column in part.T}
+    columns, place = np.array(list(distinct.values())).T, {key: i for i, key in enumerate(distinct)}
+    every = np.vstack([block @ columns for block in ([shares] if isinstance(shares, np.ndarray) else shares)])
+    means = (every[:, [place[column.ctypes.data, column.strides] for column in part.T]] for part in parts)
+    found = np.empty((len(candidates), len(every)))
+    for row, terms in zip(found, candidates, strict=True):
+        top = next(means)
+        bottom = np.ones_like(top) if terms.denominator is None else next(means)
+        row[:] = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan).sum(1)
+    return found
 
 
 def discounted_rewards(episodes: Episodes) -> Float64[np.ndarray, "episodes steps"]:
@@ -93,15 +113,24 @@ def recent_weights(
     return weight
 
 
+def plain(weight: Float64[np.ndarray, "episodes terms"], gain: Float64[np.ndarray, "episodes terms"]) -> Terms:
+    """Mean of the weighted gains, such as discounted rewards: no weight is normalised."""
+    return Terms(np.einsum("et,et->e", weight, gain)[:, None])
+
+
+def normalised(weight: Float64[np.ndarray, "episodes terms"], gain: Float64[np.ndarray, "episodes terms"]) -> Terms:
+    """The weighted gains with the weights of each term normalised over all episodes."""
+    return Terms(weight * gain, weight)
+
+
 def tis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
     """Trajectory-wise importance sampling: mean of w_T G, each w_T at most `clip`."""
-    return Terms((clipped(trajectory_weights(episodes, ratio), clip) * episodes.return_)[:, None])
+    return plain(clipped(trajectory_weights(episodes, ratio), clip)[:, None], episodes.return_[:, None])
 
 
 def wis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
     """Weighted (self-normalised) trajectory-wise importance sampling: sum w_T G / sum w_T, each w_T at most `clip`."""
-    weight = clipped(trajectory_weights(episodes, ratio), clip)[:, None]
-    return Terms(weight * episodes.return_[:, None], weight)
+    return normalised(clipped(trajectory_weights(episodes, ratio), clip)[:, None], episodes.return_[:, None])
 
 
 def pdis(
@@ -111,8 +140,7 @@ def pdis(
 
     Each w_t is at most `clip`, and a product over the last `memory` steps only.
     """
-    weight = clipped(recent_weights(episodes, ratio, memory), clip)
-    return Terms((weight * discounted_rewards(episodes)).sum(1, keepdims=True))
+    return plain(clipped(recent_weights(episodes, ratio, memory), clip), discounted_rewards(episodes))
 
 
 def wpdis(
@@ -122,8 +150,7 @@ def wpdis(
 
     `clip` and `memory` act on the weights before they are normalised, as in `pdis`.
     """
-    weight = clipped(recent_weights(episodes, ratio, memory), clip)
-    return Terms(weight * discounted_rewards(episodes), weight)
+    return normalised(clipped(recent_weights(episodes, ratio, memory), clip), discounted_rewards(episodes))
 
 
 def slope(candidates: Sequence[Terms], *, width: float = 1.0) -> int:

@@ -6,18 +6,19 @@ for any number of episodes, given the range of the contract (as those by betting
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from jaxtyping import Float64
 from scipy import stats
 
-from offrl_models.ope.importance import Terms
+from offrl_models.ope.importance import Shares, Terms, resampled
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import InputError
 
 ROUNDING = 1e-9  # share of a range by which a sum of rewards may miss it
+BLOCK = 2**22  # numbers of a block of bootstrap shares: 32 MiB
 THRESHOLD_SHARE = 0.05  # of the episodes choose the threshold of the clipped bound, and are then set aside
 
 
@@ -38,11 +39,23 @@ class Interval:
 
 def bootstrap_shares(episodes: int, samples: int, seed: int) -> Float64[np.ndarray, "samples episodes"]:
     """How often each episode occurs in each bootstrap sample, over the number of episodes. Drawn once, shared by all."""
-    rng = np.random.default_rng(seed)
-    shares = np.empty((samples, episodes))
-    for row in shares:
-        row[:] = np.bincount(rng.integers(0, episodes, episodes), minlength=episodes)
-    return shares / episodes
+    return next(bootstrap_blocks(episodes, samples, seed, at_once=samples))
+
+
+def bootstrap_blocks(
+    episodes: int, samples: int, seed: int, *, at_once: int | None = None
+) -> Iterator[Float64[np.ndarray, "block episodes"]]:
+    """The rows of `bootstrap_shares`, `at_once` of them or what fits in BLOCK numbers. The next rows overwrite them.
+
+    All at once may need more memory than the logs.
+    """
+    height = at_once or max(BLOCK // episodes, 1)
+    rng, block = np.random.default_rng(seed), np.empty((min(height, samples), episodes))
+    for start in range(0, samples, height):
+        rows = block[: samples - start]
+        for row in rows:
+            np.divide(np.bincount(rng.integers(0, episodes, episodes), minlength=episodes), episodes, out=row)
+        yield rows
 
 
 def difference(minuend: Terms, subtrahend: Terms) -> Terms:
@@ -66,7 +79,7 @@ def bca(terms: Terms, shares: Float64[np.ndarray, "samples episodes"], level: fl
 
 def bootstrap_all(
     candidates: Mapping[str, Terms],
-    shares: Float64[np.ndarray, "samples episodes"],
+    shares: Shares,
     level: float,
     *,
     corrected: bool = False,
@@ -78,20 +91,6 @@ def bootstrap_all(
     for (name, terms), samples in zip(candidates.items(), resampled(list(candidates.values()), shares), strict=True):
         low, high = _bca_quantiles(terms, samples, probability) if corrected else np.quantile(samples, probability)
         found[name] = Interval(terms.estimate(), float(low), float(high), level, method)
-    return found
-
-
-def resampled(
-    candidates: Sequence[Terms], shares: Float64[np.ndarray, "samples episodes"]
-) -> Float64[np.ndarray, "candidates samples"]:
-    """`Terms.resampled` of many candidates: one product of matrices reads the shares once for all of them."""
-    parts = [part for t in candidates for part in (t.numerator, t.denominator) if part is not None]
-    means = iter(np.split(shares @ np.hstack(parts), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1))
-    found = np.empty((len(candidates), len(shares)))
-    for row, terms in zip(found, candidates, strict=True):
-        top = next(means)
-        bottom = np.ones_like(top) if terms.denominator is None else next(means)
-        row[:] = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan).sum(1)
     return found
 
 
