@@ -21,13 +21,20 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
 
     Raises InputError when the evaluation probabilities are not a distribution over the allowed actions of each row.
     """
-    finite("the evaluation policy", probs)
-    off = (np.abs(probs.sum(1) - 1.0) > 1e-5) | (probs < 0).any(1)
+    total = probs @ np.ones(probs.shape[1])
+    if not np.isfinite(total).all():
+        finite("the evaluation policy", probs)
+    off = np.abs(total - 1.0) > 1e-5
+    if probs.min(initial=0.0) < 0:
+        off |= (probs < 0).any(1)
     if off.any():
         raise InputError(f"the evaluation policy's probabilities do not sum to 1 in {int(off.sum())} rows.")
-    forbidden = (probs * ~episodes.mask).sum(1) > 1e-6
-    if forbidden.any():
-        raise InputError(f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows.")
+    if not episodes.mask.all():
+        forbidden = np.einsum("ra,ra->r", probs, ~episodes.mask) > 1e-6
+        if forbidden.any():
+            raise InputError(
+                f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows."
+            )
     return finite("the ratio", probs[np.arange(len(probs)), episodes.action] / episodes.action_prob)
 
 
@@ -46,7 +53,10 @@ def by_step(
     episodes: Episodes, values: Float64[np.ndarray, "rows"], past_end: float | Float64[np.ndarray, "episodes"]
 ) -> Float64[np.ndarray, "episodes steps"]:
     """One row per episode, one column per step; columns past an episode's end hold `past_end`."""
-    table = np.empty((episodes.n_episodes, int(episodes.length.max())))
+    shape = (episodes.n_episodes, int(episodes.length.max()))
+    if episodes.n_rows == shape[0] * shape[1]:  # all episodes are as long as the longest
+        return values.reshape(shape)
+    table = np.empty(shape)
     table[:] = np.reshape(past_end, (-1, 1)) if isinstance(past_end, np.ndarray) else past_end
     table[episodes.episode_of_row, episodes.step] = values
     return table
