@@ -241,7 +241,8 @@ def report(lines: Lines, path: Path) -> list[str]:
             "logged propensities. With estimated propensities the error rate is halved and the certificate is AMBER. Two kinds no "
             "gate that sees the log alone can be sure to notice, and no verdict covers them: a hidden confounder, and "
             "episodes that were forged with the right propensities. There Γ* says how little hidden confounding would "
-            f"turn the verdict; the largest odds ratios that were really there are {odds}. What was better until the middle of the log is better on average "
+            f"turn the verdict; the largest odds ratios that were really there are {odds}. What was better "
+            "until the middle of the log is better on average "
             f"over the log, which is what the gate is asked; that the present differs, no verdict covers. {cost(lines)}"
         ),
         *table(*rows),
