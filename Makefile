@@ -45,7 +45,7 @@ test: install  ## style, types and every test
 	ruff format --check .
 	pyright
 	dg check defs
-	pytest
+	pytest --numprocesses auto --dist loadfile
 
 bench-data: install  ## from 10 million raw rows to episodes, and every check of them, beside polars, DuckDB and pandas
 	@python -m benchmarks.data

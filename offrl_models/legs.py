@@ -25,6 +25,9 @@ from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes
 
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
+GATE_PER_FITTED = (
+    2.0  # with more gate episodes the interval shrinks below the error of the nuisances, which it does not hold
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     if (gate.length == 1).all() and gate.terminated.all():
         return Paired(_gains(gate, side, side.ratio, behavior, np.ones(gate.n_rows)), side.ratio,
                       "doubly robust paired difference")  # fmt: skip
+    if gate.n_episodes > GATE_PER_FITTED * fitted_on.n_episodes:
+        return (
+            f"its weights and values are fitted on {fitted_on.n_episodes:,} episodes, and with {gate.n_episodes:,} to judge on "
+            "their error would be more than the interval says"
+        )
     if model is None:
         return _fitted(side, behavior, fitted_on, gate)
     table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))

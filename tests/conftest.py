@@ -1,5 +1,7 @@
 """What the tests share: small worlds whose exact values are known, and pipelines on logs drawn from them."""
 
+import dataclasses
+import itertools
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,8 @@ from hypothesis import settings
 
 from offrl_models import storage
 from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.ope.sequences import ratios
+from offrl_models.ope.tabular import states_of
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, Feature
 
@@ -124,3 +128,50 @@ def toy(tmp_path: Path) -> Pipeline:
     world = chain_world()
     write_batches(tmp_path, world.simulate(600, seed=3))
     return Pipeline(parse_pipeline(attributes(world.n_states, 3), "toy"), tmp_path)
+
+
+def ratio_of(policy: np.ndarray, episodes: Episodes) -> np.ndarray:
+    return ratios(episodes, policy[states_of(episodes)[0]])
+
+
+def circling_world(gamma: float, ending: float = 0.3) -> World:
+    """Two states that are entered again and again, and an end that strikes with a given probability."""
+    rng = np.random.default_rng(4)
+    transition = np.zeros((3, 2, 3))
+    transition[:2, :, :2] = (1 - ending) * rng.dirichlet([1.0, 1.0], size=(2, 2))
+    transition[:2, :, 2] = ending
+    transition[2, :, 2] = 1.0
+    reward = rng.normal(size=transition.shape)
+    reward[2] = 0.0
+    return World(
+        transition=transition,
+        reward=reward,
+        initial=np.array([0.8, 0.2, 0.0]),
+        terminal=np.array([False, False, True]),
+        mask=np.ones((3, 2), bool),
+        gamma=gamma,
+        behavior=rng.dirichlet([3.0, 3.0], size=3),
+    )
+
+
+def recorded_paths(world: World, steps: int) -> tuple[Episodes, np.ndarray]:
+    """Every trajectory of a recording that stops after `steps` steps, and its probability under the behavior."""
+    found = []
+    for s0 in np.flatnonzero(world.initial):
+        open_paths = [(world.initial[s0], [], s0)]
+        for step in range(steps):
+            longer = []
+            for p, path, s in open_paths:
+                for a, t in itertools.product(range(world.n_actions), range(world.n_states)):
+                    q = p * world.behavior[s, a] * world.transition[s, a, t]
+                    if q > 0 and (world.terminal[t] or step == steps - 1):
+                        found.append((q, [*path, (s, a, t)]))
+                    elif q > 0:
+                        longer.append((q, [*path, (s, a, t)], t))
+            open_paths = longer
+    rows = np.array([row for _, path in found for row in path])
+    length = np.array([len(path) for _, path in found])
+    whole = world._logged(rows, length)
+    last = np.zeros(len(rows), bool)
+    last[whole.offsets[1:] - 1] = True
+    return dataclasses.replace(whole, truncated=last & ~whole.terminated), np.array([p for p, _ in found])

@@ -1,4 +1,4 @@
-"""A log of four rows made by hand, its contract, and the way from both to episodes: what tests of single columns vary."""
+"""A log of four rows made by hand, its contract, and the way from both to episodes; and evidence that passes: what tests vary."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,11 @@ from offrl_models import storage
 from offrl_models.config import parse_pipeline
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.split import SPLITS, bucket
+from offrl_models.gate import Status
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
+from offrl_models.measures import Measures
 from offrl_models.schema import Episodes
 from tests.conftest import attributes
 
@@ -95,3 +97,50 @@ def acting(**options: Any) -> dict[str, Any]:
 
 MASKED = acting(column="a", values=2, mask="m")
 VECTOR = acting(columns=["a", "b"], low=[0, -1], high=[1, 0.5])
+
+# Measures that pass every finding, and what breaks each finding alone: field, value, the verdict it then is.
+GOOD = Measures(
+    episodes=6000,
+    rows=50_000,
+    alpha=0.05,
+    difference=0.02,
+    lower_bound=0.01,
+    upper_bound=0.03,
+    bound="test",
+    doubt="",
+    e_value=None,
+    trajectory_difference=0.01,
+    trajectory_error=0.01,
+    fqe_differences=[0.01, 0.02, 0.03],
+    effective_transitions=5000.0,
+    effective_episodes=900.0,
+    mean_ratio_z=0.5,
+    worst_action_z=-1.5,
+    unsupported_mass=0.01,
+    few_visits_mass=0.01,
+    ratio_q99=3.0,
+    ratio_max=9.0,
+    chi_squared=1.0,
+    largest_share=0.001,
+    without_top=0.015,
+    sure_share=0.01,
+    propensities="logged",
+)
+
+BAD = {
+    "error rate": ("alpha", 0.0501, Status.INVALID),
+    "mean ratio": ("mean_ratio_z", -4.5, Status.INVALID),
+    "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
+    "support": ("unsupported_mass", 0.2, Status.INVALID),
+    "visits": ("few_visits_mass", 0.03, Status.INVALID),
+    "harm": ("upper_bound", -0.001, Status.FAIL),
+    "episodes": ("episodes", 499, Status.INCONCLUSIVE),
+    "trust": ("doubt", "the ratios do not balance", Status.INCONCLUSIVE),
+    "effective transitions": ("effective_transitions", 499.0, Status.INCONCLUSIVE),
+    "one episode": ("largest_share", 0.06, Status.INCONCLUSIVE),
+    "influence": ("without_top", -0.001, Status.INCONCLUSIVE),
+    "trajectory doubly robust": ("trajectory_difference", -0.021, Status.INCONCLUSIVE),
+    "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
+    "Markov state": ("markov_z", 4.1, Status.INCONCLUSIVE),
+    "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
+}

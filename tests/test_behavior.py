@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models import stages, storage
-from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
 from offrl_models.datasets.split import SPLITS, bucket
 from offrl_models.ope import behavior
 from offrl_models.ope.eprocess import elond_level
@@ -26,6 +26,7 @@ from offrl_models.ope.worlds import bandit, random_policy, simulate_each
 from offrl_models.policies import BehaviorTable, probs_of
 from offrl_models.schema import Episodes, InputError
 from tests.conftest import as_table, attributes, chain_world, write_batches
+from tests.walks import ROOT, script
 
 WORLD = chain_world()
 
@@ -180,6 +181,20 @@ def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(
     if released is not None:
         verdict = json.loads((released.folder / "verdict.json").read_text())
         assert verdict["measures"]["propensities"] == "estimated"
+
+
+def test_icu_sepsis_without_its_propensities_is_calibrated(tmp_path: Path) -> None:
+    """On as many stays as the example has."""
+    shipped = read_pipeline(ROOT / "orchestration" / "defs" / "icu_sepsis" / "defs.yaml").model_dump()
+    del shipped["logs"]["action_prob"]
+    logged, _ = script(Path("data") / "icu_sepsis" / "simulate.py").raw_log(20_000, 1)
+    raw = tmp_path / "data" / "icu_sepsis" / "raw" / "batch-001.parquet"
+    storage.write_parquet(raw, logged.drop_columns(["action_prob"]))
+    pipeline = Pipeline(parse_pipeline(shipped, "icu_sepsis"), tmp_path)
+    for stage in (stages.ingest, stages.coverage, stages.episodes):
+        stage(pipeline)
+    fitted = stages.behavior_policy(pipeline).summary
+    assert (fitted["propensities"], fitted["kind"]) == ("estimated", "table") and fitted["ece"] < 0.02
 
 
 def context_free(rounds: int, seed: int) -> tuple[Episodes, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from offrl_models import bundle, registry, storage
 from offrl_models.gate import GateConfig, Status, judge
 from offrl_models.schema import InputError
-from tests.test_gate import BAD, GOOD
+from tests.hand_made import BAD, GOOD
 
 CONFIG = GateConfig()
 

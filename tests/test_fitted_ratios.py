@@ -19,7 +19,7 @@ from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel, states_of
 from offrl_models.ope.worlds import LinearGaussianPolicy, World, point_mass, random_policy, random_world
 from offrl_models.schema import Episodes, Feature, InputError
-from tests.test_marginal import circling_world, ratio_of, recorded_paths
+from tests.conftest import circling_world, ratio_of, recorded_paths
 
 EXACT = 1e-9
 MASS = point_mass(1, 10, 0.95)

@@ -18,53 +18,10 @@ from offrl_models.gate import (
     ladder,
     verdict_from_json,
 )
-from offrl_models.measures import Contrast, Measures
+from offrl_models.measures import Contrast
+from tests.hand_made import BAD, GOOD
 
 CONFIG = GateConfig()
-GOOD = Measures(
-    episodes=6000,
-    rows=50_000,
-    alpha=0.05,
-    difference=0.02,
-    lower_bound=0.01,
-    upper_bound=0.03,
-    bound="test",
-    doubt="",
-    e_value=None,
-    trajectory_difference=0.01,
-    trajectory_error=0.01,
-    fqe_differences=[0.01, 0.02, 0.03],
-    effective_transitions=5000.0,
-    effective_episodes=900.0,
-    mean_ratio_z=0.5,
-    worst_action_z=-1.5,
-    unsupported_mass=0.01,
-    few_visits_mass=0.01,
-    ratio_q99=3.0,
-    ratio_max=9.0,
-    chi_squared=1.0,
-    largest_share=0.001,
-    without_top=0.015,
-    sure_share=0.01,
-    propensities="logged",
-)
-BAD = {
-    "error rate": ("alpha", 0.0501, Status.INVALID),
-    "mean ratio": ("mean_ratio_z", -4.5, Status.INVALID),
-    "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
-    "support": ("unsupported_mass", 0.2, Status.INVALID),
-    "visits": ("few_visits_mass", 0.03, Status.INVALID),
-    "harm": ("upper_bound", -0.001, Status.FAIL),
-    "episodes": ("episodes", 499, Status.INCONCLUSIVE),
-    "trust": ("doubt", "the ratios do not balance", Status.INCONCLUSIVE),
-    "effective transitions": ("effective_transitions", 499.0, Status.INCONCLUSIVE),
-    "one episode": ("largest_share", 0.06, Status.INCONCLUSIVE),
-    "influence": ("without_top", -0.001, Status.INCONCLUSIVE),
-    "trajectory doubly robust": ("trajectory_difference", -0.021, Status.INCONCLUSIVE),
-    "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
-    "Markov state": ("markov_z", 4.1, Status.INCONCLUSIVE),
-    "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
-}
 
 
 def test_good_evidence_passes_and_says_by_how_much() -> None:

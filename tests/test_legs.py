@@ -14,8 +14,8 @@ from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import bandit, random_policy, random_world
 from offrl_models.reports.detail import episodes_needed
 from offrl_models.schema import Episodes, Feature
-from tests.test_gate import GOOD
-from tests.test_marginal import circling_world
+from tests.conftest import circling_world
+from tests.hand_made import GOOD
 
 WORLD = bandit(4, 3, 2, seed=1)
 POLICY = random_policy(WORLD, 2)
@@ -44,6 +44,21 @@ def test_one_step_is_exact_whatever_the_values(seed: int) -> None:
     difference = WORLD.value(POLICY) - WORLD.value(WORLD.behavior)
     assert probability @ found.outcome == pytest.approx(difference, abs=1e-12)
     assert np.array_equal(found.weight, side.ratio)
+
+
+@pytest.mark.parametrize(("fitted", "judged"), [(300, 600), (300, 601)])
+def test_nuisances_from_few_episodes_judge_no_more_than_twice_as_many(fitted: int, judged: int) -> None:
+    world = circling_world(0.9)
+    fitted_on, gate = world.simulate(fitted, 1), world.simulate(judged, 2)
+    table = random_policy(world, 3)
+    probs, before = (table[world.states(log.observation)] for log in (gate, fitted_on))
+    zeros = np.zeros(gate.n_rows)
+    side = legs.Side(before, probs, ratios(gate, probs), zeros, zeros, zeros)
+    found = legs.paired(side, side, fitted_on, gate, legs.TabularModel.fit(fitted_on, world.n_states))
+    if judged == 600:
+        assert isinstance(found, legs.Paired)
+    else:
+        assert isinstance(found, str) and "300 episodes, and with 601 to judge" in found
 
 
 def test_the_rise_of_a_cost_is_exact_and_is_discounted() -> None:

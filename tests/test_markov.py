@@ -9,7 +9,7 @@ from offrl_models.ope.markov import LENT, markov_z
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World, delayed, random_world
 from offrl_models.schema import Episodes
-from tests.test_marginal import circling_world
+from tests.conftest import circling_world
 
 WORLD = random_world(4, 3, 6, 0.9, seed=2)
 

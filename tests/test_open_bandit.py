@@ -1,9 +1,7 @@
 """The pipeline on real clicks: the whole walk, another policy's log beside its estimate, and a gate that refuses."""
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import dagster as dg
@@ -30,9 +28,8 @@ from offrl_models.policies import BehaviorTable, export_checked
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages import judging
 from tests.conftest import attributes
-from tests.test_pipeline import failures, made, printed, run
+from tests.walks import ROOT, failures, made, printed, run, script
 
-ROOT = Path(__file__).parent.parent
 HOME = Path("data") / "open_bandit"
 DEFS = ROOT / "orchestration" / "defs" / "open_bandit" / "defs.yaml"
 QUICK = {
@@ -48,14 +45,6 @@ pytestmark = [
 ]
 
 
-def fetcher() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_open_bandit", ROOT / HOME / "fetch.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def is_recorded(home: Path) -> bool:
     """Whether the logs in `home` are those that dvc.lock names."""
     outs = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]["open_bandit"]["outs"]
@@ -67,7 +56,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `raw` and `others`: the checkout's where they are there and intact, else fetched."""
     if is_recorded(ROOT / HOME):
         return ROOT / HOME
-    folder, fetch = tmp_path_factory.mktemp("fetched"), fetcher()
+    folder, fetch = tmp_path_factory.mktemp("fetched"), script(HOME / "fetch.py")
     try:
         wheel = fetch.download(folder)
     except InputError as error:

@@ -1,27 +1,23 @@
 """The whole walk under Dagster, headless: what is released, what is refused, what is re-used, and the shape of the graph."""
 
-import importlib.util
-import io
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import dagster as dg
 import pytest
-from rich.console import Console
 
 from offrl_models import bundle, registry, stages, storage
 from offrl_models.config import DriftConfig, Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.reports import shift
 from offrl_models.reports.quality import CHECKS
 from offrl_models.schema import InputError
-from orchestration import demo
 from orchestration.pipeline import TEMPLATE, OfflineRLPipeline
 from tests.conftest import attributes, chain_world, write_batches
+from tests.walks import ROOT, failures, made, printed, run, script
 
-ROOT = Path(__file__).parent.parent
+SIMULATE = Path("data") / "icu_sepsis" / "simulate.py"
 SNAPSHOT = Path(__file__).parent / "graph.json"
 WORLD = chain_world()
 
@@ -29,30 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
     pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
 ]
-
-
-def run(pipeline: Pipeline, *only: str) -> dg.ExecuteInProcessResult:
-    """Materialize everything, or some assets alone."""
-    job = OfflineRLPipeline(pipeline).build_defs().resolve_job_def(pipeline.config.dataset)
-    selection = [dg.AssetKey([pipeline.config.dataset, *name.split("/")]) for name in only] or None
-    with dg.DagsterInstance.ephemeral() as instance:
-        return job.execute_in_process(instance=instance, raise_on_error=False, asset_selection=selection)
-
-
-def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
-    """Step -> sentence."""
-    found = {}
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            said = data.user_failure_data.description if data.user_failure_data else None
-            found[event.step_key] = said or (data.error.message if data.error else "")
-    return found
-
-
-def made(result: dg.ExecuteInProcessResult) -> set[str]:
-    events = result.get_asset_materialization_events()
-    return {"/".join(event.asset_key.path[1:]) for event in events if event.asset_key}
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +88,6 @@ def test_the_evidence_stands_beside_its_interval(released: tuple[Pipeline, Any])
             assert interval["low"] <= interval["estimate"] <= interval["high"]
     page = (pipeline.reports / "evidence.html").read_text()
     assert "PASS" in page and shown["verdict"]["policy_name"] in page
-
-
-def printed(pipeline: Pipeline, result: dg.ExecuteInProcessResult) -> tuple[int, str]:
-    """Exit status and text of what the demo says about a run."""
-    console = Console(file=io.StringIO(), width=124)
-    status = demo.report(pipeline, demo.outcome(result), console)
-    assert isinstance(console.file, io.StringIO)
-    return status, console.file.getvalue()
 
 
 def test_the_demo_says_what_was_released(released: tuple[Pipeline, Any]) -> None:
@@ -288,21 +252,13 @@ def test_numeric_observations_are_judged_with_fitted_ratios_or_not_at_all(tmp_pa
         assert measures["bound"].startswith("doubly robust paired difference with fitted visit ratios")
 
 
-def simulator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("simulate", ROOT / "data" / "icu_sepsis" / "simulate.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_few_hundred_icu_stays_go_the_whole_way(tmp_path: Path) -> None:
     """The shipped pipeline, trained for less long; with so few stays the verdict cannot be a PASS."""
     shipped = read_pipeline(ROOT / "orchestration" / "defs" / "icu_sepsis" / "defs.yaml")
     quick = {"training": {"gradient_steps": 60, "batch_size": 64}, "seeds": 2, "bootstrap_samples": 100}
     quick |= {"fqe": {"gradient_steps": 60, "hidden": [16]}, "drift": {"red": 5.0}}
     config = parse_pipeline({**shipped.model_dump(), **quick}, "icu_sepsis")
-    simulator().write(tmp_path / "data" / "icu_sepsis" / "raw", 400, 2, seed=1)
+    script(SIMULATE).write(tmp_path / "data" / "icu_sepsis" / "raw", 400, 2, seed=1)
     pipeline = Pipeline(config, tmp_path)
     result = run(pipeline)
     assert "icu_sepsis__evidence" not in failures(result)

@@ -46,9 +46,9 @@ def report(lines: Lines, path: Path) -> list[str]:
         "## Nuisances from few stays",
         "",
         *prose(
-            "Four null policies of ICU-Sepsis, one look. The first three sizes have the shares of the permanent split; the others "
-            "are more gate stays than their nuisances can bear. Shares are of the worst of the four policies, verdicts of all of "
-            f"them. {cost(lines)}"
+            "Four null policies of ICU-Sepsis, one look. The first three sizes have the shares of the permanent split. With the "
+            "next two leg A is not believed, for its nuisances come from less than half as many stays, and the bounds are those "
+            f"of leg C. Shares are of the worst of the four policies, verdicts of all of them. {cost(lines)}"
         ),
         *table(*rows),
     ]
