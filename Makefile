@@ -38,6 +38,7 @@ new: install  ## a pipeline for your own logs: make new NAME=my_logs
 	@dg scaffold defs orchestration.pipeline.OfflineRLPipeline $(NAME)
 
 check: install  ## is every pipeline's YAML right?
+	@offrl validate $$(grep -l OfflineRLPipeline orchestration/defs/*/defs.yaml)
 	@dg check defs
 
 test: install  ## style, types and every test

@@ -1,6 +1,7 @@
 """`offrl`: the same walk for people without an orchestrator.
 
 offrl run PIPELINE.yaml       raw logs to verdict, and to a release when the verdict is PASS
+offrl validate PIPELINE.yaml  is the YAML right?
 offrl check PIPELINE.yaml     take in new batches and run the coverage checks
 offrl verify BUNDLE           hash every file of a released policy
 offrl evaluate LOG ...        anyone's logs, anyone's policy: is it any good?
@@ -42,6 +43,17 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
         console.print(Text(f"{result.check} {word} {result.title if result.passed else result.sentence}"))
     console.print(Text(f"Data Docs: {pipeline.reports / 'coverage' / 'index.html'}"))
     return int(any(result.blocking and not result.passed for result in results))
+
+
+def validate(arguments: argparse.Namespace, console: Console) -> int:
+    wrong = 0
+    for path in arguments.pipelines:
+        try:
+            console.print(Text(f"{path}: {read_pipeline(path).dataset} can be run"))
+        except InputError as error:
+            print(f"offrl: {error}", file=sys.stderr)
+            wrong = 1
+    return wrong
 
 
 def verify(arguments: argparse.Namespace, console: Console) -> int:
@@ -113,6 +125,9 @@ def main() -> int:
         command.add_argument("pipeline", type=Path, help="the pipeline's defs.yaml")
         command.add_argument("--root", type=Path, default=Path.cwd(), help="project folder (default: this one)")
         command.set_defaults(function=function)
+    command = commands.add_parser("validate", help="is the YAML of some pipelines right?")
+    command.add_argument("pipelines", type=Path, nargs="+", help="their defs.yaml")
+    command.set_defaults(function=validate)
     command = commands.add_parser("verify", help="hash every file of a released policy")
     command.add_argument("bundle", type=Path, help="folder of a released version")
     command.set_defaults(function=verify)

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from offrl_models import bundle, registry, stages, storage
+from offrl_models import bundle, cli, registry, stages, storage
 from offrl_models.config import DriftConfig, Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.reports import shift
 from offrl_models.reports.quality import CHECKS
@@ -268,6 +269,19 @@ def test_a_few_hundred_icu_stays_go_the_whole_way(tmp_path: Path) -> None:
     assert set(shown["exact"]["values"]) >= {"bc", "cql", "iql", "bcq"}
     gated = (pipeline.folder / "evidence" / "evidence.json").read_text()
     assert "exact" not in json.loads(gated) and "exact" not in gated
+
+
+def test_a_misspelt_key_is_one_sentence_and_other_pipelines_are_still_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = ROOT / "orchestration" / "defs" / "icu_sepsis" / "defs.yaml"
+    bad = tmp_path / "defs.yaml"
+    bad.write_text(good.read_text().replace("episode_id:", "epsode_id:"))
+    monkeypatch.setattr(sys, "argv", ["offrl", "validate", str(bad), str(good)])
+    assert cli.main() == 1
+    printed = capsys.readouterr()
+    assert "unknown key 'epsode_id': did you mean 'episode_id'?" in printed.err and printed.err.count("\n") == 1
+    assert "icu_sepsis can be run" in printed.out.replace("\n", " ")
 
 
 def graph(definitions: dg.Definitions) -> dict[str, Any]:

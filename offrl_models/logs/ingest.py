@@ -76,7 +76,7 @@ class Ingested:
             sentences = [
                 f"{reason.rstrip('.')}; the batch now lies in {path}." for path, reason in self.quarantined.items()
             ]
-            raise InputError(" ".join(sentences))
+            raise InputError("\n".join(sentences))
 
 
 def ingest(folders: Folders, contract: Contract, now: datetime | None = None) -> Ingested:
