@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from scipy import stats
 
 from offrl_models.ope.importance import Shares, Terms, resampled
+from offrl_models.ope.resampling import Resampler
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import InputError
 
@@ -50,11 +51,11 @@ def bootstrap_blocks(
     All at once may need more memory than the logs.
     """
     height = at_once or max(BLOCK // episodes, 1)
-    rng, block = np.random.default_rng(seed), np.empty((min(height, samples), episodes))
+    draw, block = Resampler(episodes, seed), np.empty((min(height, samples), episodes))
     for start in range(0, samples, height):
         rows = block[: samples - start]
         for row in rows:
-            np.divide(np.bincount(rng.integers(0, episodes, episodes), minlength=episodes), episodes, out=row)
+            np.divide(draw(), episodes, out=row)
         yield rows
 
 
