@@ -200,11 +200,12 @@ def _six(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) 
 
 def _values(terms: "Mapping[str, Terms]", episodes: int, samples: int | None) -> Values:
     """The estimates, or the ends of their intervals."""
-    from offrl_models.ope.intervals import bootstrap_all, bootstrap_blocks
+    from offrl_models.ope.intervals import bootstrap_all
+    from offrl_models.ope.resampling import BootstrapSamples
 
     if samples is None:
         return {name: [each.estimate()] for name, each in terms.items()}
-    found = bootstrap_all(terms, bootstrap_blocks(episodes, samples, 0), 1 - ope_peers.ALPHA)
+    found = bootstrap_all(terms, BootstrapSamples(episodes, samples, 0), 1 - ope_peers.ALPHA)
     return {name: [interval.low, interval.high] for name, interval in found.items()}
 
 

@@ -18,9 +18,10 @@ from offrl_models.ope.diagnostics import (
 )
 from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitted
 from offrl_models.ope.fqe import FQEConfig, FQEValues
-from offrl_models.ope.importance import Terms, tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
+from offrl_models.ope.importance import Samples, Terms, tis, trajectory_weights, wis
+from offrl_models.ope.intervals import bootstrap_all
 from offrl_models.ope.markov import markov_z
+from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.policies import OnnxPolicy
@@ -43,7 +44,7 @@ class Evaluation:
     probs: dict[str, Float64[np.ndarray, "rows actions"]]
     ratio: dict[str, Float64[np.ndarray, "rows"]]
     fqe: FQEValues
-    shares: Float64[np.ndarray, "samples episodes"]
+    samples: BootstrapSamples
     estimates: dict[str, Estimates]
 
     def side(self, name: str) -> legs.Side:
@@ -102,13 +103,13 @@ def evaluate(
             seed=seed,
             report=lambda steps, loss: update(task, steps, fqe_config.gradient_steps, f"loss {loss['q']:.4f}"),
         )
-    shares = bootstrap_shares(episodes.n_episodes, samples, seed)
+    drawn = BootstrapSamples(episodes.n_episodes, samples, seed)
     probs = {name: policy.on(episodes) for name, policy in policies.items()}
     ratio = {name: ratios(episodes, probs[name]) for name in policies}
     estimates = {
-        name: estimate(episodes, ratio[name], fqe, position, shares, refit) for position, name in enumerate(policies)
+        name: estimate(episodes, ratio[name], fqe, position, drawn, refit) for position, name in enumerate(policies)
     }
-    return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, shares, estimates)
+    return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, drawn, estimates)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def visit_frequencies(
 def estimate_stated(
     episodes: Episodes,
     probs: Float64[np.ndarray, "rows actions"],
-    shares: Float64[np.ndarray, "samples episodes"],
+    samples: Samples,
     refit: Refit | None = None,
 ) -> Estimates:
     """The value of a policy of which only the probabilities at the logged observations are known."""
@@ -260,7 +261,7 @@ def estimate_stated(
         return {name: of(episodes, taken / action_prob) for name, of in STATED.items()}
 
     if refit is None:
-        intervals = bootstrap_all({name: of(episodes, ratio) for name, of in STATED.items()}, shares, LEVEL)
+        intervals = bootstrap_all({name: of(episodes, ratio) for name, of in STATED.items()}, samples, LEVEL)
     else:
-        intervals = refitted(terms_of, refit, episodes, shares, LEVEL)
+        intervals = refitted(terms_of, refit, episodes, samples, LEVEL)
     return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -97,7 +97,7 @@ class Episodes:
     def time_discount(self) -> Float64[np.ndarray, "rows"]:
         """What a reward of each row is worth at the start of its episode: gamma ** step, or gamma ** (time since then)."""
         if self.interval is None:
-            return self.gamma**self.step
+            return (self.gamma ** np.arange(int(self.length.max())))[self.step]
         elapsed = np.append(0.0, self.interval.cumsum())[:-1]
         return self.gamma ** (elapsed - elapsed[self.offsets[:-1]][self.episode_of_row])
 
@@ -120,6 +120,8 @@ class Episodes:
 
     def sum_per_episode(self, values: Float[np.ndarray, "rows *rest"]) -> Float[np.ndarray, "episodes *rest"]:
         """Sum of `values` over the rows of each episode; every episode has at least one row."""
+        if self.n_rows == self.n_episodes:
+            return values
         return np.add.reduceat(values, self.offsets[:-1], axis=0)
 
     def take(self, chosen: Bool[np.ndarray, "episodes"]) -> "Episodes":

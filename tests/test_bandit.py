@@ -19,7 +19,7 @@ from offrl_models.ope.bandit import (
 )
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.importance import Terms, tis, wis
-from offrl_models.ope.intervals import bootstrap_shares
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import World, random_policy, random_world
 from offrl_models.schema import Episodes, InputError

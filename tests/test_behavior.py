@@ -20,7 +20,8 @@ from offrl_models.ope import behavior
 from offrl_models.ope.eprocess import elond_level
 from offrl_models.ope.estimates import refitted
 from offrl_models.ope.importance import Terms, tis, wis
-from offrl_models.ope.intervals import bootstrap_all, bootstrap_shares
+from offrl_models.ope.intervals import bootstrap_all
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import bandit, random_policy, simulate_each
 from offrl_models.policies import BehaviorTable, probs_of
@@ -220,9 +221,9 @@ def test_fitted_again_with_every_episode_once_propensities_are_the_same() -> Non
 
 def test_with_propensities_fitted_again_weights_need_no_normalising_in_any_sample() -> None:
     """In one context the fitted weights average 1 exactly, so TIS and WIS agree in every bootstrap sample."""
-    log, policy = context_free(400, 0)
+    log, policy = context_free(400, 4)
     log = dataclasses.replace(log, action_prob=behavior.estimate_propensities(log, 1))
-    shares = bootstrap_shares(400, 50, 0)
+    shares = bootstrap_shares(400, 200, 0)
     terms = importance_terms(log, policy)
     found = refitted(terms, lambda copies: behavior.estimate_propensities(log, 1, copies), log, shares, 0.9)
     assert found["TIS"].estimate == pytest.approx(found["WIS"].estimate, abs=1e-12)

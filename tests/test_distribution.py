@@ -24,7 +24,8 @@ from offrl_models.ope.distribution import (
     wis_cdf,
 )
 from offrl_models.ope.importance import tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap, bootstrap_shares
+from offrl_models.ope.intervals import bootstrap
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import World, random_policy, random_world
 from offrl_models.schema import Episodes, InputError

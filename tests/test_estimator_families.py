@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from offrl_models.ope import mrdr
 from offrl_models.ope.doubly_robust import dr, dros, magic, magic_blend, partial_returns, switch_dr, wdr
 from offrl_models.ope.importance import Terms, clipped, pdis, recent_weights, slope, tis, wis, wpdis
-from offrl_models.ope.intervals import bootstrap_shares
 from offrl_models.ope.multistep import Trace, accumulated, corrected_returns, fixed_point, following, traces
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel, states_of
 from offrl_models.ope.worlds import World, random_policy, random_world

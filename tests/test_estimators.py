@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from offrl_models.ope import estimates
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap, bootstrap_shares
+from offrl_models.ope.intervals import bootstrap
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError

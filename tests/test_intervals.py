@@ -8,13 +8,8 @@ from scipy import stats
 
 from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.intervals import (
-    bootstrap,
-    bootstrap_lower_bound,
-    bootstrap_shares,
-    confidence_sequence_lower_bound,
-    ensemble,
-)
+from offrl_models.ope.intervals import bootstrap, bootstrap_lower_bound, confidence_sequence_lower_bound, ensemble
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.schema import InputError
 
 

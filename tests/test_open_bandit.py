@@ -23,7 +23,7 @@ from offrl_models.logs.read import Log
 from offrl_models.logs.versions import log_version
 from offrl_models.measures import Measures
 from offrl_models.ope.fqe import FQEConfig
-from offrl_models.ope.intervals import bootstrap_shares
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.policies import BehaviorTable, export_checked
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages import judging

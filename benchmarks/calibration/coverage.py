@@ -26,7 +26,6 @@ from offrl_models.ope.intervals import (
     Interval,
     bca,
     bootstrap,
-    bootstrap_shares,
     confidence_sequence,
     delta_method,
     empirical_bernstein_lower_bound,
@@ -37,6 +36,7 @@ from offrl_models.ope.intervals import (
     student_t_lower_bound,
     two_sided,
 )
+from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
 from offrl_models.reports.plots import BLUE, GRAY, save

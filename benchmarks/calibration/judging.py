@@ -18,6 +18,7 @@ from offrl_models.measures import Measures
 from offrl_models.ope.behavior import fit_table
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.nulls import FAMILIES, ExactWorld, Family, policies
+from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
@@ -115,7 +116,7 @@ def evaluation(
 def with_values(policies: Mapping[str, OnnxPolicy], fitted_on: Episodes, gate: Episodes, fqe: FQEValues) -> Evaluation:
     probs = {name: policy.on(gate) for name, policy in policies.items()}
     ratio = {name: ratios(gate, of_rows) for name, of_rows in probs.items()}
-    none = np.zeros((0, gate.n_episodes))
+    none = BootstrapSamples(gate.n_episodes, 0, 0)
     return Evaluation(list(policies), dict(policies), fitted_on, gate, probs, ratio, fqe, none, {})
 
 
@@ -164,7 +165,7 @@ def first(found: Evaluation, n: int, known: Mapping[str, Paired | str]) -> Prefi
     probs = {name: each[:rows] for name, each in found.probs.items()}
     ratio = {name: each[:rows] for name, each in found.ratio.items()}
     return Prefix(
-        found.names, found.policies, found.fitted_on, gate, probs, ratio, values, found.shares[:, :n], {}, known
+        found.names, found.policies, found.fitted_on, gate, probs, ratio, values, BootstrapSamples(n, 0, 0), {}, known
     )
 
 

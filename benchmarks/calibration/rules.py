@@ -8,7 +8,8 @@ from scipy import stats
 
 from offrl_models.evaluation import Evaluation
 from offrl_models.ope.importance import trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap_shares, hcope_lower_bound
+from offrl_models.ope.intervals import hcope_lower_bound
+from offrl_models.ope.resampling import bootstrap_shares
 
 SAMPLES = 200
 

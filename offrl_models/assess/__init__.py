@@ -110,13 +110,13 @@ def _found(
     effort: Effort,
 ) -> dict[str, Any]:
     unit = units.units_of(episodes, effort.seed)
-    shares = units.shares_of(unit, effort.seed)
+    samples = units.samples_of(unit, effort.seed)
     returns = Terms(logged_returns(episodes, values)[:, None])
     terms = answers.every_terms(episodes, ratio, values)
-    intervals = answers.intervals({"": returns, **terms}, shares, unit)
+    intervals = answers.intervals({"": returns, **terms}, samples, unit)
     logged = intervals.pop("")
     if propensities != LOGGED and states is not None:
-        intervals |= answers.refitted_intervals(episodes, ratio, values, states, shares, unit)
+        intervals |= answers.refitted_intervals(episodes, ratio, values, states, samples, unit)
     if values is not None and isinstance(values.direct, Interval):
         intervals["FQE"] = values.direct
     alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)

@@ -23,7 +23,7 @@ from offrl_models.ope.diagnostics import (
     worst_action_z,
 )
 from offrl_models.ope.estimates import LEVEL, all_terms, refitted
-from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
+from offrl_models.ope.importance import Samples, Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import (
     Interval,
     bootstrap_all,
@@ -80,12 +80,10 @@ def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: 
     return found
 
 
-def intervals(
-    terms: Mapping[str, Terms], shares: Float64[np.ndarray, "samples units"], unit: Int64[np.ndarray, "episodes"]
-) -> dict[str, Interval]:
+def intervals(terms: Mapping[str, Terms], samples: Samples, unit: Int64[np.ndarray, "episodes"]) -> dict[str, Interval]:
     """Percentile bootstraps over units. NaN where weights overflow, or where a sample has none at some step."""
     usable = {name: pooled(term, unit) for name, term in terms.items() if _is_finite(term)}
-    found = bootstrap_all(usable, shares, LEVEL)
+    found = bootstrap_all(usable, samples, LEVEL)
     nothing = Interval(np.nan, np.nan, np.nan, LEVEL, "the importance weights overflow")
     return {name: found.get(name, nothing) for name in terms}
 
@@ -95,7 +93,7 @@ def refitted_intervals(
     ratio: Float64[np.ndarray, "rows"],
     values: Values | None,
     states: int,
-    shares: Float64[np.ndarray, "samples units"],
+    samples: Samples,
     unit: Int64[np.ndarray, "episodes"],
 ) -> dict[str, Interval]:
     """The same where propensities were counted in these very episodes: they are counted again in every sample."""
@@ -107,7 +105,7 @@ def refitted_intervals(
 
     finite = [name for name, term in every_terms(episodes, ratio, values).items() if _is_finite(term)]
     return refitted(
-        terms_of, lambda copies: estimate_propensities(episodes, states, copies[unit]), episodes, shares, LEVEL
+        terms_of, lambda copies: estimate_propensities(episodes, states, copies[unit]), episodes, samples, LEVEL
     )
 
 

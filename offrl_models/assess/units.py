@@ -1,10 +1,10 @@
 """What is resampled: entities, for the episodes of one are not independent."""
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.intervals import bootstrap_shares
+from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.schema import Episodes
 
 SAMPLES = 1000  # of the bootstrap
@@ -30,5 +30,5 @@ def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
     return Terms(numerator, denominator)
 
 
-def shares_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> Float64[np.ndarray, "samples units"]:
-    return bootstrap_shares(int(unit.max()) + 1, SAMPLES, seed)
+def samples_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> BootstrapSamples:
+    return BootstrapSamples(int(unit.max()) + 1, SAMPLES, seed)

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from scipy import optimize
 
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.sequences import by_step, finite, weights_by_step
+from offrl_models.ope.sequences import by_step, finite, sum_of_products, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
 
@@ -35,6 +35,8 @@ class Model:
     @cached_property
     def surprise(self) -> Float64[np.ndarray, "episodes steps"]:
         """r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted: what the model did not foresee at each step."""
+        if self.error.shape[1] == 1:
+            return self.error
         surprise = self.error.copy()
         surprise[:, :-1] += self.value[:, 1:]
         return surprise
@@ -44,7 +46,7 @@ class Model:
 
         Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
         """
-        return Terms((self.value[:, 0] + np.einsum("et,et->e", weight, self.surprise))[:, None])
+        return Terms((self.value[:, 0] + sum_of_products(weight, self.surprise))[:, None])
 
     def normalised(self, after: Float64[np.ndarray, "episodes places"]) -> Terms:
         """The same with the weights of each step normalised over all episodes. `after` holds a 1 before those of the steps."""

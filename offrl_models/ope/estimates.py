@@ -1,5 +1,6 @@
 """Everything one evaluation says about one policy: all estimators with intervals, and effective sample sizes."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from jaxtyping import Float64
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.doubly_robust import Model, weights_after
 from offrl_models.ope.fqe import FQEValues
-from offrl_models.ope.importance import Terms, discounted_rewards, normalised, plain, trajectory_weights
+from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain, trajectory_weights
 from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
 from offrl_models.ope.sequences import completed
 from offrl_models.schema import Episodes
@@ -60,7 +61,7 @@ def refitted(
     terms_of: Callable[[Float64[np.ndarray, "rows"]], Mapping[str, Terms]],
     refit: Refit,
     episodes: Episodes,
-    shares: Float64[np.ndarray, "samples episodes"],
+    samples: Samples,
     level: float,
 ) -> dict[str, Interval]:
     """Percentile bootstrap over episodes that fits the propensities again in each of its first REFITS samples.
@@ -69,11 +70,12 @@ def refitted(
     on the same episodes would make an interval of importance sampling too wide: Hirano, Imbens & Ridder (2003).
     """
     estimates = {name: terms.estimate() for name, terms in terms_of(episodes.action_prob).items()}
-    samples = [
-        [terms.estimate(share) for terms in terms_of(refit(share * episodes.n_episodes)).values()]
-        for share in shares[:REFITS]
-    ]
-    ends = np.quantile(np.array(samples), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    rows = itertools.chain.from_iterable([samples] if isinstance(samples, np.ndarray) else samples)
+    found = []
+    for row in itertools.islice(rows, REFITS):
+        share = row.astype(np.float64) / row.sum(dtype=np.float64)
+        found.append([terms.estimate(share) for terms in terms_of(refit(share * len(share))).values()])
+    ends = np.quantile(np.array(found), [(1 - level) / 2, (1 + level) / 2], axis=0)
     method = "percentile bootstrap over episodes, propensities fitted again in every sample"
     return {
         name: Interval(estimates[name], float(low), float(high), level, method)
@@ -86,7 +88,7 @@ def estimate(
     ratio: Float64[np.ndarray, "rows"],
     fqe: FQEValues,
     policy: int,
-    shares: Float64[np.ndarray, "samples episodes"],
+    samples: Samples,
     refit: Refit | None = None,
 ) -> Estimates:
     """All estimators of the value of policy number `policy` of `fqe`, on the same bootstrap samples.
@@ -100,8 +102,8 @@ def estimate(
         return all_terms(episodes, probs / action_prob, fqe.q[policy], fqe.v[policy])
 
     if refit is None:
-        intervals = bootstrap_all(all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy]), shares, LEVEL)
+        intervals = bootstrap_all(all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy]), samples, LEVEL)
     else:
-        intervals = refitted(terms_of, refit, episodes, shares, LEVEL)
+        intervals = refitted(terms_of, refit, episodes, samples, LEVEL)
     intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
     return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -6,20 +6,18 @@ for any number of episodes, given the range of the contract (as those by betting
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from jaxtyping import Float64
 from scipy import stats
 
-from offrl_models.ope.importance import Shares, Terms, resampled
-from offrl_models.ope.resampling import Resampler
+from offrl_models.ope.importance import Samples, Terms, resampled
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import InputError
 
 ROUNDING = 1e-9  # share of a range by which a sum of rewards may miss it
-BLOCK = 2**22  # numbers of a block of bootstrap shares: 32 MiB
 THRESHOLD_SHARE = 0.05  # of the episodes choose the threshold of the clipped bound, and are then set aside
 
 
@@ -36,27 +34,6 @@ class Interval:
     def to_json(self) -> dict[str, float | str | None]:
         """Plain JSON; what could not be estimated is null."""
         return {key: value if value == value else None for key, value in asdict(self).items()}
-
-
-def bootstrap_shares(episodes: int, samples: int, seed: int) -> Float64[np.ndarray, "samples episodes"]:
-    """How often each episode occurs in each bootstrap sample, over the number of episodes. Drawn once, shared by all."""
-    return next(bootstrap_blocks(episodes, samples, seed, at_once=samples))
-
-
-def bootstrap_blocks(
-    episodes: int, samples: int, seed: int, *, at_once: int | None = None
-) -> Iterator[Float64[np.ndarray, "block episodes"]]:
-    """The rows of `bootstrap_shares`, `at_once` of them or what fits in BLOCK numbers. The next rows overwrite them.
-
-    All at once may need more memory than the logs.
-    """
-    height = at_once or max(BLOCK // episodes, 1)
-    draw, block = Resampler(episodes, seed), np.empty((min(height, samples), episodes))
-    for start in range(0, samples, height):
-        rows = block[: samples - start]
-        for row in rows:
-            np.divide(draw(), episodes, out=row)
-        yield rows
 
 
 def difference(minuend: Terms, subtrahend: Terms) -> Terms:
@@ -80,7 +57,7 @@ def bca(terms: Terms, shares: Float64[np.ndarray, "samples episodes"], level: fl
 
 def bootstrap_all(
     candidates: Mapping[str, Terms],
-    shares: Shares,
+    samples: Samples,
     level: float,
     *,
     corrected: bool = False,
@@ -89,8 +66,8 @@ def bootstrap_all(
     probability = np.array([(1 - level) / 2, (1 + level) / 2])
     method = "BCa bootstrap over episodes" if corrected else "percentile bootstrap over episodes"
     found = {}
-    for (name, terms), samples in zip(candidates.items(), resampled(list(candidates.values()), shares), strict=True):
-        low, high = _bca_quantiles(terms, samples, probability) if corrected else np.quantile(samples, probability)
+    for (name, terms), values in zip(candidates.items(), resampled(list(candidates.values()), samples), strict=True):
+        low, high = _bca_quantiles(terms, values, probability) if corrected else np.quantile(values, probability)
         found[name] = Interval(terms.estimate(), float(low), float(high), level, method)
     return found
 

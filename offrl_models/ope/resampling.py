@@ -6,15 +6,19 @@ total alone. Counts are read off 16 random bits. What 16 bits cannot resolve fal
 drawn from exactly what is left of the Poisson probabilities.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float32, Float64, UInt8
 from scipy import stats
 
 CELLS = 2**16  # values of 16 bits
 COUNTS = 64  # a Poisson count of rate 1 is below it but for 1 in 10^89
 COMMON = 4  # counts above it are rare enough to be looked up one by one
+BLOCK = 2**23  # counts of a block of bootstrap samples: 32 MiB
 LOWEST = 0.01  # rate, of few episodes
 SPARE = 5.0  # standard deviations by which a row is expected to stay below n
 
@@ -56,3 +60,34 @@ class Resampler:
         count[rare[~beyond]] = self.known[bits[rare[~beyond]]]
         count[rare[beyond]] = self.rng.choice(COUNTS, int(beyond.sum()), p=self.rest)
         return count
+
+
+@dataclass(frozen=True)
+class BootstrapSamples:
+    """How often each episode is in each bootstrap sample, a few samples at a time, drawn anew and alike at each pass.
+
+    All of them at once may need more memory than the logs.
+    """
+
+    episodes: int
+    number: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Float32[np.ndarray, "block episodes"]]:
+        """Each block overwrites the one before."""
+        height = min(max(BLOCK // self.episodes, 1), self.number)
+        draw, block = Resampler(self.episodes, self.seed), np.empty((height, self.episodes), np.float32)
+        for start in range(0, self.number, height):
+            rows = block[: self.number - start]
+            for row in rows:
+                row[:] = draw()
+            yield rows
+
+
+def bootstrap_shares(episodes: int, samples: int, seed: int) -> Float64[np.ndarray, "samples episodes"]:
+    """All of `BootstrapSamples` at once, over the number of episodes."""
+    counts = itertools.chain.from_iterable(BootstrapSamples(episodes, samples, seed))
+    shares = np.empty((samples, episodes))
+    for row, count in zip(shares, counts, strict=True):
+        row[:] = count
+    return shares / episodes

@@ -7,6 +7,8 @@ from jaxtyping import Float64
 
 from offrl_models.schema import Episodes, InputError
 
+CHUNK = 2048  # rows of probabilities at a time
+
 
 def finite(name: str, values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     """The values, unchanged. Raises InputError when one is NaN or infinite: nothing is skipped."""
@@ -21,13 +23,20 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
 
     Raises InputError when the evaluation probabilities are not a distribution over the allowed actions of each row.
     """
-    total = probs @ np.ones(probs.shape[1])
-    if not np.isfinite(total).all():
-        finite("the evaluation policy", probs)
-    off = np.abs(total - 1.0) > 1e-5
-    if probs.min(initial=0.0) < 0:
-        off |= (probs < 0).any(1)
+    if episodes.action.min() < 0 or episodes.action.max() >= probs.shape[1]:
+        raise InputError(f"the evaluation policy has {probs.shape[1]} actions, and the log has others.")
+    off, taken = np.empty(len(probs), bool), np.empty(len(probs))
+    ones, place = np.ones(probs.shape[1]), np.arange(CHUNK) * probs.shape[1]
+    for start in range(0, len(probs), CHUNK):  # so that each row is brought from memory once
+        rows = slice(start, start + CHUNK)
+        part = np.ascontiguousarray(probs[rows])
+        off[rows] = ~(np.abs(part @ ones - 1.0) <= 1e-5)
+        if not part.min() >= 0:
+            finite("the evaluation policy", probs)
+            off[rows] |= (part < 0).any(1)
+        taken[rows] = part.take(place[: len(part)] + episodes.action[rows])
     if off.any():
+        finite("the evaluation policy", probs)
         raise InputError(f"the evaluation policy's probabilities do not sum to 1 in {int(off.sum())} rows.")
     if not episodes.mask.all():
         forbidden = np.einsum("ra,ra->r", probs, ~episodes.mask) > 1e-6
@@ -35,7 +44,7 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
             raise InputError(
                 f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows."
             )
-    return finite("the ratio", probs[np.arange(len(probs)), episodes.action] / episodes.action_prob)
+    return finite("the ratio", taken / episodes.action_prob)
 
 
 def completed(episodes: Episodes, next_v: Float64[np.ndarray, "rows"]) -> Episodes:
@@ -64,4 +73,12 @@ def by_step(
 
 def weights_by_step(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes steps"]:
     """w_t = product of the ratios up to and including step t; past the end it stays what it was at the end."""
-    return np.cumprod(by_step(episodes, ratio, 1.0), axis=1)
+    table = by_step(episodes, ratio, 1.0)
+    return table if table.shape[1] == 1 else np.cumprod(table, axis=1)
+
+
+def sum_of_products(
+    left: Float64[np.ndarray, "episodes steps"], right: Float64[np.ndarray, "episodes steps"]
+) -> Float64[np.ndarray, "episodes"]:
+    """Row by row."""
+    return left[:, 0] * right[:, 0] if left.shape[1] == 1 else np.einsum("es,es->e", left, right)

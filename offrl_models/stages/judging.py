@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
 from offrl_models import bundle, ledger, storage
 from offrl_models.config import ComparisonConfig, Pipeline
@@ -23,6 +22,7 @@ from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
 from offrl_models.logs import values
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
+from offrl_models.ope.importance import Samples
 from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
@@ -71,9 +71,7 @@ def _log_of(pipeline: Pipeline, wanted: ComparisonConfig) -> Path:
     return path
 
 
-def compare(
-    pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, shares: Float64[np.ndarray, "samples episodes"]
-) -> dict[str, Any]:
+def compare(pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, samples: Samples) -> dict[str, Any]:
     """What the gate split says of another policy, and what its own log says.
 
     Raises InputError where that log is missing, breaks a rule of the contract, or leaves out a cell of the gate split.
@@ -101,7 +99,7 @@ def compare(
         "logged_mean": float(reward.mean()),
         "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
         "gate_episodes": gate.n_episodes,
-        **estimate_stated(gate, probs, shares, refit_of(pipeline, gate)).to_json(),
+        **estimate_stated(gate, probs, samples, refit_of(pipeline, gate)).to_json(),
     }
 
 
@@ -270,4 +268,4 @@ class _Look:
         return evidence_report.exact_values(self.config.known_world, self.policies, self.config.logs.gamma)
 
     def compared(self) -> list[dict[str, Any]]:
-        return [compare(self.pipeline, wanted, self.gate, self.found.shares) for wanted in self.config.compare_with]
+        return [compare(self.pipeline, wanted, self.gate, self.found.samples) for wanted in self.config.compare_with]
