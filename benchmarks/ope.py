@@ -168,10 +168,15 @@ def logged(given: Mapping[str, Any]) -> "Episodes":
 
 def per_row(episodes: "Episodes", given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the estimators take: pi/mu and Q of the logged action, and V."""
-    from offrl_models.ope.sequences import ratios
+    from offrl_models.ope.sequences import CHUNK, ratios
 
-    q = given["q"].take(np.arange(episodes.n_rows) * episodes.n_actions + episodes.action)
-    return ratios(episodes, given["probs"]), q, np.einsum("ra,ra->r", given["q"], given["probs"])
+    q, v = np.empty(episodes.n_rows), np.empty(episodes.n_rows)
+    for start in range(0, episodes.n_rows, CHUNK):
+        rows = slice(start, start + CHUNK)
+        part = given["q"][rows]
+        q[rows] = part.take(np.arange(len(part)) * episodes.n_actions + episodes.action[rows])
+        np.einsum("ra,ra->r", part, given["probs"][rows], out=v[rows])
+    return ratios(episodes, given["probs"]), q, v
 
 
 def _seven(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":

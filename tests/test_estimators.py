@@ -190,6 +190,10 @@ def test_a_policy_that_is_no_distribution_or_plays_a_forbidden_action_is_refused
         ratios(episodes, good * 0.9)
     with pytest.raises(InputError, match="NaN"):
         ratios(episodes, good * np.nan)
+    with pytest.raises(InputError, match=f"negative or do not sum to 1 in {episodes.n_rows} rows"):
+        ratios(episodes, np.tile([1.5, -0.5], (episodes.n_rows, 1)))
+    with pytest.raises(InputError, match="has 1 actions, and the log has others"):
+        ratios(episodes, np.ones((episodes.n_rows, 1)))
     with pytest.raises(InputError, match="mask forbids"):
         ratios(episodes, np.tile([0.5, 0.5], (episodes.n_rows, 1)))
 

@@ -433,6 +433,7 @@ def some_terms(seed: int, n: int = 80) -> list[Terms]:
     rng = np.random.default_rng(seed)
     weight = rng.exponential(size=(n, 3))
     return [
+        Terms(weight[:, 2:] * rng.normal(size=(n, 1)), weight[:, 2:]),  # the weights of the next but one in part
         Terms(rng.normal(size=(n, 1))),
         Terms(weight * rng.normal(size=(n, 3)), weight),
         Terms(rng.normal(size=(n, 2))),
@@ -483,7 +484,7 @@ def test_a_sample_without_any_weight_has_no_estimate() -> None:
     assert resampled([Terms(5.0 * weight, weight)], shares)[0] == pytest.approx(alone, nan_ok=True)
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(range(4), 2)))
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(5), 2)))
 def test_a_difference_of_terms_is_the_difference_of_estimates(pair: tuple[int, int]) -> None:
     shares = bootstrap_shares(80, 40, 0)
     one, other = (some_terms(1)[i] for i in pair)

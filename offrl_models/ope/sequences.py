@@ -7,7 +7,7 @@ from jaxtyping import Float64
 
 from offrl_models.schema import Episodes, InputError
 
-CHUNK = 2048  # rows of probabilities at a time
+CHUNK = 4096  # rows of probabilities at a time
 
 
 def finite(name: str, values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
@@ -37,14 +37,16 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
         taken[rows] = part.take(place[: len(part)] + episodes.action[rows])
     if off.any():
         finite("the evaluation policy", probs)
-        raise InputError(f"the evaluation policy's probabilities do not sum to 1 in {int(off.sum())} rows.")
+        raise InputError(
+            f"the evaluation policy's probabilities are negative or do not sum to 1 in {int(off.sum())} rows."
+        )
     if not episodes.mask.all():
         forbidden = np.einsum("ra,ra->r", probs, ~episodes.mask) > 1e-6
         if forbidden.any():
             raise InputError(
                 f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows."
             )
-    return finite("the ratio", taken / episodes.action_prob)
+    return finite("the ratio", np.divide(taken, episodes.action_prob, out=taken))
 
 
 def completed(episodes: Episodes, next_v: Float64[np.ndarray, "rows"]) -> Episodes:
