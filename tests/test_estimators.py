@@ -13,7 +13,7 @@ from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
 from offrl_models.ope.intervals import bootstrap
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
 from offrl_models.ope.resampling import bootstrap_shares
-from offrl_models.ope.sequences import completed, ratios
+from offrl_models.ope.sequences import completed, finite, ratios
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
 
@@ -196,6 +196,14 @@ def test_a_policy_that_is_no_distribution_or_plays_a_forbidden_action_is_refused
         ratios(episodes, np.ones((episodes.n_rows, 1)))
     with pytest.raises(InputError, match="mask forbids"):
         ratios(episodes, np.tile([0.5, 0.5], (episodes.n_rows, 1)))
+
+
+def test_only_what_is_not_finite_is_refused() -> None:
+    for wrong, number in (([np.inf, -np.inf, 1.0], 2), ([np.nan, 0.0], 1), ([np.inf], 1)):
+        with pytest.raises(InputError, match=f"the reward holds {number} values that are NaN or infinite"):
+            finite("the reward", np.array(wrong))
+    large = np.full(3, 1e308)  # whose sum is infinite
+    assert finite("the reward", large) is large
 
 
 def test_an_infinite_reward_is_an_error_not_an_estimate(tiny: World) -> None:

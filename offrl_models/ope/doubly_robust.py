@@ -29,7 +29,8 @@ class Model:
     def of(cls, episodes: Episodes, q: Float64[np.ndarray, "rows"], v: Float64[np.ndarray, "rows"]) -> "Model":
         """Raises InputError when a value is NaN or infinite."""
         discount = episodes.time_discount
-        error = by_step(episodes, finite("the q-value", discount * (episodes.reward - q)), 0.0)
+        error = episodes.reward - q
+        error = by_step(episodes, finite("the q-value", np.multiply(error, discount, out=error)), 0.0)
         return cls(error, by_step(episodes, finite("the state value", discount * v), 0.0))
 
     @cached_property
@@ -37,8 +38,9 @@ class Model:
         """r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted: what the model did not foresee at each step."""
         if self.error.shape[1] == 1:
             return self.error
-        surprise = self.error.copy()
-        surprise[:, :-1] += self.value[:, 1:]
+        surprise = np.empty_like(self.error)
+        np.add(self.error[:, :-1], self.value[:, 1:], out=surprise[:, :-1])
+        surprise[:, -1] = self.error[:, -1]
         return surprise
 
     def corrected(self, weight: Float64[np.ndarray, "episodes steps"]) -> Terms:

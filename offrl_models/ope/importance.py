@@ -48,7 +48,10 @@ class Terms:
 
     def deviation(self) -> Float64[np.ndarray, "episodes terms"]:
         """How far the numerator of each episode is from the ratio that the whole log has, times its denominator."""
-        return self.numerator - self.ratios() * (1.0 if self.denominator is None else self.denominator)
+        if self.denominator is None:
+            return self.numerator - self.ratios()
+        foreseen = self.denominator * self.ratios()
+        return np.subtract(self.numerator, foreseen, out=foreseen)
 
     def influence(self) -> Float64[np.ndarray, "episodes"]:
         """How far each episode pulls the estimate: the influence function, whose mean is 0."""

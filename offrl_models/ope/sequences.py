@@ -12,6 +12,9 @@ CHUNK = 4096  # rows of probabilities at a time
 
 def finite(name: str, values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     """The values, unchanged. Raises InputError when one is NaN or infinite: nothing is skipped."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):  # then all of them are
+            return values
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
         raise InputError(f"{name} holds {bad} values that are NaN or infinite; no estimate can be made from them.")
