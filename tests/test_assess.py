@@ -217,7 +217,7 @@ def test_propensities_of_someone_else_leave_nothing_to_say(tmp_path: Path) -> No
 
 def test_without_overlap_nothing_is_settled(tmp_path: Path) -> None:
     """A policy that never does what was done: every weight is 0, which is an answer and no mistake."""
-    frame = pl.DataFrame({"x": np.zeros(400), "a": np.zeros(400, int), "p": np.full(400, 0.5), "r": np.ones(400)})
+    frame = pl.DataFrame({"x": np.zeros(400), "a": np.zeros(400, int), "p": np.full(400, 0.5), "r": np.arange(400) % 2.0})
     frame.with_columns(pi=pl.lit(0.0)).write_csv(tmp_path / "log.csv")
     given = {"log": [tmp_path / "log.csv"], "horizon": 1, "observation": "x", "action": "a", "actions": "2"}
     given |= {"action_prob": "p", "reward": "r", "reward_range": (0.0, 1.0)}
@@ -461,7 +461,7 @@ MISTAKES = {
     "no such function": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:absent"], "has no absent"),
     "not callable": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:a_number"], "is a int, not a function"),
     "wrong shape": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:wrong_shape"], "an array of shape [12]"),
-    "sums to 2": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:sums_to_two"], "do not add up to 1"),
+    "sums to 2": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:sums_to_two"], "negative or do not add up to 1"),
     "raises": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:breaks"], "raised IndexError"),
     "NaN": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:not_a_number"], "returned NaN or infinity"),
     "draws": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:draws"], "answers the same observation in two ways"),
@@ -470,6 +470,7 @@ MISTAKES = {
     "empty folder": (["again/empty", *COLUMNS, "--policy-column", "pi"], "does not say its format"),
     "binary": (["clicks.bin", *COLUMNS, "--policy-column", "pi"], "does not say its format"),
     "not that format": (["clicks.csv", *COLUMNS, "--format", "parquet", "--policy-column", "pi"], "cannot be read as Parquet"),
+    "rewards that do not vary": (["equal.csv", *COLUMNS, "--policy-column", "pi"], "episodes the same return, 1, so that"),
     "unknown format": (["clicks.csv", *COLUMNS, "--format", "excel", "--policy-column", "pi"], "unknown format 'excel'"),
 }  # fmt: skip
 
@@ -482,6 +483,7 @@ def mistaken(clicks: tuple[Path, World, np.ndarray], functions: str, here: Path)
         storage.write_bytes(here / name, text.encode())
     (here / "again" / "empty").mkdir()
     (here / "few.csv").write_text("".join(text.splitlines(keepends=True)[:61]))
+    pl.read_csv(here / "clicks.csv").with_columns(click=1.0).write_csv(here / "equal.csv")
     graph(np.full((3, 3), 1 / 3), here / "other.onnx")
     return functions
 

@@ -22,6 +22,7 @@ from offrl_models.progress import Update
 from offrl_models.schema import Episodes, InputError
 
 SALT = "assess"
+ROUNDING = 1e-9  # share of a return by which sums of the same rewards may differ
 FEWEST = 100  # entities; below, two folds and an interval mean nothing
 
 
@@ -106,7 +107,7 @@ def _require_enough(entities: int, log: Log, which: str) -> None:
 def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | None = None) -> Assessed:
     """The whole log as episodes, in memory; with `salt`, those of the entities that a pipeline of that salt never trains on.
 
-    Raises InputError with the sentence of the first rule that rows break, and for too few entities.
+    Raises InputError with the sentence of the first rule that rows break, for too few entities and where all returns are equal.
     """
     log = Log.open(batches_of(paths, contract), contract)
     update("reading the log", 1, 3, "files hold to the contract")
@@ -123,6 +124,12 @@ def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | 
         episodes = episodes.take(np.isin(buckets(_entities(episodes), salt), SPLITS["gate"]))
     entities = len(np.unique(_entities(episodes)))
     _require_enough(entities, log, " that the policy was not trained on")
+    worst, best = float(episodes.return_.min()), float(episodes.return_.max())
+    if best - worst <= ROUNDING * max(abs(best), abs(worst)):
+        raise InputError(
+            f"{log.batches[0].path}: column {contract.reward.name!r} gives all {episodes.n_episodes:,} episodes the same return, "
+            f"{best:g}, so that no policy can be told from another; give a reward that varies."
+        )
     update("reading the log", 3, 3, f"{episodes.n_rows:,} decisions in {episodes.n_episodes:,} episodes")
     card = {
         "files": [str(batch.path) for batch in log.batches],

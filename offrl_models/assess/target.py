@@ -192,7 +192,7 @@ def require_distributions(
     off = (np.abs(probs.sum(1) - 1.0) > TOLERANCE) | (probs < 0).any(1) | ~np.isfinite(probs).all(1)
     forbidden = (probs * ~mask).sum(1) > ALIKE
     for broken, problem in (
-        (off, "do not add up to 1 or are negative"),
+        (off, "are NaN, negative or do not add up to 1"),
         (forbidden, "go to actions that the mask forbids"),
     ):
         if broken.any():
