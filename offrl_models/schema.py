@@ -97,7 +97,7 @@ class Episodes:
     def time_discount(self) -> Float64[np.ndarray, "rows"]:
         """What a reward of each row is worth at the start of its episode: gamma ** step, or gamma ** (time since then)."""
         if self.interval is None:
-            return (self.gamma ** np.arange(int(self.length.max())))[self.step]
+            return (self.gamma ** np.arange(int(self.length.max(initial=0))))[self.step]
         elapsed = np.append(0.0, self.interval.cumsum())[:-1]
         return self.gamma ** (elapsed - elapsed[self.offsets[:-1]][self.episode_of_row])
 

@@ -217,7 +217,9 @@ def test_propensities_of_someone_else_leave_nothing_to_say(tmp_path: Path) -> No
 
 def test_without_overlap_nothing_is_settled(tmp_path: Path) -> None:
     """A policy that never does what was done: every weight is 0, which is an answer and no mistake."""
-    frame = pl.DataFrame({"x": np.zeros(400), "a": np.zeros(400, int), "p": np.full(400, 0.5), "r": np.arange(400) % 2.0})
+    frame = pl.DataFrame(
+        {"x": np.zeros(400), "a": np.zeros(400, int), "p": np.full(400, 0.5), "r": np.arange(400) % 2.0}
+    )
     frame.with_columns(pi=pl.lit(0.0)).write_csv(tmp_path / "log.csv")
     given = {"log": [tmp_path / "log.csv"], "horizon": 1, "observation": "x", "action": "a", "actions": "2"}
     given |= {"action_prob": "p", "reward": "r", "reward_range": (0.0, 1.0)}

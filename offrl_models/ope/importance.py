@@ -21,6 +21,8 @@ from offrl_models.schema import Episodes, InputError
 Samples = Float[np.ndarray, "samples episodes"] | Iterable[Float[np.ndarray, "_ episodes"]]
 
 WIDE = 512  # numbers in a row of a reduction over rows
+STRETCH = 512  # rows that are added up in single precision
+FAINT = 1e-30  # of the largest weight: a mean weight below it has lost digits, or all of them, in single precision
 _Key = tuple[int, tuple[int, ...]]  # of a column: where it lies in memory, and its strides
 
 
@@ -70,7 +72,7 @@ class Terms:
 
 
 class _Columns:
-    """Columns in single precision, each divided by its largest number, so that none is too large or too small for it."""
+    """Columns in single precision, each divided by its largest number."""
 
     def __init__(self, rows: int, width: int):
         self.values, self.scale, self.used = np.empty((rows, width), np.float32), np.ones(width), 0
@@ -84,36 +86,51 @@ class _Columns:
         self.used = places.stop
         return list(range(places.start, places.stop))
 
-    def sums(self, blocks: Iterable[Float[np.ndarray, "_ rows"]]) -> Float64[np.ndarray, "samples width"]:
-        """The sum of every column in every sample."""
-        products = [block.astype(np.float32, copy=False) @ self.values for block in blocks]
-        return np.vstack(products).astype(np.float64) * self.scale
+    def sums(self, block: Float[np.ndarray, "samples rows"]) -> Float64[np.ndarray, "samples width"]:
+        """The sum of every column in every sample, over its scale.
+
+        Stretches of rows are added up in double precision: over millions of rows a sum in single precision drifts off.
+        """
+        counts, found = block.astype(np.float32, copy=False), np.zeros((len(block), len(self.scale)))
+        for start in range(0, len(self.values), STRETCH):
+            found += counts[:, start : start + STRETCH] @ self.values[start : start + STRETCH]
+        return found
 
 
 def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarray, "candidates samples"]:
-    """`Terms.resampled` of many candidates: one product of matrices reads the samples once for all of them.
+    """`Terms.resampled` of many candidates, over the total of each sample: each block of samples is read once for all of them.
 
-    The product is in single precision, which is twice as fast. What is multiplied is how far each episode deviates from the
-    estimate, so that rounding stays below 1e-4 standard errors, and what does not vary is exact. Denominators that several
-    estimators share in memory are resampled once.
+    Products are in single precision, which is twice as fast. What is multiplied is how far each episode deviates from the
+    estimate, so that rounding stays below 1e-4 standard errors, and what does not vary is exact. A sample in which weights
+    nearly vanish, beside those it leaves out, is computed again in double precision. Denominators that several estimators
+    share in memory are resampled once.
     """
     keys = [_keys(terms.denominator) for terms in candidates]
     width = 1 + sum(len(key) or 1 for key in keys) + len({each for key in keys for each in key})
     columns = _Columns(len(candidates[0].numerator), width)
-    total, tops, bottoms = columns.put(np.ones((len(columns.values), 1))), [], dict[_Key, int]()
+    total, tops, place = columns.put(np.ones((len(columns.values), 1))), [], dict[_Key, int]()
     for terms, key in zip(candidates, keys, strict=True):
         deviation = terms.deviation()
         tops.append(columns.put(deviation if key else deviation.sum(1, keepdims=True)))
-        new = [term for term, each in enumerate(key) if each not in bottoms]
+        new = [term for term, each in enumerate(key) if each not in place]
         if terms.denominator is not None and new:
-            bottoms |= zip((key[term] for term in new), columns.put(terms.denominator[:, new]), strict=True)
-    sums = columns.sums([samples] if isinstance(samples, np.ndarray) else samples)
-    found = np.empty((len(candidates), len(sums)))
-    for row, terms, key, top in zip(found, candidates, keys, tops, strict=True):
-        bottom = sums[:, [bottoms[each] for each in key] or total]
-        moved = np.where(bottom > 0, sums[:, top] / np.where(bottom > 0, bottom, 1.0), np.nan)
-        row[:] = terms.ratios().sum() + moved.sum(1)
-    return found
+            place |= zip((key[term] for term in new), columns.put(terms.denominator[:, new]), strict=True)
+    bottoms = [[place[each] for each in key] or total for key in keys]
+    estimates = [terms.ratios().sum() for terms in candidates]
+    found = []
+    for block in [samples] if isinstance(samples, np.ndarray) else samples:
+        sums = columns.sums(block)
+        faint = (sums[:, list(place.values())] < FAINT * sums[:, total]).any(1)
+        means = sums * columns.scale
+        values = np.empty((len(candidates), len(block)))
+        for row, estimate, top, bottom in zip(values, estimates, tops, bottoms, strict=True):
+            under = np.where(means[:, bottom] > 0, means[:, bottom], np.nan)
+            row[:] = estimate + (means[:, top] / under).sum(1)
+        if faint.any():
+            again = block[faint] / block[faint].sum(1, keepdims=True, dtype=np.float64)
+            values[:, faint] = [terms.resampled(again) for terms in candidates]
+        found.append(values)
+    return np.hstack(found)
 
 
 def _largest(columns: Float64[np.ndarray, "rows terms"]) -> Float64[np.ndarray, "terms"]:

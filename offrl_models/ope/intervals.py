@@ -18,6 +18,7 @@ from offrl_models.ope.sequences import finite
 from offrl_models.schema import InputError
 
 ROUNDING = 1e-9  # share of a range by which a sum of rewards may miss it
+TIES = 1e-4  # standard deviations of the samples: what is nearer to the estimate differs by rounding alone
 THRESHOLD_SHARE = 0.05  # of the episodes choose the threshold of the clipped bound, and are then set aside
 
 
@@ -82,7 +83,8 @@ def _bca_quantiles(
     pull, estimate = terms.influence(), terms.estimate()
     pull = pull / (np.abs(pull).max() or 1.0)  # so that no power of it vanishes
     acceleration = float((pull**3).sum() / (6 * (pull @ pull) ** 1.5)) if pull.any() else 0.0
-    below = float((samples < estimate).sum() + 0.5 * (samples == estimate).sum())
+    alike = TIES * samples.std()
+    below = float((samples < estimate - alike).sum() + 0.5 * (np.abs(samples - estimate) <= alike).sum())
     bias = stats.norm.ppf((below + 0.5) / (len(samples) + 1))  # half a sample more on each side keeps it finite
     shifted = bias + stats.norm.ppf(probability)
     scale = 1 - acceleration * shifted

@@ -1,4 +1,4 @@
-"""Bootstrap samples of episodes: how often each is drawn, in one pass over memory instead of a draw for each.
+"""Bootstrap samples of episodes: how often each is drawn, in a few passes over memory instead of a draw for each.
 
 Independent Poisson counts, given their total, are multinomial. So a sample of n episodes is a row of Poisson counts whose rate is
 a little below 1, and then the few draws that are missing, one by one; a row with more than n is drawn again, which depends on the
@@ -75,7 +75,7 @@ class BootstrapSamples:
 
     def __iter__(self) -> Iterator[Float32[np.ndarray, "block episodes"]]:
         """Each block overwrites the one before."""
-        height = min(max(BLOCK // self.episodes, 1), self.number)
+        height = max(min(BLOCK // self.episodes, self.number), 1)
         draw, block = Resampler(self.episodes, self.seed), np.empty((height, self.episodes), np.float32)
         for start in range(0, self.number, height):
             rows = block[: self.number - start]

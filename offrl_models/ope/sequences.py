@@ -26,7 +26,7 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
 
     Raises InputError when the evaluation probabilities are not a distribution over the allowed actions of each row.
     """
-    if episodes.action.min() < 0 or episodes.action.max() >= probs.shape[1]:
+    if episodes.action.min(initial=0) < 0 or episodes.action.max(initial=0) >= probs.shape[1]:
         raise InputError(f"the evaluation policy has {probs.shape[1]} actions, and the log has others.")
     off, taken = np.empty(len(probs), bool), np.empty(len(probs))
     ones, place = np.ones(probs.shape[1]), np.arange(CHUNK) * probs.shape[1]
