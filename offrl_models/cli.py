@@ -49,7 +49,7 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
     wrong = 0
     for path in arguments.pipelines:
         try:
-            console.print(Text(f"{path}: {read_pipeline(path).dataset} can be run"))
+            console.print(Text(f"{path}: the YAML of {read_pipeline(path).dataset} is right"))
         except InputError as error:
             print(f"offrl: {error}", file=sys.stderr)
             wrong = 1

@@ -25,9 +25,7 @@ from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes
 
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
-GATE_PER_FITTED = (
-    2.0  # with more gate episodes the interval shrinks below the error of the nuisances, which it does not hold
-)
+GATE_PER_FITTED = 2.0  # with more gate episodes the interval shrinks below the error of the nuisances
 
 
 @dataclass(frozen=True)

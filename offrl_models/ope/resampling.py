@@ -37,9 +37,7 @@ class Resampler:
     def __init__(self, episodes: int, seed: int):
         self.episodes, self.rng = episodes, np.random.default_rng(seed)
         self.known, self.rest = poisson_cells(max(1.0 - SPARE / math.sqrt(episodes), LOWEST))
-        self.least = np.searchsorted(
-            self.known, np.arange(1, COMMON + 2)
-        ).tolist()  # bits of counts of 1, 2, ... and more
+        self.least = np.searchsorted(self.known, np.arange(1, COMMON + 2)).tolist()  # bits of a count of 1, 2, ...
 
     def __call__(self) -> UInt8[np.ndarray, "episodes"]:
         """How often each episode is in one sample."""
