@@ -119,8 +119,8 @@ def make_fqe_log(folder: Path, episodes: int) -> None:
     import torch
 
     from offrl_models.datasets.encoding import Encoder
+    from offrl_models.exported import export
     from offrl_models.nets import MLP, masked_log_softmax
-    from offrl_models.policies import export
 
     make_log(folder, episodes, STEPS, ACTIONS["fqe"], FQE_GAMMA)
     for name in ("probs", "q"):
@@ -248,8 +248,8 @@ def _fit(members: int, folder: Path, samples: int | None) -> Work:
     import torch
 
     from offrl_models.datasets.encoding import Encoder
+    from offrl_models.exported import OnnxPolicy
     from offrl_models.ope.fqe import FQEConfig
-    from offrl_models.policies import OnnxPolicy
     from offrl_models.training import fit_fqe
 
     assert samples is not None

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64, Int64
 
 from offrl_models import legs
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.exported import OnnxPolicy
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
 from offrl_models.ope.diagnostics import (
@@ -24,7 +25,6 @@ from offrl_models.ope.markov import markov_z
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel
-from offrl_models.policies import OnnxPolicy
 from offrl_models.progress import progress
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit_fqe

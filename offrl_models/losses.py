@@ -13,17 +13,14 @@ def take(values: Float[Tensor, "*batch actions"], action: Int64[Tensor, "*batch"
     return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
-def negative_log_likelihood(
-    log_probs: Float[Tensor, "seed batch actions"], action: Int64[Tensor, "seed batch"]
-) -> Float[Tensor, "seed"]:
-    """Behavior cloning.
+def negative_log_likelihood(log_prob: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:
+    """Behavior cloning, from the logarithm of the probability or density of each logged action.
 
-    >>> likely, unlikely = torch.tensor([[[0.9, 0.1]]]).log(), torch.tensor([[[0.1, 0.9]]]).log()
-    >>> action = torch.zeros(1, 1, dtype=torch.long)
-    >>> bool(negative_log_likelihood(likely, action) < negative_log_likelihood(unlikely, action))
+    >>> likely, unlikely = torch.tensor([[0.9]]).log(), torch.tensor([[0.1]]).log()
+    >>> bool(negative_log_likelihood(likely) < negative_log_likelihood(unlikely))
     True
     """
-    return -take(log_probs, action).mean(-1)
+    return -log_prob.mean(-1)
 
 
 def td_target(

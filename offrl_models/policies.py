@@ -1,27 +1,18 @@
-"""Policies as distributions over actions, and the ONNX graphs that act and are evaluated.
+"""Policies as distributions over actions, and densities over continuous ones.
 
-Every graph maps raw observations [batch, columns] and masks [batch, actions] to probabilities [batch, actions]: the encoder,
-the mask and, for a capped policy, the behavior model and the projection are inside it.
+A policy maps raw observations [batch, columns] and masks [batch, actions] to probabilities [batch, actions]: the encoder, the
+mask and, for a capped policy, the behavior model and the projection are inside it.
 """
 
-import contextlib
-import io
-import logging
-import os
-import warnings
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
-import onnxruntime
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from offrl_models import storage
-from offrl_models.schema import Episodes, InputError
-from offrl_models.tensors import write_tensors
+from offrl_models.distributions import LogisticMixture
+from offrl_models.schema import Episodes
 
 BEHAVIOR_SHARE = 1e-6  # of the behavior policy in a capped policy, so that the cap can always be met
 
@@ -48,6 +39,67 @@ class Mixture(nn.Module):
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
     ) -> Float[Tensor, "batch actions"]:
         return self.per_seed(observation, mask).mean(0)
+
+
+class HasDistribution(Protocol):
+    def distribution(self, observation: Tensor, mask: Tensor | None = None) -> LogisticMixture: ...
+
+
+class MixtureDensity(nn.Module):
+    """The density of continuous actions of several seeds: the mean of theirs, made wider or narrower, then bent.
+
+    `spread` multiplies the scale of every component. `curves` bend the distribution function of each dimension given those
+    before it: level i is what the value i / (levels - 1) becomes, straight in between. Without them nothing is changed.
+    """
+
+    spread: Tensor
+    curves: Tensor
+
+    def __init__(
+        self,
+        algorithm: nn.Module,
+        seeds: int,
+        spread: float = 1.0,
+        curves: Float64[np.ndarray, "dimensions levels"] | None = None,
+    ):
+        super().__init__()
+        self.algorithm, self.seeds = algorithm.double(), seeds
+        straight = np.linspace(0.0, 1.0, 2)[None]  # of every dimension
+        self.register_buffer("spread", torch.tensor(spread, dtype=torch.float64))
+        self.register_buffer("curves", torch.as_tensor(straight if curves is None else curves, dtype=torch.float64))
+
+    def mixture(self, observation: Float[Tensor, "batch columns"]) -> LogisticMixture:
+        """All components of all seeds, before the curves."""
+        each = cast(HasDistribution, self.algorithm).distribution(observation.double().expand(self.seeds, -1, -1))
+        log_weight = each.log_weight.transpose(0, 1).flatten(1, 2) - float(np.log(self.seeds))
+        center, log_scale = (part.transpose(0, 1).flatten(1, 2) for part in (each.center, each.log_scale))
+        return LogisticMixture(log_weight, center, log_scale + self.spread.log(), each.low, each.width)
+
+    def bend(
+        self, share: Float[Tensor, "*batch dimensions"]
+    ) -> tuple[Float[Tensor, "*batch dimensions"], Float[Tensor, "*batch dimensions"]]:
+        """What the curves make of values of the distribution function, and their slopes there."""
+        pieces = self.curves.shape[1] - 1
+        at = share.clamp(0.0, 1.0) * pieces
+        piece = at.floor().clamp(max=pieces - 1)
+        first = torch.arange(len(self.curves), device=share.device) * (pieces + 1)  # of each dimension's levels
+        levels, place = self.curves.flatten(), piece.long() + first
+        level, slope = levels[place], (levels[place + 1] - levels[place])
+        return level + (at - piece) * slope, slope * pieces
+
+    def of(
+        self, mixture: LogisticMixture, action: Float[Tensor, "batch dimensions"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch dimensions"]]:
+        """`forward` of a mixture that was found before."""
+        log_density, share = mixture.conditionals(action.double())
+        level, slope = self.bend(share)
+        return (log_density + slope.log()).sum(-1), level
+
+    def forward(
+        self, observation: Float[Tensor, "batch columns"], action: Float[Tensor, "batch dimensions"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch dimensions"]]:
+        """Logarithm of the density of each action, and the distribution function of each dimension given those before it."""
+        return self.of(self.mixture(observation), action)
 
 
 class BehaviorTable(nn.Module):
@@ -104,33 +156,7 @@ class CappedPolicy(nn.Module):
         return project(self.candidate(observation, mask), self.behavior(observation, mask), self.cap)
 
 
-def weights(policy: nn.Module) -> dict[str, Tensor]:
-    """The state of a policy; numbers that single precision holds exactly are stored in it."""
-    stored = {}
-    for name, tensor in policy.state_dict().items():
-        single = tensor.float() if tensor.dtype == torch.float64 else tensor
-        stored[name] = (single if torch.equal(single.to(tensor.dtype), tensor) else tensor).clone()
-    return stored
-
-
 ROWS_AT_A_TIME = 65_536
-PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
-
-
-def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
-    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on every observation given.
-
-    Raises RuntimeError when a probability differs by more than PARITY.
-    """
-    export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
-    write_tensors(folder / "policy.safetensors", weights(policy))
-    exported = OnnxPolicy(folder / "policy.onnx")
-    difference = float(np.abs(exported.on(episodes) - probs_of(policy, episodes)).max())
-    if not difference <= PARITY:
-        raise RuntimeError(
-            f"{folder / 'policy.onnx'} differs from the trained policy by {difference:.2e} in probability."
-        )
-    return exported
 
 
 def probs_of(policy: nn.Module, episodes: Episodes) -> Float64[np.ndarray, "rows actions"]:
@@ -144,89 +170,20 @@ def probs_of(policy: nn.Module, episodes: Episodes) -> Float64[np.ndarray, "rows
     return np.concatenate(found)
 
 
-def export(policy: nn.Module, columns: int, actions: int, path: Path) -> None:
-    """Write a policy as an ONNX graph with inputs `observation` and `mask` and output `probs`.
-
-    The file depends on the weights alone: traces of source lines are left out.
-    """
-    example = (torch.zeros(2, columns), torch.ones(2, actions, dtype=torch.bool))
-    batch = torch.export.Dim("batch")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, in its exporter
-        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used.*", UserWarning)
-        program = cast(
-            Any,
-            torch.onnx.export(
-                policy.eval(),
-                example,
-                dynamo=True,
-                verbose=False,
-                input_names=["observation", "mask"],
-                output_names=["probs"],
-                dynamic_shapes={"observation": {0: batch}, "mask": {0: batch}},
-            ),
-        )
-    model = program.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
-        del value.metadata_props[:]
-        value.doc_string = ""
-    del model.graph.metadata_props[:], model.metadata_props[:]
-    for function in model.functions:
-        del function.metadata_props[:]
-        for node in function.node:
-            del node.metadata_props[:]
-    storage.write_bytes(path, model.SerializeToString(deterministic=True))
-
-
-class OnnxPolicy:
-    """An exported policy. Rows with the same observation and mask are computed once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        except (OSError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
-            raise InputError(f"{path} cannot be loaded as an ONNX policy ({error}); export it again.") from error
-
-    def require_interface(self, columns: int, actions: int) -> None:
-        """Raises InputError when the policy takes other observations or actions than these."""
-        mine = {entry.name: entry.shape[1] for entry in self.session.get_inputs()}
-        if mine != {"observation": columns, "mask": actions}:
-            raise InputError(
-                f"{self.path} takes {mine.get('observation')} observed columns and {mine.get('mask')} actions, and the logs "
-                f"have {columns} and {actions}; a candidate cannot be held against it, so start a dataset of its own."
+def log_density_of(
+    density: MixtureDensity, episodes: Episodes
+) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
+    """Logarithm of the density of every logged action, and the distribution function of each of its dimensions."""
+    found = []
+    with torch.no_grad():
+        for start in range(0, episodes.n_rows, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            action = torch.as_tensor(np.array(episodes.action[rows]))
+            found.append(
+                [part.numpy() for part in density(torch.as_tensor(np.array(episodes.observation[rows])), action)]
             )
-
-    def distinct_probs(
-        self, observation: Float[np.ndarray, "rows columns"], mask: Bool[np.ndarray, "rows actions"]
-    ) -> tuple[Float64[np.ndarray, "distinct actions"], Int64[np.ndarray, "rows"]]:
-        """Action probabilities of every distinct pair of observation and mask, and which of them each row has."""
-        packed = np.concatenate(
-            [np.ascontiguousarray(observation, np.float32).view(np.uint8), np.packbits(mask, axis=1)], axis=1
-        )
-        keys = np.ascontiguousarray(packed).view([("key", np.void, packed.shape[1])]).ravel()
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        inputs = {"observation": observation[first].astype(np.float32), "mask": mask[first]}
-        (found,) = self.session.run(["probs"], inputs)
-        return np.asarray(found, np.float64), inverse
-
-    def probs(
-        self, observation: Float[np.ndarray, "rows columns"], mask: Bool[np.ndarray, "rows actions"]
-    ) -> Float64[np.ndarray, "rows actions"]:
-        """Action probabilities of every row."""
-        found, inverse = self.distinct_probs(observation, mask)
-        return found[inverse]
-
-    def on(self, episodes: Episodes) -> Float64[np.ndarray, "rows actions"]:
-        """Probabilities at every logged observation."""
-        return self.probs(episodes.observation, episodes.mask)
+    log_density, share = (np.concatenate(part) for part in zip(*found, strict=True))
+    return log_density, share
 
 
 def next_mask_or_all(episodes: Episodes) -> Bool[np.ndarray, "rows actions"]:

@@ -45,6 +45,7 @@ class Episodes:
     gamma: float  # discount per step, or per unit of `interval`
     interval: Float64[np.ndarray, "rows"] | None = None  # time until the next decision
     features: tuple[Feature, ...] = ()  # of the columns of `observation`
+    bounds: Float64[np.ndarray, "dimensions 2"] | None = None  # least and greatest value of continuous actions
     entity: Shaped[np.ndarray, "episodes"] | None = None  # patient or user; the episode itself when left out
     costs: Mapping[str, Float64[np.ndarray, "rows"]] = field(default_factory=dict)  # by column
     labels: Mapping[str, Shaped[np.ndarray, "episodes"]] = field(
@@ -62,6 +63,20 @@ class Episodes:
     @property
     def n_actions(self) -> int:
         return self.mask.shape[1]
+
+    @property
+    def actions(self) -> int | Float64[np.ndarray, "dimensions 2"]:
+        """What there is to choose from: the number of discrete actions, or the bounds of continuous ones.
+
+        Raises InputError for continuous actions without bounds.
+        """
+        if self.action.ndim == 1:
+            return self.n_actions
+        if self.bounds is None:
+            raise InputError(
+                "the actions are continuous and have no bounds; give the least and the greatest value of each."
+            )
+        return self.bounds
 
     @cached_property
     def length(self) -> Int64[np.ndarray, "episodes"]:

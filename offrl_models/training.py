@@ -14,9 +14,10 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.exported import OnnxPolicy
 from offrl_models.learner import Report, train
 from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
-from offrl_models.policies import OnnxPolicy, next_mask_or_all
+from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
 from offrl_models.schema import Episodes
 
@@ -41,7 +42,7 @@ def fit(
 
     Raises InputError when no row can be trained on, and NonFiniteLossError when a loss explodes.
     """
-    algorithm = ALGORITHMS[name][1](config, encoder, episodes.n_actions, seeds)  # pyright: ignore[reportArgumentType]
+    algorithm = ALGORITHMS[name][1](config, encoder, episodes.actions, seeds)  # pyright: ignore[reportArgumentType]
     transitions = Transitions(episodes, device())
     sampler = Sampler([transitions.rows] * len(seeds), batch_size, list(seeds))
     history = train(algorithm, transitions, sampler, gradient_steps=gradient_steps, report=report)

@@ -10,10 +10,11 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.exported import OnnxPolicy
 from offrl_models.learner import Learner, NonFiniteLossError, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
-from offrl_models.policies import Mixture, OnnxPolicy
+from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes
 from offrl_models.training import fit, fit_fqe
 from tests.conftest import chain_world, codes

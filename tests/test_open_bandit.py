@@ -17,6 +17,7 @@ from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_p
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
 from offrl_models.evaluation import BEHAVIOR, Question, estimate_stated, evaluate, measure_rungs, visit_frequencies
+from offrl_models.exported import export_checked
 from offrl_models.gate import GateConfig, judge
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log
@@ -24,7 +25,7 @@ from offrl_models.logs.versions import log_version
 from offrl_models.measures import Measures
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.resampling import bootstrap_shares
-from offrl_models.policies import BehaviorTable, export_checked
+from offrl_models.policies import BehaviorTable
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages import judging
 from tests.conftest import attributes

@@ -50,7 +50,7 @@ def test_the_walk_ends_in_a_release_when_the_evidence_is_good(released: tuple[Pi
     manifest = registry.verify(folder)
     assert manifest["raw_logs"] == stages.ingest(pipeline).version
     assert storage.read_json(folder / "config.json") == pipeline.config.resolved()
-    from offrl_models.policies import OnnxPolicy
+    from offrl_models.exported import OnnxPolicy
 
     states = WORLD.simulate(500, seed=5)
     table = OnnxPolicy(folder / "policy.onnx").on(states)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, OnnxPolicy, export_checked, project, weights
+from offrl_models.exported import OnnxPolicy, export_checked, weights
+from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, project
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import read_tensors
 from tests.conftest import chain_world, codes

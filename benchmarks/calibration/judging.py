@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from offrl_models.evaluation import BEHAVIOR, Evaluation, Question, measure_rungs
+from offrl_models.exported import OnnxPolicy
 from offrl_models.gate import GateConfig, Status, Verdict, judge
 from offrl_models.legs import Paired
 from offrl_models.measures import Measures
@@ -22,7 +23,6 @@ from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
-from offrl_models.policies import OnnxPolicy
 from offrl_models.schema import Episodes
 
 Table = np.ndarray[Any, np.dtype[np.float64]]  # [states, actions]

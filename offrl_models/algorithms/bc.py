@@ -1,6 +1,8 @@
 """Behavior cloning: the policy that makes the logged actions most likely.
 
 Pomerleau (1988). Defaults of d3rlpy's discrete BC with the 2x256 networks of CORL.
+Difference from theirs: over continuous actions the policy is a mixture density, not one action or one normal, so that it
+can also stand for the policy that wrote a log.
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch
+from offrl_models.distributions import Actions, Categorical, LogisticMixture, head_of
 from offrl_models.losses import negative_log_likelihood
-from offrl_models.nets import MLP, masked_log_softmax
+from offrl_models.nets import MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +29,26 @@ class BC(nn.Module):
     targets: ClassVar[dict[str, str]] = {}
     target_update = (1.0, 1)
 
-    def __init__(self, config: BCConfig, encoder: Encoder, actions: int, seeds: Sequence[int]):
+    def __init__(self, config: BCConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        self.policy = MLP(seeds, "policy", encoder, config.hidden, actions)
+        self.head = head_of(actions)
+        self.policy = MLP(seeds, "policy", encoder, config.hidden, self.head.outputs)
 
     def learning_rates(self) -> dict[str, float]:
         return {"policy": self.config.learning_rate}
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per seed for each trained network, keyed by the attribute it trains."""
-        return {"policy": negative_log_likelihood(self.log_probs(batch.observation, batch.mask), batch.action)}
+        chosen = self.distribution(batch.observation, batch.mask).log_prob(batch.action)
+        return {"policy": negative_log_likelihood(chosen)}
+
+    def distribution(self, observation: Tensor, mask: Tensor | None = None) -> Categorical | LogisticMixture:
+        """The policy, [seed, batch]; over continuous actions there is no mask."""
+        return self.head(self.policy(observation), mask)
 
     def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
-        """The policy: log-probabilities [seed, batch, actions]."""
-        return masked_log_softmax(self.policy(observation), mask)
+        """The policy over discrete actions: log-probabilities [seed, batch, actions]."""
+        found = self.distribution(observation, mask)
+        assert isinstance(found, Categorical)
+        return found.log_probs

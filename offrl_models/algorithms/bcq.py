@@ -58,7 +58,7 @@ class BCQ(nn.Module):
             allowed = self.likely(batch.next_observation, batch.next_mask)
         target = td_target(batch.reward, batch.discount, double_q_value(slow, online, allowed))
         logits = self.imitator(batch.observation)
-        imitation = negative_log_likelihood(masked_log_softmax(logits, batch.mask), batch.action)
+        imitation = negative_log_likelihood(take(masked_log_softmax(logits, batch.mask), batch.action))
         penalty = self.config.logit_penalty * logits.square().mean((-2, -1))
         return {"q": huber(take(self.q(batch.observation), batch.action), target), "imitator": imitation + penalty}
 

@@ -13,9 +13,10 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from offrl_models import bundle, registry, storage
 from offrl_models.assess.log import Assessed, make_contract
+from offrl_models.exported import OnnxPolicy
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.sequences import ratios
-from offrl_models.policies import ROWS_AT_A_TIME, OnnxPolicy
+from offrl_models.policies import ROWS_AT_A_TIME
 from offrl_models.schema import Episodes, InputError
 
 Function = Callable[

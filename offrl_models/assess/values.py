@@ -15,6 +15,7 @@ from offrl_models.assess.log import SALT
 from offrl_models.assess.target import FunctionPolicy, Target
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import buckets
+from offrl_models.exported import OnnxPolicy
 from offrl_models.ope import behavior
 from offrl_models.ope.estimates import LEVEL
 from offrl_models.ope.fqe import FQEConfig
@@ -23,7 +24,7 @@ from offrl_models.ope.intervals import Interval, ensemble
 from offrl_models.ope.marginal import paired_differences, policy_table, tabular_dm
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel, states_of
-from offrl_models.policies import Mixture, OnnxPolicy, probs_of
+from offrl_models.policies import Mixture, probs_of
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes
 from offrl_models.training import fit, fit_fqe

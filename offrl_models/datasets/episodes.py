@@ -246,6 +246,7 @@ def read_splits(folder: Path, *names: str, salt: str, contract: Contract) -> Epi
         gamma=contract.gamma,
         interval=columns.get("interval"),
         features=contract.features,
+        bounds=np.array(contract.action.bounds).T if contract.action.continuous else None,
         entity=table["entity"].to_numpy(zero_copy_only=False),
         costs={name.removeprefix("cost."): values for name, values in columns.items() if name.startswith("cost.")},
         labels={name: table[f"label.{name}"].to_numpy(zero_copy_only=False) for name in contract.labels},

@@ -14,7 +14,7 @@ class TransitionBatch(NamedTuple):
     """Transitions for all seeds at once; the seed axis always leads."""
 
     observation: Float[Tensor, "seed batch columns"]
-    action: Int64[Tensor, "seed batch"]
+    action: Int64[Tensor, "seed batch"] | Float[Tensor, "seed batch dimensions"]
     reward: Float[Tensor, "seed batch"]
     discount: Float[Tensor, "seed batch"]  # gamma * (1 - terminated)
     next_observation: Float[Tensor, "seed batch columns"]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch, Transitions
+from offrl_models.exported import OnnxPolicy
 from offrl_models.logs.contract import Strict
 from offrl_models.losses import squared_error, take, td_target
 from offrl_models.nets import MLP
-from offrl_models.policies import OnnxPolicy, next_mask_or_all
+from offrl_models.policies import next_mask_or_all
 from offrl_models.schema import Episodes
 
 

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from offrl_models import storage
 from offrl_models.evaluation import BEHAVIOR, STATED
+from offrl_models.exported import OnnxPolicy
 from offrl_models.gate import Status
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
-from offrl_models.policies import OnnxPolicy
 from offrl_models.reports import plots
 from offrl_models.reports.detail import draw
 from offrl_models.schema import InputError

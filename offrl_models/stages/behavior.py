@@ -12,10 +12,11 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import BC, BCConfig
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.exported import export_checked
 from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior
 from offrl_models.ope.estimates import Refit
-from offrl_models.policies import BehaviorTable, Mixture, export_checked, probs_of
+from offrl_models.policies import BehaviorTable, Mixture, probs_of
 from offrl_models.reports import checks, plots
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes

@@ -7,7 +7,7 @@ from pathlib import Path
 from offrl_models import bundle, registry, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, CHAMPION
-from offrl_models.policies import OnnxPolicy
+from offrl_models.exported import OnnxPolicy
 from offrl_models.stages.learning import current_leaderboard
 
 

@@ -18,12 +18,13 @@ from offrl_models.evaluation import (
     measure_rungs,
     visit_frequencies,
 )
+from offrl_models.exported import OnnxPolicy, export_checked
 from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
 from offrl_models.logs import values
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
 from offrl_models.ope.importance import Samples
-from offrl_models.policies import CappedPolicy, OnnxPolicy, export_checked
+from offrl_models.policies import CappedPolicy
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import detail

@@ -10,7 +10,8 @@ from offrl_models.algorithms import ALGORITHMS
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.evaluation import BEHAVIOR, Evaluation, evaluate
-from offrl_models.policies import Mixture, OnnxPolicy, export_checked
+from offrl_models.exported import OnnxPolicy, export_checked
+from offrl_models.policies import Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
 from offrl_models.schema import Episodes

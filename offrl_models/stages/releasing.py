@@ -5,8 +5,8 @@ from typing import Any
 
 from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
+from offrl_models.exported import OnnxPolicy
 from offrl_models.gate import Status
-from offrl_models.policies import OnnxPolicy
 from offrl_models.reports import checks, plots, shift
 from offrl_models.stages.data import read_episodes, read_log
 from offrl_models.stages.judging import evidence_key
