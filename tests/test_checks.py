@@ -167,9 +167,28 @@ def test_the_splits(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("mean", "z", "counted", "passed", "blocking"),
+    [
+        (1.01, 1.0, True, True, True),
+        (1.5, 9.0, False, False, True),  # too small, whatever the model
+        (0.9, -9.0, True, False, True),
+        (0.9, -9.0, False, False, False),  # a model that was learned may put mass where the behavior has none
+        (0.4, -9.0, False, False, True),  # but not so much
+    ],
+)
+def test_the_mean_ratio_of_the_behavior_model(
+    tmp_path: Path, mean: float, z: float, counted: bool, passed: bool, blocking: bool
+) -> None:
+    found = {"ece": 0.0, "brier": 0.1, "mean_ratio": mean, "mean_ratio_z": z, "counted": counted}
+    result = check_behavior(found, THRESHOLDS, tmp_path / "docs")[0]
+    assert result.check == "C15" and result.passed is passed and result.blocking is blocking
+
+
 def test_the_behavior_model_and_the_newest_batch(tmp_path: Path) -> None:
     for ece, passed in ((0.019, True), (0.021, False)):
-        (result,) = check_behavior({"ece": ece, "brier": 0.1}, THRESHOLDS, tmp_path / "docs")
+        ratios, result = check_behavior({"ece": ece, "brier": 0.1}, THRESHOLDS, tmp_path / "docs")
+        assert ratios.check == "C15" and ratios.sentence.startswith("not applicable: no propensities are logged")
         assert result.check == "C16" and result.passed is passed and not (result.blocking and not passed)
     for index, passed, blocking in ((0.05, True, True), (0.2, False, False), (0.3, False, True)):
         (result,) = check_shift([{"column": "age", "index": index}], 0.1, 0.25, tmp_path / "docs")

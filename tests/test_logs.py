@@ -1,9 +1,11 @@
 """Raw logs: every kind of bad batch is named in one sentence, quarantined whole, and leaves the rest as it was."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -256,12 +258,32 @@ def test_great_expectations_sees_what_ingestion_sees(contract: Contract, name: s
     assert any(f"({check})" in expected.replace("\\", "").replace("[45]", "5") for check in blocked), blocked
 
 
-def test_propensities_of_another_policy_fail_the_mean_ratio_test(contract: Contract, tmp_path: Path) -> None:
-    """A logger that writes 1 (the argmax) where it drew with probability 1/3: plausible row by row, wrong together."""
+@pytest.mark.parametrize(("prob", "blocks"), [(0.2, True), (0.5, False)])
+def test_propensities_of_another_policy_fail_the_mean_ratio_test(
+    contract: Contract, tmp_path: Path, prob: float, blocks: bool
+) -> None:
+    """Drawn with probability 1/3: plausible row by row, wrong together. Too large they may be for want of support, which
+    the behavior model tells apart."""
     log = pl.DataFrame(as_table(WORLD.simulate(500, seed=3)))
-    found = check(contract, log.with_columns(prob=pl.lit(0.5)), tmp_path)
-    assert not found["C15"].passed and found["C15"].blocking
+    found = check(contract, log.with_columns(prob=pl.lit(prob)), tmp_path)
+    assert not found["C15"].passed and found["C15"].blocking is blocks
     assert "mean ratio of" in found["C15"].sentence
+
+
+def test_an_action_that_is_hardly_ever_played_blocks_no_log(contract: Contract, tmp_path: Path) -> None:
+    """The third action has a probability of 1 in 10,000 wherever it is allowed, and was not drawn once."""
+    rare = np.array([0.4999, 0.5, 0.0001])
+    log = dataclasses.replace(WORLD, behavior=np.tile(rare, (WORLD.n_states, 1))).simulate(800, seed=3)
+    assert (log.action < 2).all()
+    found = check(contract, pl.DataFrame(as_table(log)), tmp_path)
+    assert not found["C15"].blocking and "hardly ever played" in found["C15"].sentence
+
+
+def test_a_log_of_one_action_has_nothing_to_compare(contract: Contract, tmp_path: Path) -> None:
+    log = dataclasses.replace(WORLD, behavior=np.eye(3)[np.zeros(WORLD.n_states, int)]).simulate(300, seed=3)
+    found = check(contract, pl.DataFrame(as_table(log)), tmp_path)
+    assert not found["C24"].passed and not found["C24"].blocking
+    assert found["C24"].sentence == f"all {log.n_rows} rows have the same action: there is nothing to compare it with"
 
 
 def test_constant_rewards_warn_and_thin_coverage_is_remarked(contract: Contract, tmp_path: Path) -> None:

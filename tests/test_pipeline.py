@@ -226,17 +226,27 @@ def test_a_bad_batch_fails_the_run_with_its_sentence_and_the_next_run_goes_on(to
     assert run(toy, "raw_logs").success
 
 
-def test_a_blocking_coverage_check_stops_the_run_and_the_library(toy: Pipeline) -> None:
-    """Propensities that are wrong together pass every row-level rule, but not the mean-ratio test."""
+@pytest.mark.parametrize(
+    ("prob", "before", "printed_as", "said"),
+    [
+        (0.2, {"raw_logs"}, "check C15_mean_importance_ratios_are_1 blocks: ", "the mean ratio of 'uniform' has z = "),
+        (0.6, {"raw_logs", "episodes"}, "", "the logged propensities of state 0 add up to 1.8000 over its actions"),
+    ],
+)
+def test_a_blocking_coverage_check_stops_the_run_and_the_library(
+    toy: Pipeline, prob: float, before: set[str], printed_as: str, said: str
+) -> None:
+    """Propensities that are wrong together pass every row-level rule, but not the mean-ratio test, or add up to more than 1."""
     import polars as pl
 
     for path in list(toy.raw.glob("*.parquet")):
-        storage.write_parquet(path, pl.read_parquet(path).with_columns(prob=pl.lit(0.6)).to_arrow())
+        storage.write_parquet(path, pl.read_parquet(path).with_columns(prob=pl.lit(prob)).to_arrow())
     result = run(toy)
-    assert not result.success and made(result) == {"raw_logs"}
-    assert printed(toy, result)[1].startswith("Error: check C15_mean_importance_ratios_are_1 blocks: the mean ratio of")
-    with pytest.raises(InputError, match="check C15 blocks the log: the mean ratio of 'uniform'"):
-        stages.episodes(toy)
+    assert not result.success and made(result) & {"raw_logs", "episodes", "behavior_policy"} == before
+    assert any(f"Error: {printed_as}{said}"[:60] in line for line in printed(toy, result)[1:])
+    refusing = stages.behavior_policy if "episodes" in before else stages.episodes
+    with pytest.raises(InputError, match=said):
+        refusing(toy)
 
 
 def test_numeric_observations_are_judged_with_fitted_ratios_or_not_at_all(tmp_path: Path) -> None:

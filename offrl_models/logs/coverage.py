@@ -213,6 +213,7 @@ def _card(tally: Tally, found: Index, sample: Sample, cells: pl.DataFrame, batch
         "return_mean": float(sample.return_.mean()),
         **{f"length_q{int(q * 100):02d}": length.quantile(q, "linear") for q in (0.05, 0.5, 0.95)},
         "length_max": length.max(),
+        "distinct_actions": len(counts) if len(counts) else len(np.unique(sample.action, axis=0)),
         "action_entropy_nats": float(-(frequency * np.log(frequency)).sum()),
         "reward_distinct_values": len(tally.rewards),
         "reward_share_at_bounds": tally.at_bounds / max(tally.rows, 1),

@@ -185,6 +185,11 @@ class ActionColumns(Strict):
         return len(self.columns) or self.size or 0
 
     @property
+    def dimension_names(self) -> tuple[str, ...]:
+        """What a person would call each dimension of a continuous action."""
+        return self.columns or tuple(f"{self.column}[{i}]" for i in range(self.dimensions))
+
+    @property
     def bounds(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Lower and upper bound of every dimension of a continuous action."""
 

@@ -14,7 +14,8 @@ from offrl_models.logs.contract import Contract
 SURE = 0.999  # a propensity above it means that nothing was tried out (C18)
 BINS = 50
 DISTINCT = 1000  # distinct rewards that are told apart
-ALL = "all"
+FEWEST_TAKEN = 10  # rows of an action under which its mean ratio says nothing
+ALL, UNIFORM, ALWAYS = "all", "uniform", "always "
 
 
 @dataclass
@@ -117,9 +118,7 @@ class Tally:
             return
         self.propensities += np.histogram(np.minimum(p, 1.0), BINS, (0.0, 1.0))[0]
         if contract.action.continuous:
-            low, high = (np.array(bound) for bound in contract.action.bounds)
-            self._add_ratio(version, "uniform", 1.0 / (p * float(np.prod(high - low))) - 1.0)
-            return
+            return  # densities are held against the behavior model: a uniform policy plays where they all but vanish
         mask = values.mask(chunk, contract)
         choice = np.full(len(p), True) if mask is None else mask.sum(1) > 1
         self.choices[version] += int(choice.sum())
@@ -137,21 +136,22 @@ class Tally:
         p: Float64[np.ndarray, "rows"],
         mask: Bool[np.ndarray, "rows actions"] | None,
     ) -> None:
-        """Mean-ratio tests (C15): for any policy pi, E[pi(a|s) / mu(a|s)] is 1 when the logged mu is right.
+        """Mean-ratio tests (C15): for any policy pi, E[pi(a|s) / mu(a|s)] is 1 when the logged mu is right and never 0.
 
         Tested for the uniform policy over the allowed actions and for each single action, where the expectation is whether the
-        action was allowed. The errors are martingale differences, so rows may be summed as if they were independent.
+        action was allowed. The errors are martingale differences, so rows may be summed as if they were independent. A mean
+        below 1 is no proof of wrong propensities: an action may be allowed where it is played too rarely to be seen.
         """
         n, ratio = self.contract.action.n_actions, 1.0 / p
         allowed = np.full(len(action), n) if mask is None else mask.sum(1)
-        self._add_ratio(version, "uniform", ratio / np.maximum(allowed, 1) - 1.0)
+        self._add_ratio(version, UNIFORM, ratio / np.maximum(allowed, 1) - 1.0)
         # An error is 1/p - 1 where the action was taken, -1 where it was allowed and not taken.
         taken, first, second = (np.bincount(action, w, n) for w in (np.ones(len(action)), ratio, ratio**2))
         could = np.full(n, float(len(action))) if mask is None else mask.sum(0).astype(np.float64)
-        for code in np.flatnonzero(could):
+        for code in np.flatnonzero(taken):
             total = first[code] - could[code]
             squares = second[code] - 2 * first[code] + taken[code] + (could[code] - taken[code])
-            self.ratios.setdefault((version, f"always {code}"), Sums()).add(could[code], total, squares)
+            self.ratios.setdefault((version, f"{ALWAYS}{code}"), Sums()).add(could[code], total, squares)
 
     def _add_cells(self, chunk: pl.DataFrame, prob: Float64[np.ndarray, "rows"] | None) -> None:
         states, n = int(self.contract.tabular_states or 0), self.contract.action.n_actions
@@ -175,7 +175,11 @@ class Tally:
             "mean_error": pl.Float64,
             "z": pl.Float64,
         }
-        tests = [(*key, int(s.n), s.total / s.n, s.z) for key, s in sorted(self.ratios.items())]
+        tests = [
+            (version, policy, int(sums.n), sums.total / sums.n, sums.z)
+            for (version, policy), sums in sorted(self.ratios.items())
+            if policy == UNIFORM or self.actions[version, int(policy.removeprefix(ALWAYS))][0] >= FEWEST_TAKEN
+        ]
         found = pl.DataFrame(tests, schema=schema, orient="row")
         corrected = holm_z(found["z"].to_numpy()) if found.height else np.zeros(0)
         return found.with_columns(z_holm=pl.Series(corrected, dtype=pl.Float64))

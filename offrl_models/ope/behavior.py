@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from scipy import optimize
 from torch import Tensor, nn
 
+from offrl_models.ope.diagnostics import mean_ratio_z
 from offrl_models.policies import BehaviorTable, probs_of
 from offrl_models.schema import Episodes, InputError
 
@@ -184,30 +185,46 @@ def calibrated(policy: nn.Module, tuned_on: Episodes, method: str) -> nn.Module:
     return Warmed(policy, fit_temperature(probs, mask, tuned_on.action))
 
 
-def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], bins: int = 10) -> dict[str, Any]:
-    """How well modelled probabilities match the actions taken and the logged propensities, on episodes not fitted.
-
-    `ece` is the expected calibration error over all (row, allowed action) pairs, `brier` the mean squared error of their
-    probabilities; `reliability` has one entry per bin.
-    """
-    taken = np.zeros_like(probs, bool)
-    taken[np.arange(len(probs)), episodes.action] = True
-    predicted, happened = probs[episodes.mask], taken[episodes.mask]
+def expected_calibration(
+    predicted: Float64[np.ndarray, "events"], happened: Bool[np.ndarray, "events"], bins: int = 10
+) -> dict[str, Any]:
+    """`ece`, the expected calibration error of the probabilities of events; `brier`, their mean squared error; and
+    `reliability`, one entry per bin that is not empty."""
     which = np.minimum((predicted * bins).astype(int), bins - 1)
     count = np.bincount(which, minlength=bins)
     mean = np.bincount(which, predicted, bins) / np.maximum(count, 1)
     frequency = np.bincount(which, happened, bins) / np.maximum(count, 1)
-    logged = probs[np.arange(len(probs)), episodes.action]
-    error = np.abs(logged - episodes.action_prob).mean() if np.isfinite(episodes.action_prob).all() else None
     return {
         "ece": float((count * np.abs(mean - frequency)).sum() / count.sum()),
         "brier": float(np.square(predicted - happened).mean()),
-        "mean_absolute_error_to_logged": None if error is None else float(error),
         "reliability": [
             {"predicted": float(m), "frequency": float(f), "pairs": int(c)}
             for m, f, c in zip(mean, frequency, count, strict=True)
             if c
         ],
+    }
+
+
+def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> dict[str, Any]:
+    """How well modelled probabilities match the actions taken, on episodes not fitted: all (row, allowed action) pairs."""
+    taken = np.zeros_like(probs, bool)
+    taken[np.arange(len(probs)), episodes.action] = True
+    return expected_calibration(probs[episodes.mask], taken[episodes.mask])
+
+
+def held_against_logged(
+    prob: Float64[np.ndarray, "rows"], logged: Float64[np.ndarray, "rows"], *, counted: bool = False
+) -> dict[str, Any]:
+    """Modelled probabilities or densities of the actions taken, on episodes not fitted, beside the logged ones.
+
+    The mean of p(a|s) / mu(a|s) is 1 for any p that is 0 wherever mu is, if the logged mu is right; `mean_ratio_z` tells how many
+    standard errors it is from there. `counted` says that p is a share of visits, so that it is 0 there.
+    """
+    ratio = prob / logged
+    return {
+        "mean_ratio": float(ratio.mean()),
+        "mean_ratio_z": mean_ratio_z(ratio),
+        "counted": counted,
     }
 
 

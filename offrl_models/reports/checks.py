@@ -57,16 +57,20 @@ def _log_level(t: CoverageConfig) -> list[Expected]:
         Expected("C12", "rewards", "share_low", None, 1, INFO, "{share_low:.1%} of the rewards lie at the lower bound"),
         Expected("C12", "rewards", "z", -t.propensity_z, t.propensity_z, WARNING, "the mean reward of batch {batch} differs from "
                  "that of the batches before it (z = {z:.1f})"),
-        Expected("C15", "propensity", "z_holm", -t.propensity_z, t.propensity_z, BLOCKING, "the mean ratio of {policy!r} "
+        Expected("C15", "propensity", "z_holm", None, t.propensity_z, BLOCKING, "the mean ratio of {policy!r} "
                  "has z = {z:.1f} over {rows} rows of version {version!r}: the logged propensities are not those with which "
                  "actions were drawn"),
+        Expected("C15", "propensity", "z_holm", -t.propensity_z, None, WARNING, "the mean ratio of {policy!r} has z = {z:.1f} "
+                 "over {rows} rows of version {version!r}: logged propensities are too large, or it is allowed where it is hardly "
+                 "ever played"),
         Expected("C17", "versions", "rows", 1, None, INFO, "a version has no rows"),
         Expected("C18", "exploration", "share_sure", 0, t.sure_share, WARNING, "{share_sure:.1%} of the choices of version "
                  "{version!r} were drawn with a propensity over .999: importance sampling says nothing there"),
         Expected("C21", "card", "share_of_thin_cells", 0, t.few_visits_share, INFO, "{share_of_thin_cells:.1%} of the {cells} "
                  "visited state-action cells have under 5 visits"),
         Expected("C23", "quality", "tq", 0, 1, INFO, "the trajectory quality of batch {batch} is {tq:.3f}"),
-        Expected("C24", "card", "episodes", 1, None, INFO, "the log has no episodes"),
+        Expected("C24", "card", "distinct_actions", 2, None, INFO, "all {rows} rows have the same action: there is nothing to "
+                 "compare it with"),
         Expected("C29", "confounding", "z", -t.confounding_z, t.confounding_z, WARNING, "{test}: z = {z:.1f}; what drove the "
                  "actions beyond the observation may drive the rewards too"),
         Expected("C30", "markov", "gain", None, t.markov_gain, WARNING, "the step before improves the prediction of {target} by "
@@ -198,11 +202,29 @@ def check_shift(columns: list[dict[str, Any]], amber: float, red: float, docs: P
     )
 
 
+LEAST_MEAN_RATIO = 0.5  # of a fitted behavior model: no model misses the actions taken by as much
+
+
 def check_behavior(found: Mapping[str, Any], thresholds: CoverageConfig, docs: Path) -> list[CheckResult]:
-    """C16: the expected calibration error of the behavior model on episodes that it was not fitted on."""
+    """C16: the expected calibration error of the behavior model on episodes that it was not fitted on; C15: its mean ratio.
+
+    A mean ratio above 1 shows that logged propensities are too small. Below 1 it may be the model's: one that was learned puts
+    some of its mass where the behavior has none, and one of several policies where one of them has none. One that was counted
+    does not, so there it is the propensities.
+    """
+    t, wrong = thresholds, ": they are not those with which actions were drawn"
     asked = [
-        Expected("C16", "calibration", "ece", 0, thresholds.propensity_ece, WARNING, "the expected calibration error is {ece:.3f}; "
+        Expected("C15", "calibration", "mean_ratio_z", -t.propensity_z if found.get("counted") else None, t.propensity_z, BLOCKING,
+                 "the mean ratio of the behavior model to the logged propensities has z = {mean_ratio_z:.1f}" + wrong),
+        Expected("C15", "calibration", "mean_ratio", LEAST_MEAN_RATIO, None, BLOCKING,
+                 "the mean ratio of the behavior model to the logged propensities is {mean_ratio:.3f}" + wrong),
+        Expected("C15", "calibration", "mean_ratio_z", -t.propensity_z, None, WARNING, "the mean ratio of the behavior model to "
+                 "the logged propensities has z = {mean_ratio_z:.1f}: they are too large, or several policies wrote the log"),
+        Expected("C16", "calibration", "ece", 0, t.propensity_ece, WARNING, "the expected calibration error is {ece:.3f}; "
                  "capped policies are capped by probabilities that are off by as much"),
     ]  # fmt: skip
-    table = pl.DataFrame([{"ece": found["ece"], "brier": found["brier"]}])
-    return run_suites({"calibration": table}, asked, docs, asset="behavior_policy", absent={})
+    measured = {name: found[name] for name in ("ece", "brier", "mean_ratio", "mean_ratio_z") if name in found}
+    asked = [one for one in asked if one.column in measured]
+    absent = {"C15": "no propensities are logged; they are estimated and the certificate is AMBER"}
+    tables = {"calibration": pl.DataFrame([measured])}
+    return run_suites(tables, asked, docs, asset="behavior_policy", absent=absent)

@@ -48,8 +48,14 @@ def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> No
     save(figure, path)
 
 
-def reliability(bins: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Probability against the frequency of the action."""
+def reliability(
+    bins: list[dict[str, Any]],
+    title: str,
+    path: Path,
+    predicted: str = "probability",
+    happened: str = "share taken",
+) -> None:
+    """Probability of an event against its frequency; that of an action, unless the axes are named otherwise."""
     figure, axes = _axes(title, 6.4, 3.4)
     axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
     sizes = np.array([row["pairs"] for row in bins], float)
@@ -59,8 +65,8 @@ def reliability(bins: list[dict[str, Any]], title: str, path: Path) -> None:
         s=15 + 120 * sizes / sizes.max(),
         color=BLUE,
     )
-    axes.set_xlabel("probability")
-    axes.set_ylabel("share taken")
+    axes.set_xlabel(predicted)
+    axes.set_ylabel(happened)
     save(figure, path)
 
 

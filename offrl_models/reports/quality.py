@@ -51,7 +51,7 @@ CHECKS = {
     "C12": Check("rewards lie within their range and vary", BLOCKING),
     "C13": Check("actions are in the action set and allowed by their mask", BLOCKING),
     "C14": Check("propensities are probabilities", BLOCKING),
-    "C15": Check("mean importance ratios are 1", BLOCKING),
+    "C15": Check("mean importance ratios are 1", BLOCKING, ("raw_logs", "behavior_policy")),
     "C16": Check("the behavior model is calibrated", WARNING, ("behavior_policy",)),
     "C17": Check("every row names a known policy version", BLOCKING),
     "C18": Check("something was tried out", WARNING),

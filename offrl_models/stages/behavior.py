@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float64
 
 from offrl_models import bundle, storage
-from offrl_models.algorithms import BC, BCConfig
+from offrl_models.algorithms import BC, Algorithm, BCConfig
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.exported import export_checked
+from offrl_models.exported import export_checked, export_density_checked
 from offrl_models.mapped import Columns, open_columns
-from offrl_models.ope import behavior
+from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import Refit
-from offrl_models.policies import BehaviorTable, Mixture, probs_of
+from offrl_models.policies import BehaviorTable, Mixture, MixtureDensity, log_density_of, probs_of
 from offrl_models.reports import checks, plots
-from offrl_models.schema import Episodes, InputError
-from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
+from offrl_models.schema import Episodes
+from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, require_unblocked
 from offrl_models.storage import Stage
 from offrl_models.tensors import read_tensors
 from offrl_models.training import fit
@@ -44,8 +44,10 @@ def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
 
 
 def current_behavior(pipeline: Pipeline) -> Stage:
-    """The behavior policy of the present episodes. Raises InputError when it is of others."""
-    return storage.load_stage(pipeline.folder / "behavior", _behavior_key(pipeline, current_episodes(pipeline)))
+    """The behavior policy of the present episodes. Raises InputError when it is of others, or a check blocks it."""
+    stage = storage.load_stage(pipeline.folder / "behavior", _behavior_key(pipeline, current_episodes(pipeline)))
+    require_unblocked(stage, "behavior policy")
+    return stage
 
 
 def behavior_policy(pipeline: Pipeline) -> Stage:
@@ -55,29 +57,22 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
     of every evaluated split are estimated on that split.
     """
     config, made = pipeline.config, current_episodes(pipeline)
-    if config.logs.action.continuous:
-        raise InputError(
-            f"the action {config.logs.action.name!r} is continuous, and this version has no behavior model for it; "
-            "code it as `values` to train on it."
-        )
-    docs = pipeline.reports / "behavior"
+    continuous, docs = config.logs.action.continuous, pipeline.reports / "behavior"
 
     def build(folder: Path) -> dict[str, Any]:
         train, held_out = read_episodes(pipeline, "train"), read_episodes(pipeline, "selection")
-        if config.logs.action_prob:
-            model = _model(pipeline, train, held_out)
-        else:
+        tuned_on = None
+        if not config.logs.action_prob:
             tuned_on, held_out = behavior.halves(held_out)
-            inner = _model(pipeline, train, tuned_on)
-            model = behavior.calibrated(inner, tuned_on, config.behavior.calibration)
+        found = (_density if continuous else _probabilities)(pipeline, train, tuned_on, held_out, folder)
+        if tuned_on is not None:
             _write_propensities(pipeline, folder)
-        exported = export_checked(model, train, folder)
-        found = behavior.calibration(held_out, exported.on(held_out))
         title = f"Behavior model, calibration (ECE {found['ece']:.4f})"
-        plots.reliability(found["reliability"], title, pipeline.reports / "behavior.png")
+        asked = ("P(action below a value)", "share below it") if continuous else ("probability", "share taken")
+        plots.reliability(found["reliability"], title, pipeline.reports / "behavior.png", *asked)
         results = checks.check_behavior(found, config.coverage, docs)
         return {
-            "kind": "table" if config.logs.tabular_states else "behavior cloning",
+            "kind": _kind(pipeline),
             "propensities": propensities_are(pipeline),
             "calibration": None if config.logs.action_prob else config.behavior.calibration,
             "versions": behavior.version_shares(train, config.logs.policy_version),
@@ -89,22 +84,59 @@ def behavior_policy(pipeline: Pipeline) -> Stage:
     return storage.build_stage(pipeline.folder / "behavior", _behavior_key(pipeline, made), build, pages)
 
 
-def _model(pipeline: Pipeline, train: Episodes, tuned_on: Episodes) -> torch.nn.Module:
-    states = pipeline.config.logs.tabular_states
+def _kind(pipeline: Pipeline) -> str:
+    if pipeline.config.logs.action.continuous:
+        return "behavior cloning, density"
+    return "table" if pipeline.config.logs.tabular_states else "behavior cloning"
+
+
+def _probabilities(
+    pipeline: Pipeline, train: Episodes, tuned_on: Episodes | None, held_out: Episodes, folder: Path
+) -> dict[str, Any]:
+    """Export the policy over discrete actions, and hold it against episodes that it was not fitted on."""
+    states, taken = pipeline.config.logs.tabular_states, (np.arange(held_out.n_rows), held_out.action)
     if states is None:
-        return _cloned(pipeline, train)
-    if pipeline.config.logs.action_prob:
-        return behavior.fit_table(train, states)
-    return behavior.estimate_table(train, states, tuned_on)
+        model: torch.nn.Module = Mixture(_cloned(pipeline, train), pipeline.config.seeds)
+    elif tuned_on is None:
+        model = behavior.fit_table(train, states)
+    else:
+        model = behavior.estimate_table(train, states, tuned_on)
+    if tuned_on is not None:
+        model = behavior.calibrated(model, tuned_on, pipeline.config.behavior.calibration)
+    probs = export_checked(model, train, folder).on(held_out)
+    found = behavior.calibration(held_out, probs)
+    if tuned_on is not None:
+        return found
+    if states is None:
+        return found | behavior.held_against_logged(probs[taken], held_out.action_prob)
+    # The table is made of logged propensities, and would agree with them whatever they are.
+    visits = probs_of(behavior.estimate_table(train, states, train), held_out)
+    one = len(behavior.version_shares(train, pipeline.config.logs.policy_version)) <= 1
+    return found | behavior.held_against_logged(visits[taken], held_out.action_prob, counted=one)
 
 
-def _cloned(pipeline: Pipeline, episodes: Episodes) -> Mixture:
+def _density(
+    pipeline: Pipeline, train: Episodes, tuned_on: Episodes | None, held_out: Episodes, folder: Path
+) -> dict[str, Any]:
+    """The same over continuous actions."""
+    density.require_density(train, pipeline.config.logs.action.dimension_names)
+    model = MixtureDensity(_cloned(pipeline, train), pipeline.config.seeds)
+    if tuned_on is not None:
+        model = density.calibrated(model, tuned_on, pipeline.config.behavior.calibration)
+    log_density, _ = export_density_checked(model, train, folder).on(held_out)
+    found = density.calibration(held_out, model)
+    if tuned_on is not None:
+        return found
+    return found | behavior.held_against_logged(np.exp(log_density), held_out.action_prob)
+
+
+def _cloned(pipeline: Pipeline, episodes: Episodes) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
     cloned, _ = fit(
         "bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **config.training.model_dump()
     )
-    return Mixture(cloned, config.seeds)
+    return cloned
 
 
 def _clone_config(pipeline: Pipeline) -> BCConfig:
@@ -125,17 +157,21 @@ def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
 def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
     """By counting where the observation is one category; else by two behavior clones, each calibrated and used on the half
     of the episodes that the other one was trained on."""
-    states = pipeline.config.logs.tabular_states
-    if states is not None:
+    states, method = pipeline.config.logs.tabular_states, pipeline.config.behavior.calibration
+    if states is not None and not pipeline.config.logs.action.continuous:
         return behavior.estimate_propensities(episodes, states)
     found = np.empty(episodes.n_rows)
     even = np.arange(episodes.n_episodes) % 2 == 0
     for mine in (even, ~even):
         fitted_on, other = episodes.take(~mine), episodes.take(mine)
-        clone = _cloned(pipeline, fitted_on)
-        model = behavior.calibrated(clone, other, pipeline.config.behavior.calibration)
-        found[mine[episodes.episode_of_row]] = probs_of(model, other)[np.arange(other.n_rows), other.action]
-    return np.maximum(found, behavior.FLOOR)
+        clone, rows = _cloned(pipeline, fitted_on), mine[episodes.episode_of_row]
+        if other.bounds is not None:
+            model = density.calibrated(MixtureDensity(clone, pipeline.config.seeds), other, method)
+            found[rows] = density.floored(log_density_of(model, other)[0], other.bounds)
+        else:
+            probs = probs_of(behavior.calibrated(Mixture(clone, pipeline.config.seeds), other, method), other)
+            found[rows] = np.maximum(probs[np.arange(other.n_rows), other.action], behavior.FLOOR)
+    return found
 
 
 def refit_of(pipeline: Pipeline, episodes: Episodes) -> Refit | None:

@@ -68,6 +68,13 @@ def check_results(stage: Stage) -> list[CheckResult]:
     return [CheckResult(**result) for result in stage.summary["checks"]]
 
 
+def require_unblocked(stage: Stage, of: str) -> None:
+    """Raises InputError when a check that blocks did not pass."""
+    for result in check_results(stage):
+        if result.blocking and not result.passed:
+            raise InputError(f"check {result.check} blocks the {of}: {result.sentence}")
+
+
 def _files(pipeline: Pipeline) -> pl.DataFrame:
     """Every batch, and whether it is the file that was accepted (C02)."""
     ledger = storage.read_json(pipeline.folders.ledger) if pipeline.folders.ledger.exists() else {}
@@ -100,9 +107,7 @@ def current_episodes(pipeline: Pipeline) -> Stage:
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
-    for result in check_results(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline))):
-        if result.blocking and not result.passed:
-            raise InputError(f"check {result.check} blocks the log: {result.sentence}")
+    require_unblocked(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline)), "log")
 
     def build(folder: Path) -> dict[str, Any]:
         counts = write_splits(read_log(pipeline), config.salt, folder)

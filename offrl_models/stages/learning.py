@@ -14,7 +14,7 @@ from offrl_models.exported import OnnxPolicy, export_checked
 from offrl_models.policies import Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 from offrl_models.selection import rank
 from offrl_models.stages.behavior import current_behavior, read_evaluated, refit_of
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
@@ -24,7 +24,12 @@ from offrl_models.training import fit, run_side_by_side
 
 
 def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, Stage]:
-    """Train the named algorithms (all by default), side by side."""
+    """Train the named algorithms (all by default), side by side. Raises InputError for continuous actions."""
+    if pipeline.config.logs.action.continuous:
+        raise InputError(
+            f"the action {pipeline.config.logs.action.name!r} is continuous, and this version trains candidates over discrete "
+            "ones; code it as `values` to train on it."
+        )
     wanted = names or list(pipeline.config.algorithms)
     stages = run_side_by_side(_train_candidate, [(pipeline, name) for name in wanted])
     return dict(zip(wanted, stages, strict=True))
