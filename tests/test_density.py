@@ -33,12 +33,12 @@ STEPS, WIDTH, RELATED = 4, 0.1, 0.25
 
 def cut(value: np.ndarray, center: np.ndarray, scale: float, low: float, high: float) -> np.ndarray:
     """Density of a normal distribution that is cut off at two bounds."""
-    found: Any = stats.truncnorm.pdf(value, (low - center) / scale, (high - center) / scale, center, scale)
-    return found
+    return stats.truncnorm.pdf(value, (low - center) / scale, (high - center) / scale, center, scale)
 
 
 def drawn(rng: np.random.Generator, center: np.ndarray, scale: float, low: float, high: float) -> np.ndarray:
-    return stats.truncnorm.rvs((low - center) / scale, (high - center) / scale, center, scale, random_state=rng)
+    found: Any = stats.truncnorm.rvs((low - center) / scale, (high - center) / scale, center, scale, random_state=rng)
+    return found
 
 
 def logged(episodes: int, seed: int) -> Episodes:
