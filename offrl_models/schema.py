@@ -124,14 +124,19 @@ class Episodes:
     @cached_property
     def return_to_go(self) -> Float64[np.ndarray, "rows"]:
         """Realised discounted return from each row on, seen from that row."""
-        remaining = np.zeros(self.n_rows)
-        carried = np.zeros(self.n_episodes)
+        return self.accumulated(self.reward, self.step_discount)
+
+    def accumulated(
+        self, values: Float64[np.ndarray, "rows"], carry: Float64[np.ndarray, "rows"]
+    ) -> Float64[np.ndarray, "rows"]:
+        """x_t = values_t + carry_t x_{t+1}, backwards along every episode; x is 0 past its end."""
+        found, carried = np.zeros(self.n_rows), np.zeros(self.n_episodes)
         for step in range(int(self.length.max()) - 1, -1, -1):
             here = self.length > step
             row = self.offsets[:-1][here] + step
-            carried[here] = self.reward[row] + self.step_discount[row] * carried[here]
-            remaining[row] = carried[here]
-        return remaining
+            carried[here] = values[row] + carry[row] * carried[here]
+            found[row] = carried[here]
+        return found
 
     def sum_per_episode(self, values: Float[np.ndarray, "rows *rest"]) -> Float[np.ndarray, "episodes *rest"]:
         """Sum of `values` over the rows of each episode; every episode has at least one row."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offrl_models.ope import mrdr
 from offrl_models.ope.doubly_robust import dr, dros, magic, magic_blend, partial_returns, switch_dr, wdr
 from offrl_models.ope.importance import Terms, clipped, pdis, recent_weights, slope, tis, wis, wpdis
-from offrl_models.ope.multistep import Trace, accumulated, corrected_returns, fixed_point, following, traces
+from offrl_models.ope.multistep import Trace, corrected_returns, fixed_point, following, traces
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed, ratios
 from offrl_models.ope.tabular import TabularModel, states_of
@@ -841,9 +841,9 @@ def test_following_and_accumulated_stay_inside_an_episode() -> None:
     episodes = hand().episodes
     values = np.array([1.0, 2.0, 3.0])
     assert following(episodes, values).tolist() == [2.0, 0.0, 0.0]
-    assert accumulated(episodes, values, np.full(3, 10.0)).tolist() == [21.0, 2.0, 3.0]
+    assert episodes.accumulated(values, np.full(3, 10.0)).tolist() == [21.0, 2.0, 3.0]
     log = random_log(0)
-    to_go = accumulated(log.episodes, log.episodes.reward, log.episodes.step_discount)
+    to_go = log.episodes.accumulated(log.episodes.reward, log.episodes.step_discount)
     assert to_go == pytest.approx(log.episodes.return_to_go)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.multistep import accumulated, following
+from offrl_models.ope.multistep import following
 from offrl_models.ope.sequences import finite, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
@@ -69,8 +69,8 @@ def fit(
     before = np.concatenate([np.ones((episodes.n_episodes, 1)), after[:, :-1]], axis=1)
     squared = (before * after)[episodes.episode_of_row, episodes.step] * episodes.time_discount**2
     weight = finite("the weight", shares[episodes.episode_of_row] * squared)
-    to_go = accumulated(
-        episodes, finite("the reward", episodes.reward), episodes.step_discount * following(episodes, ratio)
+    to_go = episodes.accumulated(
+        finite("the reward", episodes.reward), episodes.step_discount * following(episodes, ratio)
     )
     actions, width = probs.shape[1], basis.columns.shape[1]
     found = np.zeros((basis.groups, actions, width))

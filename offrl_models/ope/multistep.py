@@ -46,19 +46,6 @@ def following(episodes: Episodes, values: Float64[np.ndarray, "rows"]) -> Float6
     return ahead
 
 
-def accumulated(
-    episodes: Episodes, values: Float64[np.ndarray, "rows"], carry: Float64[np.ndarray, "rows"]
-) -> Float64[np.ndarray, "rows"]:
-    """x_t = values_t + carry_t x_{t+1}, backwards along every episode; x is 0 past its end."""
-    found, carried = np.zeros(episodes.n_rows), np.zeros(episodes.n_episodes)
-    for step in range(int(episodes.length.max()) - 1, -1, -1):
-        here = episodes.length > step
-        row = episodes.offsets[:-1][here] + step
-        carried[here] = values[row] + carry[row] * carried[here]
-        found[row] = carried[here]
-    return found
-
-
 def corrected_returns(
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
@@ -74,7 +61,7 @@ def corrected_returns(
     """
     trace = following(episodes, traces(episodes, ratio, kind, lambda_))
     error = episodes.reward + episodes.step_discount * following(episodes, finite("the state value", v)) - q
-    correction = accumulated(episodes, finite("the q-value", error), episodes.step_discount * trace)
+    correction = episodes.accumulated(finite("the q-value", error), episodes.step_discount * trace)
     first = episodes.offsets[:-1]
     return Terms((v[first] + ratio[first] * correction[first])[:, None])
 
