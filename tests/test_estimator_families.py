@@ -842,9 +842,8 @@ def test_following_and_accumulated_stay_inside_an_episode() -> None:
     values = np.array([1.0, 2.0, 3.0])
     assert following(episodes, values).tolist() == [2.0, 0.0, 0.0]
     assert episodes.accumulated(values, np.full(3, 10.0)).tolist() == [21.0, 2.0, 3.0]
-    log = random_log(0)
-    to_go = log.episodes.accumulated(log.episodes.reward, log.episodes.step_discount)
-    assert to_go == pytest.approx(log.episodes.return_to_go)
+    log = random_log(0).episodes
+    assert log.return_to_go[log.offsets[:-1]] == pytest.approx(log.return_)
 
 
 # --- choosing between estimates ------------------------------------------------------------------------------------
