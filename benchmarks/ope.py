@@ -168,22 +168,25 @@ def logged(given: Mapping[str, Any]) -> "Episodes":
 
 def per_row(episodes: "Episodes", given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the estimators take: pi/mu and Q of the logged action, and V."""
-    from offrl_models.ope.sequences import CHUNK, ratios
+    from offrl_models.ope.sequences import ratios_and_values
 
-    q, v = np.empty(episodes.n_rows), np.empty(episodes.n_rows)
-    for start in range(0, episodes.n_rows, CHUNK):
-        rows = slice(start, start + CHUNK)
-        part = given["q"][rows]
-        q[rows] = part.take(np.arange(len(part)) * episodes.n_actions + episodes.action[rows])
-        np.einsum("ra,ra->r", part, given["probs"][rows], out=v[rows])
-    return ratios(episodes, given["probs"]), q, v
+    return ratios_and_values(episodes, given["probs"], given["q"])
 
 
 def _seven(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
+    return _of_candidates(episodes, [ratio], q, v)[0]
+
+
+def _of_candidates(
+    episodes: "Episodes", ratios: Sequence[np.ndarray], q: np.ndarray, v: np.ndarray
+) -> "list[dict[str, Terms]]":
+    """The seven of each candidate; the values are the same for all of them."""
     from offrl_models.ope.bandit import dm
+    from offrl_models.ope.doubly_robust import Model
     from offrl_models.ope.estimates import all_terms
 
-    return {"DM": dm(episodes, v), **all_terms(episodes, ratio, q, v)}
+    direct, model = dm(episodes, v), Model.of(episodes, q, v)
+    return [{"DM": direct, **all_terms(episodes, ratio, model)} for ratio in ratios]
 
 
 def _six(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
@@ -237,7 +240,7 @@ def _from_rows(candidates: int, folder: Path, samples: int | None) -> Work:
 
     def work() -> Values:
         episodes = logged(given)
-        found = [_seven(episodes, ratio, given["q"], given["v"]) for ratio in ratios]
+        found = _of_candidates(episodes, ratios, given["q"], given["v"])
         terms = {f"{name} {number}": each for number, part in enumerate(found) for name, each in part.items()}
         return _values(terms, episodes.n_episodes, samples)
 

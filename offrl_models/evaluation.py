@@ -106,9 +106,8 @@ def evaluate(
     drawn = BootstrapSamples(episodes.n_episodes, samples, seed)
     probs = {name: policy.on(episodes) for name, policy in policies.items()}
     ratio = {name: ratios(episodes, probs[name]) for name in policies}
-    estimates = {
-        name: estimate(episodes, ratio[name], fqe, position, drawn, refit) for position, name in enumerate(policies)
-    }
+    found = estimate(episodes, list(ratio.values()), fqe, drawn, refit)
+    estimates = dict(zip(policies, found, strict=True))
     return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, drawn, estimates)
 
 

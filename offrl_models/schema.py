@@ -112,14 +112,22 @@ class Episodes:
     def time_discount(self) -> Float64[np.ndarray, "rows"]:
         """What a reward of each row is worth at the start of its episode: gamma ** step, or gamma ** (time since then)."""
         if self.interval is None:
-            return (self.gamma ** np.arange(int(self.length.max(initial=0))))[self.step]
+            worth = self.gamma ** np.arange(int(self.length.max(initial=0)))
+            if self.n_rows == self.n_episodes * len(worth):  # all episodes are as long as the longest
+                return np.tile(worth, self.n_episodes) if len(worth) > 1 else np.broadcast_to(worth, self.n_rows)
+            return worth[self.step]
         elapsed = np.append(0.0, self.interval.cumsum())[:-1]
         return self.gamma ** (elapsed - elapsed[self.offsets[:-1]][self.episode_of_row])
 
     @cached_property
+    def discounted_reward(self) -> Float64[np.ndarray, "rows"]:
+        """What the reward of each row is worth at the start of its episode."""
+        return self.time_discount * self.reward
+
+    @cached_property
     def return_(self) -> Float64[np.ndarray, "episodes"]:
         """Realised discounted return of each episode."""
-        return self.sum_per_episode(self.time_discount * self.reward)
+        return self.sum_per_episode(self.discounted_reward)
 
     @cached_property
     def return_to_go(self) -> Float64[np.ndarray, "rows"]:

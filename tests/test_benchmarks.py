@@ -18,7 +18,7 @@ from benchmarks import data, harness, ope, ope_peers, peers
 from benchmarks.harness import Cost
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
-from offrl_models.ope.doubly_robust import dr, dros, switch_dr
+from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
 from offrl_models.ope.estimates import all_terms
 from offrl_models.ope.importance import tis, wis
 from offrl_models.ope.intervals import bootstrap_all
@@ -290,7 +290,7 @@ def test_intervals_are_the_same_whether_samples_are_drawn_at_once_or_in_blocks(
 ) -> None:
     given = ope_peers.load(evaluated / "rows")
     episodes = ope.logged(given)
-    terms = all_terms(episodes, given["ratio"], given["q"], given["v"])
+    terms = all_terms(episodes, given["ratio"], Model.of(episodes, given["q"], given["v"]))
     shares = bootstrap_shares(40, 50, 0)
     monkeypatch.setattr(resampling, "BLOCK", 7 * 40)
     drawn = [block.copy() for block in resampling.BootstrapSamples(40, 50, 0)]

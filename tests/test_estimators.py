@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models.ope import estimates
+from offrl_models.ope import estimates, sequences
+from offrl_models.ope.doubly_robust import Model
+from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
 from offrl_models.ope.intervals import bootstrap
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
 from offrl_models.ope.resampling import bootstrap_shares
-from offrl_models.ope.sequences import completed, finite, ratios
+from offrl_models.ope.sequences import completed, finite, ratios, ratios_and_values
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
 
@@ -44,7 +46,8 @@ def all_terms(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarra
     """Every estimator of a policy's value, with a value model given as a table."""
     ratio = ratios(episodes, probs_of(policy, episodes))
     q_taken, v, next_v = value_model(world, policy, episodes, q)
-    return estimates.all_terms(completed(episodes, next_v), ratio, q_taken, v)
+    valued = completed(episodes, next_v)
+    return estimates.all_terms(valued, ratio, Model.of(valued, q_taken, v))
 
 
 T = TypeVar("T")
@@ -196,6 +199,50 @@ def test_a_policy_that_is_no_distribution_or_plays_a_forbidden_action_is_refused
         ratios(episodes, np.ones((episodes.n_rows, 1)))
     with pytest.raises(InputError, match="mask forbids"):
         ratios(episodes, np.tile([0.5, 0.5], (episodes.n_rows, 1)))
+
+
+def test_values_of_tables_are_those_of_the_rows(tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the rows at a time, the last of them shorter."""
+    episodes, policy = tiny.simulate(50, 0), random_policy(tiny, 1)
+    monkeypatch.setattr(sequences, "CHUNK", 7)
+    probs, table = probs_of(policy, episodes), tiny.q_values(policy)[states(episodes)]
+    ratio, q, v = ratios_and_values(episodes, probs, table)
+    taken = np.arange(episodes.n_rows), episodes.action
+    assert ratio == pytest.approx(probs[taken] / episodes.action_prob, rel=1e-14)
+    assert np.array_equal(q, table[taken]) and v == pytest.approx((probs * table).sum(1), rel=1e-14)
+    assert np.array_equal(ratios(episodes, probs), ratio)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_policies_that_are_estimated_together_are_estimated_as_if_alone(tiny: World, again: bool) -> None:
+    whole = tiny.simulate(200, 0)
+    last = np.isin(np.arange(whole.n_rows), whole.offsets[1:] - 1)
+    truncated = last & (np.arange(whole.n_rows) % 3 == 0)
+    episodes = dataclasses.replace(whole, terminated=last & ~truncated, truncated=truncated)
+    shares, refit = bootstrap_shares(200, 50, 0), (lambda _copies: episodes.action_prob) if again else None
+    policies = [tiny.behavior, random_policy(tiny, 1), random_policy(tiny, 2)]
+    ratio = [ratios(episodes, probs_of(policy, episodes)) for policy in policies]
+    q, v, next_v = (
+        np.stack(part)
+        for part in zip(*(value_model(tiny, each, episodes, tiny.q_values(each)) for each in policies), strict=True)
+    )
+    next_v += 1.0  # for the task had ended where the recording is said to have
+    initial = v[:, None, episodes.offsets[:-1]] + np.array([[[0.0], [1.0]]])
+    found = estimates.estimate(episodes, ratio, FQEValues(q, v, next_v, initial), shares, refit)
+    for number, together in enumerate(found):
+        one = slice(number, number + 1)
+        values = FQEValues(q[one], v[one], next_v[one], initial[one])
+        (alone,) = estimates.estimate(episodes, ratio[one], values, shares, refit)
+        assert list(together.intervals) == list(estimates.ESTIMATORS)
+        assert together.effective_episodes == alone.effective_episodes
+        valued = completed(episodes, next_v[number])
+        terms = estimates.all_terms(valued, ratio[number], Model.of(valued, q[number], v[number]))
+        for name, interval in together.intervals.items():
+            assert name == "FQE" or interval.estimate == pytest.approx(terms[name].estimate(), rel=1e-12)
+            other = alone.intervals[name]
+            ends = (interval.estimate, interval.low, interval.high)
+            assert ends == pytest.approx((other.estimate, other.low, other.high), rel=1e-6), name
+    assert len({each.intervals["DR"].estimate for each in found}) == 3
 
 
 def test_only_what_is_not_finite_is_refused() -> None:

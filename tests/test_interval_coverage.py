@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from offrl_models.ope import importance
 from offrl_models.ope.diagnostics import effective_sample_size, largest_share
 from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
 from offrl_models.ope.importance import Terms, trajectory_weights
@@ -438,10 +439,30 @@ def some_terms(seed: int, n: int = 80) -> list[Terms]:
         Terms(weight * rng.normal(size=(n, 3)), weight),
         Terms(rng.normal(size=(n, 2))),
         Terms(weight[:, :1] * rng.normal(size=(n, 1)), weight[:, :1]),
+        Terms(rng.normal(size=(n, 3)), weight, weighted=True),
     ]
 
 
-def test_resampling_together_is_resampling_each() -> None:
+def test_terms_by_their_weights_are_those_of_the_product() -> None:
+    """Whole, and a few episodes at a time."""
+    rng = np.random.default_rng(0)
+    gain, weight = rng.normal(size=(80, 3)), rng.exponential(size=(80, 3))
+    found, expected = Terms(gain, weight, weighted=True), Terms(weight * gain, weight)
+    assert np.array_equal(found.numerator, expected.numerator) and found.episodes == 80
+    assert found.estimate() == pytest.approx(expected.estimate(), rel=1e-14)
+    assert found.deviation() == pytest.approx(expected.deviation(), abs=1e-14)
+    assert found.influence() == pytest.approx(expected.influence(), abs=1e-14)
+    for terms in (found, expected, Terms(gain)):
+        part = np.empty((30, 3))
+        terms.deviation(slice(20, 50), part)
+        assert part == pytest.approx(terms.deviation()[20:50], abs=1e-14)
+    shares = bootstrap_shares(80, 40, 0)
+    assert found.resampled(shares) == pytest.approx(expected.resampled(shares), rel=1e-14)
+
+
+@pytest.mark.parametrize("stretch", [7, 512])
+def test_resampling_together_is_resampling_each(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "STRETCH", stretch)
     candidates, shares = some_terms(0), bootstrap_shares(80, 40, 0)
     expected = np.stack([terms.resampled(shares) for terms in candidates])
     rounding = 1e-5 * expected.std(1, keepdims=True)  # of single precision
@@ -478,12 +499,17 @@ def test_sums_over_many_ordered_episodes_do_not_drift_off() -> None:
     assert (np.abs(resampled([terms], blocks)[0] - expected) < 1e-4 * drifting.std() / np.sqrt(n)).all()
 
 
-@given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([30, 60, 200]))
-def test_weights_over_more_orders_than_single_precision_has(seed: int, n: int, orders: int) -> None:
+@given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([30, 60, 200]), st.sampled_from([3, 512]))
+def test_weights_over_more_orders_than_single_precision_has(seed: int, n: int, orders: int, stretch: int) -> None:
+    """Also where every stretch of episodes has a scale of its own."""
     rng = np.random.default_rng(seed)
     weight = 10.0 ** rng.uniform(-orders, 0, size=(n, 2)) * (rng.random((n, 2)) < 0.7)
-    terms, shares = Terms(weight * rng.random((n, 2)), weight), bootstrap_shares(n, 50, seed)
-    assert resampled([terms], shares)[0] == pytest.approx(terms.resampled(shares), rel=1e-5, nan_ok=True)
+    gain, shares = rng.random((n, 2)), bootstrap_shares(n, 50, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "STRETCH", stretch)
+        for terms in (Terms(weight * gain, weight), Terms(gain, weight, weighted=True)):
+            found = resampled([terms], shares)[0]
+            assert found == pytest.approx(terms.resampled(shares), rel=1e-5, nan_ok=True)
 
 
 def test_samples_that_reproduce_the_estimate_are_ties_of_the_corrected_bootstrap() -> None:
@@ -517,7 +543,7 @@ def test_a_sample_without_any_weight_has_no_estimate() -> None:
     assert resampled([Terms(5.0 * weight, weight)], shares)[0] == pytest.approx(alone, nan_ok=True)
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(range(5), 2)))
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(6), 2)))
 def test_a_difference_of_terms_is_the_difference_of_estimates(pair: tuple[int, int]) -> None:
     shares = bootstrap_shares(80, 40, 0)
     one, other = (some_terms(1)[i] for i in pair)

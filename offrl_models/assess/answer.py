@@ -22,6 +22,7 @@ from offrl_models.ope.diagnostics import (
     without_most_influential,
     worst_action_z,
 )
+from offrl_models.ope.doubly_robust import Model
 from offrl_models.ope.estimates import LEVEL, all_terms, refitted
 from offrl_models.ope.importance import Samples, Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import (
@@ -70,7 +71,8 @@ def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: 
         plain = {"TIS": tis, "PDIS": pdis, "WIS": wis, "WPDIS": wpdis}
         found = {name: estimator(episodes, ratio) for name, estimator in plain.items()}
     else:
-        found = all_terms(completed(episodes, values.next_v), ratio, values.q, values.v)
+        valued = completed(episodes, values.next_v)
+        found = all_terms(valued, ratio, Model.of(valued, values.q, values.v))
     if (episodes.length == 1).all() and episodes.terminated.all():
         found = {BANDIT[name]: terms for name, terms in found.items() if name in BANDIT}
     elif values is not None and values.gains is not None:

@@ -25,7 +25,8 @@ def _one_step(episodes: Episodes) -> None:
 
 def dm(episodes: Episodes, v: Float64[np.ndarray, "rows"]) -> Terms:
     """The direct method: mean of v(s_0), the modelled value of each episode's first observation."""
-    return Terms(finite("the state value", v)[episodes.offsets[:-1], None])
+    finite("the state value", v)
+    return Terms((v if episodes.n_rows == episodes.n_episodes else v[episodes.offsets[:-1]])[:, None])
 
 
 def bandit_terms(

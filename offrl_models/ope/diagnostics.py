@@ -151,7 +151,7 @@ def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0
 
     `share` of the episodes are left out, at least one. Broderick, Giordano & Meager (2020), https://arxiv.org/abs/2011.14999.
     """
-    n = len(minuend.numerator)
+    n = minuend.episodes
     dropped = max(math.ceil(share * n), 1)
     if dropped >= n:
         return math.nan

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from scipy import optimize
 
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.sequences import by_step, finite, sum_of_products, weights_by_step
+from offrl_models.ope.sequences import CHUNK, by_step, finite, sum_of_products, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
 
@@ -34,33 +34,42 @@ class Model:
         return cls(error, by_step(episodes, finite("the state value", discount * v), 0.0))
 
     @cached_property
+    def gain(self) -> Float64[np.ndarray, "episodes places"]:
+        """v(s_0), then what the model did not foresee at each step: r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted."""
+        episodes, steps = self.error.shape
+        gain = np.empty((episodes, steps + 1))
+        gain[:, 0], gain[:, -1] = self.value[:, 0], self.error[:, -1]
+        np.add(self.error[:, :-1], self.value[:, 1:], out=gain[:, 1:-1])
+        return gain
+
+    @property
     def surprise(self) -> Float64[np.ndarray, "episodes steps"]:
-        """r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted: what the model did not foresee at each step."""
-        if self.error.shape[1] == 1:
-            return self.error
-        surprise = np.empty_like(self.error)
-        np.add(self.error[:, :-1], self.value[:, 1:], out=surprise[:, :-1])
-        surprise[:, -1] = self.error[:, -1]
-        return surprise
+        return self.error if self.error.shape[1] == 1 else self.gain[:, 1:]
 
     def corrected(self, weight: Float64[np.ndarray, "episodes steps"]) -> Terms:
         """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)].
 
         Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
         """
-        return Terms((self.value[:, 0] + sum_of_products(weight, self.surprise))[:, None])
+        found = sum_of_products(weight, self.surprise)
+        return Terms(np.add(found, self.value[:, 0], out=found)[:, None])
 
     def normalised(self, after: Float64[np.ndarray, "episodes places"]) -> Terms:
         """The same with the weights of each step normalised over all episodes. `after` holds a 1 before those of the steps."""
-        top = np.empty_like(after)
-        top[:, 0] = self.value[:, 0]
-        np.multiply(after[:, 1:], self.surprise, out=top[:, 1:])
-        return Terms(top, after)
+        return Terms(self.gain, after, weighted=True)
 
 
 def weights_after(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes places"]:
     """The weight after 0, 1, 2 and so on steps: 1, w_0, w_1 ..."""
-    return np.cumprod(np.hstack([np.ones((episodes.n_episodes, 1)), by_step(episodes, ratio, 1.0)]), axis=1)
+    table = by_step(episodes, ratio, 1.0)
+    after = np.empty((len(table), table.shape[1] + 1))
+    # Column by column, in parts that stay in the cache: faster than a cumulative product of short rows.
+    for start in range(0, len(after), CHUNK):
+        found, by = after[start : start + CHUNK], table[start : start + CHUNK]
+        found[:, 0] = 1.0
+        for step in range(table.shape[1]):
+            np.multiply(found[:, step], by[:, step], out=found[:, step + 1])
+    return after
 
 
 def dr(
@@ -116,7 +125,12 @@ def shrunk(weight: Float64[np.ndarray, "..."], shrinkage: float) -> Float64[np.n
     """The weights of `dros`."""
     if not shrinkage >= 0:
         raise InputError(f"a shrinkage of {shrinkage} is not possible; give 0 or more.")
-    return weight / (1.0 + weight**2 / shrinkage) if shrinkage > 0 else np.zeros_like(weight)
+    if shrinkage == 0:
+        return np.zeros_like(weight)
+    over = np.square(weight)
+    over /= shrinkage
+    over += 1.0
+    return np.divide(weight, over, out=over)
 
 
 def wdr(

@@ -1,8 +1,9 @@
 """Everything one evaluation says about one policy: all estimators with intervals, and effective sample sizes."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,15 @@ class Estimates:
 def all_terms(
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
-    q: Float64[np.ndarray, "rows"],
-    v: Float64[np.ndarray, "rows"],
+    model: Model,
 ) -> dict[str, Terms]:
-    """Every estimator that is a sum of ratios of means over episodes; what they share is found once."""
+    """Every estimator that is a sum of ratios of means over episodes; what they share is found once.
+
+    What does not depend on the ratio lies in `episodes` and `model`, and is found once for all ratios that are given with them.
+    """
     after = weights_after(episodes, ratio)
     weight, last, total = after[:, 1:], after[:, -1:], episodes.return_[:, None]
-    reward, model = discounted_rewards(episodes), Model.of(episodes, q, v)
+    reward = discounted_rewards(episodes)
     return {
         "TIS": plain(last, total),
         "PDIS": plain(weight, reward),
@@ -85,25 +88,39 @@ def refitted(
 
 def estimate(
     episodes: Episodes,
-    ratio: Float64[np.ndarray, "rows"],
+    ratios: Sequence[Float64[np.ndarray, "rows"]],
     fqe: FQEValues,
-    policy: int,
     samples: Samples,
     refit: Refit | None = None,
-) -> Estimates:
-    """All estimators of the value of policy number `policy` of `fqe`, on the same bootstrap samples.
+) -> list[Estimates]:
+    """All estimators of the value of each policy of `fqe`, whose ratios are given, on the same bootstrap samples.
 
-    What lies past a truncation is the policy's fitted value in all of them. `refit` fits estimated propensities again.
+    Each sample is drawn and gone through once for all policies. What lies past a truncation is the policy's fitted value in
+    all of its estimators. `refit` fits estimated propensities again.
     """
-    episodes = completed(episodes, fqe.next_v[policy])
-    probs = ratio * episodes.action_prob  # of the logged action, under the policy
+    found, terms = [dict[str, Interval]() for _ in ratios], dict[tuple[int, str], Terms]()
+    for policy, ratio in enumerate(ratios):
+        valued = completed(episodes, fqe.next_v[policy])
+        model = Model.of(valued, fqe.q[policy], fqe.v[policy])
+        if refit is None:
+            terms |= {(policy, name): each for name, each in all_terms(valued, ratio, model).items()}
+        else:
+            again = partial(_reweighted, valued, ratio * episodes.action_prob, model)
+            found[policy] |= refitted(again, refit, episodes, samples, LEVEL)
+    if terms:
+        for (policy, name), interval in bootstrap_all(terms, samples, LEVEL).items():
+            found[policy][name] = interval
+    for policy, intervals in enumerate(found):
+        intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
+    effective = [effective_sample_size(trajectory_weights(episodes, ratio)) for ratio in ratios]
+    return [Estimates(*each) for each in zip(found, effective, strict=True)]
 
-    def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
-        return all_terms(episodes, probs / action_prob, fqe.q[policy], fqe.v[policy])
 
-    if refit is None:
-        intervals = bootstrap_all(all_terms(episodes, ratio, fqe.q[policy], fqe.v[policy]), samples, LEVEL)
-    else:
-        intervals = refitted(terms_of, refit, episodes, samples, LEVEL)
-    intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
-    return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))
+def _reweighted(
+    episodes: Episodes,
+    probs: Float64[np.ndarray, "rows"],
+    model: Model,
+    action_prob: Float64[np.ndarray, "rows"],
+) -> dict[str, Terms]:
+    """The terms by other propensities; `probs` are those of the logged actions, under the policy."""
+    return all_terms(episodes, probs / action_prob, model)

@@ -8,52 +8,72 @@ Weights may be clipped or forgotten, which trades a bias for a smaller variance;
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float32, Float64, Real
 
 from offrl_models.ope.sequences import by_step, finite, sum_of_products, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
 # How often each episode is in each sample, or that over a constant; all samples at once, or a few at a time.
-Samples = Float[np.ndarray, "samples episodes"] | Iterable[Float[np.ndarray, "_ episodes"]]
+Samples = Real[np.ndarray, "samples episodes"] | Iterable[Real[np.ndarray, "_ episodes"]]
 
-WIDE = 512  # numbers in a row of a reduction over rows
 STRETCH = 512  # rows that are added up in single precision
 FAINT = 1e-30  # of the largest weight: a mean weight below it has lost digits, or all of them, in single precision
 _Key = tuple[int, tuple[int, ...]]  # of a column: where it lies in memory, and its strides
+_Part = Callable[[slice, Float64[np.ndarray, "rows width"]], object]  # writes some rows of columns
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an estimator leaves of each episode. `denominator` is None where it is 1."""
+    """What an estimator leaves of each episode. `denominator` is None where it is 1.
 
-    numerator: Float64[np.ndarray, "episodes terms"]
+    `top` is the numerator, or where `weighted` what the denominator is multiplied with to give it. Factors that many estimates
+    share, such as rewards, are then kept once, and the product is formed a few episodes at a time.
+    """
+
+    top: Float64[np.ndarray, "episodes terms"]
     denominator: Float64[np.ndarray, "episodes terms"] | None = None
+    weighted: bool = False
+
+    @property
+    def episodes(self) -> int:
+        return len(self.top)
+
+    @property
+    def numerator(self) -> Float64[np.ndarray, "episodes terms"]:
+        return self.top * self.denominator if self.weighted and self.denominator is not None else self.top
 
     def estimate(self, share: Float64[np.ndarray, "episodes"] | None = None) -> float:
         """The estimate with each episode counted `share` times (shares sum to 1); without it, equally."""
-        n = len(self.numerator)
-        weight = np.full(n, 1.0 / n) if share is None else share
-        return float(self.resampled(weight[None, :])[0])
+        return float(self.ratios.sum() if share is None else self.resampled(share[None, :])[0])
 
+    @cached_property
     def ratios(self) -> Float64[np.ndarray, "terms"]:
         """The terms of the estimate; NaN where every weight is 0."""
-        each = np.full(len(self.numerator), 1.0 / len(self.numerator))
-        top = each @ self.numerator  # which is faster than a mean over a long axis
+        # By einsum, which is faster than a mean over a long axis.
         if self.denominator is None:
-            return top
-        bottom = each @ self.denominator
+            return np.einsum("et->t", self.top) / self.episodes
+        bottom = np.einsum("et->t", self.denominator)
+        top = np.einsum("et,et->t", self.denominator, self.top) if self.weighted else np.einsum("et->t", self.top)
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
 
-    def deviation(self) -> Float64[np.ndarray, "episodes terms"]:
+    def deviation(
+        self, rows: slice = slice(None), out: Float64[np.ndarray, "rows terms"] | None = None
+    ) -> Float64[np.ndarray, "rows terms"]:
         """How far the numerator of each episode is from the ratio that the whole log has, times its denominator."""
+        top = self.top[rows]
         if self.denominator is None:
-            return self.numerator - self.ratios()
-        foreseen = self.denominator * self.ratios()
-        return np.subtract(self.numerator, foreseen, out=foreseen)
+            return np.subtract(top, self.ratios, out=out)
+        denominator = self.denominator[rows]
+        if self.weighted:
+            beyond = np.subtract(top, self.ratios, out=out)
+            return np.multiply(denominator, beyond, out=beyond)
+        foreseen = np.multiply(denominator, self.ratios, out=out)
+        return np.subtract(top, foreseen, out=foreseen)
 
     def influence(self) -> Float64[np.ndarray, "episodes"]:
         """How far each episode pulls the estimate: the influence function, whose mean is 0."""
@@ -72,28 +92,42 @@ class Terms:
 
 
 class _Columns:
-    """Columns in single precision, each divided by its largest number."""
+    """Columns in single precision: over each stretch of rows, each of them is divided by its largest number there."""
 
-    def __init__(self, rows: int, width: int):
-        self.values, self.scale, self.used = np.empty((rows, width), np.float32), np.ones(width), 0
+    def __init__(self, rows: int):
+        self.rows, self.width, self.parts = rows, 0, list[tuple[slice, _Part]]()
 
-    def put(self, columns: Float64[np.ndarray, "rows put"]) -> list[int]:
-        """The places that the columns now have."""
-        places = slice(self.used, self.used + columns.shape[1])
-        largest = _largest(columns)
-        self.scale[places] = np.where(largest == 0, 1.0, largest)
-        np.divide(columns, self.scale[places], out=self.values[:, places], casting="same_kind")
-        self.used = places.stop
+    def put(self, width: int, part: _Part) -> list[int]:
+        """The places of new columns, whose numbers `part` writes where it is asked to."""
+        places = slice(self.width, self.width + width)
+        self.parts.append((places, part))
+        self.width += width
         return list(range(places.start, places.stop))
 
-    def sums(self, block: Float[np.ndarray, "samples rows"]) -> Float64[np.ndarray, "samples width"]:
-        """The sum of every column in every sample, over its scale.
+    def fill(self) -> None:
+        stretches = range(0, self.rows, STRETCH)
+        self.values = np.empty((self.rows, self.width), np.float32)
+        self.scale = np.empty((len(stretches), self.width))
+        buffer = np.empty((min(STRETCH, self.rows), self.width))
+        for scale, start in zip(self.scale, stretches, strict=True):
+            values = self.values[start : start + STRETCH]
+            block = buffer[: len(values)]
+            for places, part in self.parts:
+                part(slice(start, start + STRETCH), block[:, places])
+            np.maximum(block.max(0), -block.min(0), out=scale)
+            scale[scale == 0] = 1.0
+            np.divide(block, scale, out=block)
+            values[:] = block
+
+    def sums(self, block: Real[np.ndarray, "samples rows"]) -> Float64[np.ndarray, "samples width"]:
+        """The sum of every column in every sample.
 
         Stretches of rows are added up in double precision: over millions of rows a sum in single precision drifts off.
         """
-        counts, found = block.astype(np.float32, copy=False), np.zeros((len(block), len(self.scale)))
-        for start in range(0, len(self.values), STRETCH):
-            found += counts[:, start : start + STRETCH] @ self.values[start : start + STRETCH]
+        found, product = np.zeros((len(block), self.width)), np.empty((len(block), self.width), np.float32)
+        for scale, start in zip(self.scale, range(0, self.rows, STRETCH), strict=True):
+            counts: Float32[np.ndarray, "samples stretch"] = block[:, start : start + STRETCH].astype(np.float32)
+            found += np.matmul(counts, self.values[start : start + STRETCH], out=product) * scale
         return found
 
 
@@ -105,27 +139,31 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
     nearly vanish, beside those it leaves out, is computed again in double precision. Denominators that several estimators
     share in memory are resampled once.
     """
-    keys = [_keys(terms.denominator) for terms in candidates]
-    width = 1 + sum(len(key) or 1 for key in keys) + len({each for key in keys for each in key})
-    columns = _Columns(len(candidates[0].numerator), width)
-    total, tops, place = columns.put(np.ones((len(columns.values), 1))), [], dict[_Key, int]()
-    for terms, key in zip(candidates, keys, strict=True):
-        deviation = terms.deviation()
-        tops.append(columns.put(deviation if key else deviation.sum(1, keepdims=True)))
-        new = [term for term, each in enumerate(key) if each not in place]
-        if terms.denominator is not None and new:
-            place |= zip((key[term] for term in new), columns.put(terms.denominator[:, new]), strict=True)
-    bottoms = [[place[each] for each in key] or total for key in keys]
-    estimates = [terms.ratios().sum() for terms in candidates]
+    columns, place = _Columns(candidates[0].episodes), dict[_Key, int]()
+    total = columns.put(1, lambda _rows, out: out.fill(1.0))
+    tops, bottoms = [], []
+    for terms in candidates:
+        if terms.denominator is None:
+            tops.append(columns.put(1, partial(_summed_deviation, terms)))
+            bottoms.append(total)
+            continue
+        tops.append(columns.put(terms.top.shape[1], terms.deviation))
+        keys = _keys(terms.denominator)
+        new = [term for term, key in enumerate(keys) if key not in place]
+        places = columns.put(len(new), partial(_copy, terms.denominator, new))
+        place |= zip((keys[term] for term in new), places, strict=True)
+        bottoms.append([place[key] for key in keys])
+    columns.fill()
+    weights = list(place.values())
+    least = FAINT * columns.scale[:, weights].max(0)
     found = []
     for block in [samples] if isinstance(samples, np.ndarray) else samples:
         sums = columns.sums(block)
-        faint = (sums[:, list(place.values())] < FAINT * sums[:, total]).any(1)
-        means = sums * columns.scale
+        faint = (sums[:, weights] < least * sums[:, total]).any(1)
         values = np.empty((len(candidates), len(block)))
-        for row, estimate, top, bottom in zip(values, estimates, tops, bottoms, strict=True):
-            under = np.where(means[:, bottom] > 0, means[:, bottom], np.nan)
-            row[:] = estimate + (means[:, top] / under).sum(1)
+        for row, terms, top, bottom in zip(values, candidates, tops, bottoms, strict=True):
+            under = np.where(sums[:, bottom] > 0, sums[:, bottom], np.nan)
+            row[:] = terms.ratios.sum() + (sums[:, top] / under).sum(1)
         if faint.any():
             again = block[faint] / block[faint].sum(1, keepdims=True, dtype=np.float64)
             values[:, faint] = [terms.resampled(again) for terms in candidates]
@@ -133,23 +171,26 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
     return np.hstack(found)
 
 
-def _largest(columns: Float64[np.ndarray, "rows terms"]) -> Float64[np.ndarray, "terms"]:
-    """The largest absolute number of each column. Many rows side by side are gone through faster than narrow ones."""
-    rows, terms = columns.shape
-    beside = max(WIDE // terms, 1)
-    whole = rows - rows % beside
-    parts = [columns[whole:], columns[:whole].reshape(-1, beside * terms)]
-    found = [np.maximum(part.max(0, initial=0.0), -part.min(0, initial=0.0)).reshape(-1, terms) for part in parts]
-    return np.vstack(found).max(0)
+def _summed_deviation(terms: Terms, rows: slice, out: Float64[np.ndarray, "rows 1"]) -> None:
+    terms.deviation(rows).sum(1, keepdims=True, out=out)
 
 
-def _keys(columns: Float64[np.ndarray, "rows terms"] | None) -> list[_Key]:
-    return [] if columns is None else [(column.ctypes.data, column.strides) for column in columns.T]
+def _copy(
+    columns: Float64[np.ndarray, "episodes terms"],
+    chosen: Sequence[int],
+    rows: slice,
+    out: Float64[np.ndarray, "rows chosen"],
+) -> None:
+    out[:] = columns[rows] if len(chosen) == columns.shape[1] else columns[rows, chosen]
+
+
+def _keys(columns: Float64[np.ndarray, "rows terms"]) -> list[_Key]:
+    return [(column.ctypes.data, column.strides) for column in columns.T]
 
 
 def discounted_rewards(episodes: Episodes) -> Float64[np.ndarray, "episodes steps"]:
     """gamma^t r_t, zero past the end."""
-    return by_step(episodes, finite("the reward", episodes.time_discount * episodes.reward), 0.0)
+    return by_step(episodes, finite("the reward", episodes.discounted_reward), 0.0)
 
 
 def trajectory_weights(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes"]:
@@ -198,7 +239,7 @@ def plain(weight: Float64[np.ndarray, "episodes terms"], gain: Float64[np.ndarra
 
 def normalised(weight: Float64[np.ndarray, "episodes terms"], gain: Float64[np.ndarray, "episodes terms"]) -> Terms:
     """The weighted gains with the weights of each term normalised over all episodes."""
-    return Terms(weight * gain, weight)
+    return Terms(gain, weight, weighted=True)
 
 
 def tis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
@@ -241,10 +282,10 @@ def slope(candidates: Sequence[Terms], *, width: float = 1.0) -> int:
     uses; their guarantee asks for a radius that holds for all candidates at once, and for biases that grow.
     Raises InputError when there is no candidate, fewer than 2 episodes, or a candidate without an estimate.
     """
-    if not candidates or len(candidates[0].numerator) < 2:
+    if not candidates or candidates[0].episodes < 2:
         raise InputError("a choice between estimators needs at least one candidate and two episodes.")
     center = finite("an estimate", np.array([terms.estimate() for terms in candidates]))
-    error = np.array([terms.influence().std(ddof=1) / math.sqrt(len(terms.numerator)) for terms in candidates])
+    error = np.array([terms.influence().std(ddof=1) / math.sqrt(terms.episodes) for terms in candidates])
     reach = 2.0 * width * np.maximum.accumulate(error[::-1])[::-1]
     meet = np.maximum.accumulate(center - reach) <= np.minimum.accumulate(center + reach)
     return int(np.flatnonzero(meet)[-1])

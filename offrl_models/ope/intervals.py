@@ -6,8 +6,9 @@ for any number of episodes, given the range of the contract (as those by betting
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,6 +18,7 @@ from offrl_models.ope.importance import Samples, Terms, resampled
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import InputError
 
+Name = TypeVar("Name", bound=Hashable)
 ROUNDING = 1e-9  # share of a range by which a sum of rewards may miss it
 TIES = 1e-4  # standard deviations of the samples: what is nearer to the estimate differs by rounding alone
 THRESHOLD_SHARE = 0.05  # of the episodes choose the threshold of the clipped bound, and are then set aside
@@ -57,12 +59,12 @@ def bca(terms: Terms, shares: Float64[np.ndarray, "samples episodes"], level: fl
 
 
 def bootstrap_all(
-    candidates: Mapping[str, Terms],
+    candidates: Mapping[Name, Terms],
     samples: Samples,
     level: float,
     *,
     corrected: bool = False,
-) -> dict[str, Interval]:
+) -> dict[Name, Interval]:
     """The percentile interval of every candidate, or with `corrected` the BCa interval, on the same bootstrap samples."""
     probability = np.array([(1 - level) / 2, (1 + level) / 2])
     method = "BCa bootstrap over episodes" if corrected else "percentile bootstrap over episodes"

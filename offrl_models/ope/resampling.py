@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float64, UInt8
 from scipy import stats
 
 CELLS = 2**16  # values of 16 bits
 COUNTS = 64  # a Poisson count of rate 1 is below it but for 1 in 10^89
 COMMON = 4  # counts above it are rare enough to be looked up one by one
-BLOCK = 2**22  # counts of a block of bootstrap samples: 16 MiB
+BLOCK = 2**24  # counts of a block of bootstrap samples: 16 MiB
 LOWEST = 0.01  # rate, of few episodes
 SPARE = 5.0  # standard deviations by which a row is expected to stay below n
 
@@ -71,10 +71,10 @@ class BootstrapSamples:
     number: int
     seed: int
 
-    def __iter__(self) -> Iterator[Float32[np.ndarray, "block episodes"]]:
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "block episodes"]]:
         """Each block overwrites the one before."""
         height = max(min(BLOCK // self.episodes, self.number), 1)
-        draw, block = Resampler(self.episodes, self.seed), np.empty((height, self.episodes), np.float32)
+        draw, block = Resampler(self.episodes, self.seed), np.empty((height, self.episodes), np.uint8)
         for start in range(0, self.number, height):
             rows = block[: self.number - start]
             for row in rows:

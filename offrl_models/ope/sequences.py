@@ -26,18 +26,35 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
 
     Raises InputError when the evaluation probabilities are not a distribution over the allowed actions of each row.
     """
+    return ratios_and_values(episodes, probs, None)[0]
+
+
+def ratios_and_values(
+    episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], q: Float64[np.ndarray, "rows actions"] | None
+) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "valued"], Float64[np.ndarray, "valued"]]:
+    """The ratios, and of a table q(s, a) the entry of every logged action and v(s) = sum_a pi(a|s) q(s, a), if there is one.
+
+    Raises InputError as `ratios` does.
+    """
     if episodes.action.min(initial=0) < 0 or episodes.action.max(initial=0) >= probs.shape[1]:
         raise InputError(f"the evaluation policy has {probs.shape[1]} actions, and the log has others.")
-    off, taken = np.empty(len(probs), bool), np.empty(len(probs))
+    off, taken, total = np.empty(len(probs), bool), np.empty(len(probs)), np.empty(CHUNK)
+    valued = 0 if q is None else len(probs)
+    q_taken, v = np.empty(valued), np.empty(valued)
     ones, place = np.ones(probs.shape[1]), np.arange(CHUNK) * probs.shape[1]
     for start in range(0, len(probs), CHUNK):  # so that each row is brought from memory once
         rows = slice(start, start + CHUNK)
         part = np.ascontiguousarray(probs[rows])
-        off[rows] = ~(np.abs(part @ ones - 1.0) <= 1e-5)
+        entry = place[: len(part)] + episodes.action[rows]
+        if q is not None:  # first, since it reads both tables from end to end
+            values = np.ascontiguousarray(q[rows])
+            np.einsum("ra,ra->r", part, values, out=v[rows])
+            values.take(entry, out=q_taken[rows], mode="clip")  # no entry lies outside, and any other mode would copy
+        part.take(entry, out=taken[rows], mode="clip")
+        off[rows] = ~(np.abs(np.matmul(part, ones, out=total[: len(part)]) - 1.0) <= 1e-5)
         if not part.min() >= 0:
             finite("the evaluation policy", probs)
             off[rows] |= (part < 0).any(1)
-        taken[rows] = part.take(place[: len(part)] + episodes.action[rows])
     if off.any():
         finite("the evaluation policy", probs)
         raise InputError(
@@ -49,7 +66,7 @@ def ratios(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) -> Fl
             raise InputError(
                 f"the evaluation policy plays actions that the mask forbids in {int(forbidden.sum())} rows."
             )
-    return finite("the ratio", np.divide(taken, episodes.action_prob, out=taken))
+    return finite("the ratio", np.divide(taken, episodes.action_prob, out=taken)), q_taken, v
 
 
 def completed(episodes: Episodes, next_v: Float64[np.ndarray, "rows"]) -> Episodes:
