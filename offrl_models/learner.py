@@ -54,10 +54,14 @@ class Learner(L.LightningModule):
         self.transitions, self.sampler, self.report = transitions, sampler, report
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
+        self.slow: list[Tensor] = []
+        self.fast: list[Tensor] = []
         for slow, fast in self.algorithm.targets.items():
-            target = getattr(self.algorithm, slow)
-            target.load_state_dict(getattr(self.algorithm, fast).state_dict())
+            target, source = getattr(self.algorithm, slow), getattr(self.algorithm, fast)
+            target.load_state_dict(source.state_dict())
             target.requires_grad_(False)
+            self.slow += target.parameters()
+            self.fast += source.parameters()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [
@@ -68,17 +72,17 @@ class Learner(L.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        rows = self.sampler.draw(batch)
-        total: dict[str, Tensor] = {}
-        for step in range(batch):
-            losses = self.algorithm.losses(self.transitions.take(rows[step]))
-            optimizer.zero_grad(set_to_none=True)
+        found: dict[str, list[Tensor]] = {}
+        for transitions in self.transitions.batches(self.sampler.draw(batch)):
+            losses = self.algorithm.losses(transitions)
             self.manual_backward(torch.stack(list(losses.values())).sum())
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             self.gradient_steps += 1
             self._move_targets()
-            total = {name: total.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
-        per_seed = {name: (loss / batch).tolist() for name, loss in total.items()}
+            for name, loss in losses.items():
+                found.setdefault(name, []).append(loss.detach())
+        per_seed = {name: torch.stack(each).mean(0).tolist() for name, each in found.items()}
         for name, values in per_seed.items():
             bad = [i for i, value in enumerate(values) if value != value or abs(value) == float("inf")]
             if bad:
@@ -93,12 +97,8 @@ class Learner(L.LightningModule):
     @torch.no_grad()
     def _move_targets(self) -> None:
         rate, interval = self.algorithm.target_update
-        if self.gradient_steps % interval:
-            return
-        for slow, fast in self.algorithm.targets.items():
-            fast_parameters = getattr(self.algorithm, fast).parameters()
-            for target, source in zip(getattr(self.algorithm, slow).parameters(), fast_parameters, strict=True):
-                target.lerp_(source, rate)
+        if self.slow and self.gradient_steps % interval == 0:
+            torch._foreach_lerp_(self.slow, self.fast, rate)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def train(
@@ -129,5 +129,10 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(learner, DataLoader(_Chunks(gradient_steps, chunk), batch_size=None))
+        # Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at.
+        torch.set_flush_denormal(True)
+        try:
+            trainer.fit(learner, DataLoader(_Chunks(gradient_steps, chunk), batch_size=None))
+        finally:
+            torch.set_flush_denormal(False)
     return learner.history

@@ -35,7 +35,7 @@ def known_fields(name: str) -> list[str]:
 
 
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
-    transitions = Transitions(episodes)
+    transitions = Transitions(episodes, Encoder(codes(WORLD.n_states)))
     train(algorithm, transitions, Sampler([transitions.rows] * len(seeds), 32, seeds), gradient_steps=steps, chunk=7)
     return algorithm
 
@@ -49,7 +49,7 @@ def outputs(algorithm: Any, seeds: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_loss_trains_only_its_own_network(name: str) -> None:
     algorithm = build(name, [0, 1])
-    transitions = Transitions(EPISODES)
+    transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
     batch = transitions.take(Sampler([transitions.rows] * 2, 32, [0, 1]).draw(1)[0])
     networks = algorithm.learning_rates()
     assert set(algorithm.losses(batch)) == set(networks)
@@ -144,7 +144,7 @@ def test_targets_move_by_polyak_and_by_interval() -> None:
 
 
 def test_one_adam_with_a_group_per_network() -> None:
-    transitions = Transitions(EPISODES)
+    transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
     learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]))
     groups = learner.configure_optimizers().param_groups
     assert [group["name"] for group in groups] == ["q1", "q2", "value", "policy"]
@@ -225,8 +225,6 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
 
 
 def test_fqe_is_trainable_like_an_algorithm() -> None:
-    fqe = FQE(
-        FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), torch.ones(2, 10, 3) / 3, torch.zeros(5).long(), 1.5
-    )
+    fqe = FQE(FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), policies=2, actions=3, start=1.5)
     assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
     assert float(fqe.q.last_bias().detach().min()) > 0.9

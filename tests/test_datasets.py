@@ -207,9 +207,10 @@ def test_return_to_go_and_returns_agree() -> None:
 def test_a_truncated_row_without_a_next_mask_is_left_out_of_training() -> None:
     episodes = WORLD.simulate(50, seed=1)
     cut = dataclasses.replace(episodes, terminated=np.zeros(episodes.n_rows, bool), truncated=episodes.terminated)
-    assert len(Transitions(cut).rows) == cut.n_rows  # every action is allowed everywhere, so also next
+    encoder = Encoder(codes(WORLD.n_states))
+    assert len(Transitions(cut, encoder).rows) == cut.n_rows  # every action is allowed everywhere, so also next
     masked = dataclasses.replace(cut, mask=np.eye(3, dtype=bool)[cut.action])
-    usable = Transitions(masked).rows.numpy()
+    usable = Transitions(masked, encoder).rows.numpy()
     assert set(range(cut.n_rows)) - set(usable.tolist()) == set((cut.offsets[1:] - 1).tolist())
 
 
