@@ -11,7 +11,7 @@ from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
 from offrl_models.exported import OnnxPolicy
-from offrl_models.learner import Learner, NonFiniteLossError, train
+from offrl_models.learner import FusedAdam, Learner, NonFiniteLossError, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
 from offrl_models.policies import Mixture
@@ -228,3 +228,20 @@ def test_fqe_is_trainable_like_an_algorithm() -> None:
     fqe = FQE(FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), policies=2, actions=3, start=1.5)
     assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
     assert float(fqe.q.last_bias().detach().min()) > 0.9
+
+
+def test_adam_is_that_of_torch_and_skips_networks_without_gradients() -> None:
+    torch.manual_seed(0)
+    mine, theirs = ([torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))] for _ in range(2))
+    empty = torch.nn.Parameter(torch.ones(3, 0))
+    adam = FusedAdam([{"params": [mine[0], empty], "lr": 0.1}, {"params": [mine[1]], "lr": 0.01}])
+    wanted = torch.optim.Adam([{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.01}], fused=True)
+    for step in range(7):
+        for own, other in zip(mine[: 1 + step % 2], theirs, strict=False):  # the second one at every other step
+            own.grad = torch.randn(own.shape)
+            other.grad = own.grad.clone()
+        adam.step()
+        wanted.step()
+        wanted.zero_grad(set_to_none=True)
+        assert all(torch.equal(own, other) for own, other in zip(mine, theirs, strict=True))
+        assert all(own.grad is None for own in mine)
