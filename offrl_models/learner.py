@@ -113,7 +113,7 @@ class Learner(L.LightningModule):
             self.manual_backward(torch.stack(list(losses.values())).sum())
             optimizer.step()
             self.gradient_steps += 1
-            self._move_targets()
+            self.move_targets()
             for name, loss in losses.items():
                 found.setdefault(name, []).append(loss.detach())
         per_seed = {name: torch.stack(each).mean(0).tolist() for name, each in found.items()}
@@ -129,7 +129,8 @@ class Learner(L.LightningModule):
             self.report(self.gradient_steps, {name: sum(v) / len(v) for name, v in per_seed.items()})
 
     @torch.no_grad()
-    def _move_targets(self) -> None:
+    def move_targets(self) -> None:
+        """Bring the slow networks nearer to the fast ones, where it is time to."""
         rate, interval = self.algorithm.target_update
         if self.slow and self.gradient_steps % interval == 0:
             torch._foreach_lerp_(self.slow, self.fast, rate)  # pyright: ignore[reportPrivateImportUsage]
