@@ -96,7 +96,7 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
     torch.set_flush_denormal(True)
     started = time.process_time()
     for batch in transitions.batches(sampler.draw(steps)):
-        torch.stack(list(algorithm.losses(batch).values())).sum().backward()
+        torch.cat(list(algorithm.losses(batch).values())).sum().backward()
         optimizer.step()
         learner.gradient_steps += 1
         learner.move_targets()

@@ -110,7 +110,7 @@ class Learner(L.LightningModule):
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler.draw(batch)):
             losses = self.algorithm.losses(transitions)
-            self.manual_backward(torch.stack(list(losses.values())).sum())
+            self.manual_backward(torch.cat(list(losses.values())).sum())
             optimizer.step()
             self.gradient_steps += 1
             self.move_targets()
@@ -142,7 +142,7 @@ def train(
     sampler: Sampler,
     *,
     gradient_steps: int,
-    chunk: int = 50,
+    chunk: int = 100,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place for a number of gradient steps. Returns the mean losses per chunk, network and seed.

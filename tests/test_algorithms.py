@@ -64,9 +64,9 @@ def test_each_loss_trains_only_its_own_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_seeds_trained_together_equal_seeds_trained_alone(name: str) -> None:
-    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 60)
+    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 200)
     for position, seed in enumerate([3, 4, 5]):
-        alone = trained(build(name, [seed]), [seed], 60)
+        alone = trained(build(name, [seed]), [seed], 200)
         for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
             assert torch.allclose(joint[position], single[0], atol=1e-5), (seed, key)
 
