@@ -81,7 +81,7 @@ def _distribution(rng: np.random.Generator, rows: int, actions: int) -> np.ndarr
     return weight / weight.sum(1, keepdims=True)
 
 
-def make_log(folder: Path, episodes: int, steps: int, actions: int, gamma: float) -> None:
+def make_log(folder: Path, episodes: int, steps: int, actions: int, gamma: float, observed: int = OBSERVED) -> None:
     """Logs of a random policy, the probabilities of a candidate near to it, and a Q table that knows a part of the rewards."""
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(0), episodes * steps
@@ -90,7 +90,7 @@ def make_log(folder: Path, episodes: int, steps: int, actions: int, gamma: float
     reward = rng.random(rows)
     q = rng.random((rows, actions)) * (1 - gamma**steps) / (1 - gamma)
     arrays = {
-        "observation": rng.standard_normal((rows, OBSERVED), np.float32),
+        "observation": rng.standard_normal((rows, observed), np.float32),
         "action": action,
         "reward": reward,
         "terminated": np.arange(1, rows + 1) % steps == 0,
@@ -132,7 +132,7 @@ def make_fqe_log(folder: Path, episodes: int) -> None:
     class Policy(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = MLP([0], "policy", Encoder(_features()), HIDDEN, ACTIONS["fqe"])
+            self.net = MLP([0], "policy", Encoder(features()), HIDDEN, ACTIONS["fqe"])
 
         def forward(self, observation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return masked_log_softmax(self.net(observation[None])[0], mask).exp()
@@ -140,10 +140,10 @@ def make_fqe_log(folder: Path, episodes: int) -> None:
     export(Policy(), OBSERVED, ACTIONS["fqe"], folder / "policy.onnx")
 
 
-def _features() -> tuple[Any, ...]:
+def features(count: int = OBSERVED) -> tuple[Any, ...]:
     from offrl_models.schema import Feature
 
-    return tuple(Feature(f"x{number}") for number in range(OBSERVED))
+    return tuple(Feature(f"x{number}") for number in range(count))
 
 
 def logged(given: Mapping[str, Any]) -> "Episodes":
@@ -162,7 +162,7 @@ def logged(given: Mapping[str, Any]) -> "Episodes":
         truncated=np.zeros(rows, bool),
         action_prob=given["action_prob"],
         gamma=float(given["gamma"]),
-        features=_features(),
+        features=features(given["observation"].shape[1]),
     )
 
 
@@ -258,7 +258,7 @@ def _fit(members: int, folder: Path, samples: int | None) -> Work:
     assert samples is not None
     torch.set_num_threads(1)
     given = load(folder)
-    policy, encoder = OnnxPolicy(folder / "policy.onnx"), Encoder(_features())
+    policy, encoder = OnnxPolicy(folder / "policy.onnx"), Encoder(features())
     config = FQEConfig(hidden=HIDDEN, learning_rate=LEARNING_RATE, batch_size=BATCH, gradient_steps=samples)
     config = config.model_copy(update={"members": members})  # a pipeline's config wants two at least
 

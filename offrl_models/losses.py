@@ -42,7 +42,7 @@ def squared_error(
     >>> squared_error(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)).item()
     5.0
     """
-    return (prediction - target).square().mean(-1)
+    return F.mse_loss(prediction, target, reduction="none").mean(-1)
 
 
 def huber(prediction: Float[Tensor, "seed batch"], target: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:

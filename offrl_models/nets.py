@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from offrl_models.datasets.encoding import Encoded, Encoder
+from offrl_models.datasets.encoding import Encoded, Encoder, Observation
 
 
 def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -39,27 +39,30 @@ class SeedLinear(nn.Module):
 class ObservationLayer(nn.Module):
     """First layer: a linear map of the numbers plus one table row per category, which equals a one-hot product."""
 
+    first_row: Tensor
+
     def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, outputs: int):
         super().__init__()
         fan_in = encoder.n_numeric + encoder.n_categorical
-        self.n_seeds, self.table_rows = len(seeds), encoder.table_rows
+        self.table_rows = encoder.table_rows
         self.weight = initial_weights(seeds, name + ".n", (encoder.n_numeric, outputs), fan_in)
         self.table = initial_weights(seeds, name + ".t", (encoder.table_rows, outputs), fan_in)
         self.bias = initial_weights(seeds, name + ".b", (1, outputs), fan_in)
+        first_row = torch.arange(len(seeds))[:, None, None] * encoder.table_rows  # of each seed's table among all
+        self.register_buffer("first_row", first_row, persistent=False)
 
     def forward(self, encoded: Encoded) -> Float[Tensor, "seed batch outputs"]:
         out = self.bias
         if self.weight.shape[1]:
             out = torch.baddbmm(out, encoded.numeric, self.weight)
         if self.table_rows:
-            start = torch.arange(self.n_seeds, device=self.table.device)[:, None, None] * self.table_rows
-            rows = F.embedding(encoded.codes + start, self.table.flatten(0, 1))
+            rows = F.embedding(encoded.codes + self.first_row, self.table.flatten(0, 1))
             out = out + rows.sum(-2)
         return out
 
 
 class MLP(nn.Module):
-    """Observation [seed, batch, columns] -> [seed, batch, outputs]; ReLU between the layers."""
+    """Observation [seed, batch, columns], as logged or encoded, -> [seed, batch, outputs]; ReLU between the layers."""
 
     def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, hidden: Sequence[int], outputs: int):
         super().__init__()
@@ -76,10 +79,10 @@ class MLP(nn.Module):
         assert isinstance(last, SeedLinear)
         return last.bias
 
-    def forward(self, observation: Float[Tensor, "seed batch columns"]) -> Float[Tensor, "seed batch outputs"]:
-        x = self.first(self.encode(observation))
+    def forward(self, observation: Observation) -> Float[Tensor, "seed batch outputs"]:
+        x = self.first(observation if isinstance(observation, Encoded) else self.encode(observation))
         for layer in self.rest:
-            x = layer(torch.relu(x))
+            x = layer(torch.relu_(x))  # in place: no layer looks at its own output again
         return x
 
 

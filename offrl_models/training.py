@@ -13,7 +13,7 @@ import torch
 
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
 from offrl_models.exported import OnnxPolicy
 from offrl_models.learner import Report, train
 from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
@@ -43,7 +43,7 @@ def fit(
     Raises InputError when no row can be trained on, and NonFiniteLossError when a loss explodes.
     """
     algorithm = ALGORITHMS[name][1](config, encoder, episodes.actions, seeds)  # pyright: ignore[reportArgumentType]
-    transitions = Transitions(episodes, device())
+    transitions = Transitions(episodes, encoder, device())
     sampler = Sampler([transitions.rows] * len(seeds), batch_size, list(seeds))
     history = train(algorithm, transitions, sampler, gradient_steps=gradient_steps, report=report)
     return algorithm.cpu(), history
@@ -60,11 +60,14 @@ def fit_fqe(
     report: Report | None = None,
 ) -> FQEValues:
     """Fit Q functions of several policies on some episodes and evaluate them on others."""
-    transitions = Transitions(fitted_on, device())
     found = [policy.distinct_probs(fitted_on.next_observation, next_mask_or_all(fitted_on)) for policy in policies]
-    next_probs = torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32)
-    distinct_of_row = torch.as_tensor(found[0][1])
-    fqe = FQE(config, encoder, next_probs, distinct_of_row, float(fitted_on.return_to_go.mean()))
+    next_probs = NextProbs(
+        probs=torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32),
+        distinct_of_row=torch.as_tensor(found[0][1]),
+        policy_of_seed=torch.arange(len(policies)).repeat_interleave(config.members),
+    )
+    transitions = Transitions(fitted_on, encoder, device(), next_probs)
+    fqe = FQE(config, encoder, len(policies), fitted_on.n_actions, float(fitted_on.return_to_go.mean()))
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))

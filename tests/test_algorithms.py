@@ -11,7 +11,7 @@ from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
 from offrl_models.exported import OnnxPolicy
-from offrl_models.learner import Learner, NonFiniteLossError, train
+from offrl_models.learner import FusedAdam, Learner, NonFiniteLossError, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
 from offrl_models.policies import Mixture
@@ -35,7 +35,7 @@ def known_fields(name: str) -> list[str]:
 
 
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
-    transitions = Transitions(episodes)
+    transitions = Transitions(episodes, Encoder(codes(WORLD.n_states)))
     train(algorithm, transitions, Sampler([transitions.rows] * len(seeds), 32, seeds), gradient_steps=steps, chunk=7)
     return algorithm
 
@@ -49,7 +49,7 @@ def outputs(algorithm: Any, seeds: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_loss_trains_only_its_own_network(name: str) -> None:
     algorithm = build(name, [0, 1])
-    transitions = Transitions(EPISODES)
+    transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
     batch = transitions.take(Sampler([transitions.rows] * 2, 32, [0, 1]).draw(1)[0])
     networks = algorithm.learning_rates()
     assert set(algorithm.losses(batch)) == set(networks)
@@ -64,9 +64,9 @@ def test_each_loss_trains_only_its_own_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_seeds_trained_together_equal_seeds_trained_alone(name: str) -> None:
-    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 60)
+    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 200)
     for position, seed in enumerate([3, 4, 5]):
-        alone = trained(build(name, [seed]), [seed], 60)
+        alone = trained(build(name, [seed]), [seed], 200)
         for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
             assert torch.allclose(joint[position], single[0], atol=1e-5), (seed, key)
 
@@ -144,7 +144,7 @@ def test_targets_move_by_polyak_and_by_interval() -> None:
 
 
 def test_one_adam_with_a_group_per_network() -> None:
-    transitions = Transitions(EPISODES)
+    transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
     learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]))
     groups = learner.configure_optimizers().param_groups
     assert [group["name"] for group in groups] == ["q1", "q2", "value", "policy"]
@@ -225,8 +225,23 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
 
 
 def test_fqe_is_trainable_like_an_algorithm() -> None:
-    fqe = FQE(
-        FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), torch.ones(2, 10, 3) / 3, torch.zeros(5).long(), 1.5
-    )
+    fqe = FQE(FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), policies=2, actions=3, start=1.5)
     assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
     assert float(fqe.q.last_bias().detach().min()) > 0.9
+
+
+def test_adam_is_that_of_torch_and_skips_networks_without_gradients() -> None:
+    torch.manual_seed(0)
+    mine, theirs = ([torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))] for _ in range(2))
+    empty = torch.nn.Parameter(torch.ones(3, 0))
+    adam = FusedAdam([{"params": [mine[0], empty], "lr": 0.1}, {"params": [mine[1]], "lr": 0.01}])
+    wanted = torch.optim.Adam([{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.01}], fused=True)
+    for step in range(7):
+        for own, other in zip(mine[: 1 + step % 2], theirs, strict=False):  # the second one at every other step
+            own.grad = torch.randn(own.shape)
+            other.grad = own.grad.clone()
+        adam.step()
+        wanted.step()
+        wanted.zero_grad(set_to_none=True)
+        assert all(torch.equal(own, other) for own, other in zip(mine, theirs, strict=True))
+        assert all(own.grad is None for own in mine)

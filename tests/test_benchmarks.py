@@ -13,9 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data, harness, ope, ope_peers, peers
+from benchmarks import data, harness, ope, ope_peers, peers, training
 from benchmarks.harness import Cost
+from offrl_models.algorithms import ALGORITHMS, make_config
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.learner import Learner
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
@@ -358,3 +364,50 @@ def test_costs_and_memory_of_the_evaluation_have_bars() -> None:
     assert speed["t/offrl/cpu", "scope-rl"] == (15.0, 12.0) and speed["t/offrl-ci/cpu", "scope-rl-ci"] == (15.0, 10.0)
     assert speed["t/ten/cpu", "rows"] == (4.0, 5.0) and speed["t/ten-ci/cpu", "rows-ci"] == (3.0, 5.0)
     assert speed["t/offrl/peak", "its arrays"] == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("name", training.NAMES)
+def test_the_stated_flop_of_an_algorithm_are_those_of_its_step(name: str, tmp_path: Path) -> None:
+    algorithm, _, actions = name.partition("/")
+    training.make_log(tmp_path / "log", 3, int(actions))
+    episodes, encoder = ope.logged(ope_peers.load(tmp_path / "log")), Encoder(ope.features(training.OBSERVED))
+    config = make_config(algorithm, {"hidden": ope.HIDDEN})
+    learned: Any = ALGORITHMS[algorithm][1](config, encoder, int(actions), [0])  # pyright: ignore[reportArgumentType]
+    transitions = Transitions(episodes, encoder)
+    Learner(learned, transitions, Sampler([transitions.rows], ope.BATCH, [0]))  # its targets need no gradients
+    batch = transitions.take(torch.zeros(1, ope.BATCH, dtype=torch.long))
+    with FlopCounterMode(display=False) as counted:
+        torch.stack(list(learned.losses(batch).values())).sum().backward()
+    assert training.ROWS[algorithm].flop(int(actions)) == counted.get_total_flops()
+
+
+def test_training_runs_without_peers_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--row", "iql/8", "--gradient-steps", "3", "--episodes", "3", "--repeats", "1"]
+    training.main([*small, "--peers", str(tmp_path / "none")])
+    printed = capsys.readouterr()
+    figures = {figure["name"]: figure for figure in map(json.loads, printed.out.splitlines())}
+    assert set(figures) == {f"training/iql/8/offrl/{what}" for what in ("speed", "rate", "overhead")}
+    assert figures["training/iql/8/offrl/rate"]["peer"] == "sgemm 256" and printed.err.count("left out") == 1
+
+
+def test_training_is_compared_round_by_round() -> None:
+    def cost(cpu: float, **result: float) -> Cost:
+        return Cost(1.0, cpu, 1.0, 1.0, 0.0, {name: [value] for name, value in result.items()})
+
+    ours = [cost(cpu, bare_s=1.0, gflops=100.0) for cpu in (1.0, 2.0, 4.0)]
+    costs = {"offrl": ours, "d3rlpy": [cost(cpu) for cpu in (4.0, 4.0, 4.0)]}
+    found = {figure.name.removeprefix("training/bc/8/"): figure for figure in training.compared("bc/8", costs, 100, {})}
+    assert (found["offrl/speed"].value, found["d3rlpy/speed"].value) == (50.0, 25.0)
+    ratios = [found[f"offrl/ratio{what}"] for what in ("", "/from", "/to")]
+    assert [(each.ratio, each.target) for each in ratios] == [(2.0, 3.0), (1.0, 3.0), (4.0, 3.0)]
+    rate = training.ROWS["bc"].flop(8) * 100 / 2.0 / 1e9
+    assert (found["offrl/rate"].value, found["offrl/rate"].ratio) == (pytest.approx(rate), pytest.approx(rate / 100))
+    assert (found["offrl/overhead"].ratio, found["offrl/overhead"].target) == (2.0, 1.03)
+
+
+def test_other_losses_are_noticed() -> None:
+    training.require_same("offrl", 1.04, "d3rlpy", 1.0, training.AGREED_STEPS)
+    training.require_same("offrl", 2.0, "d3rlpy", 1.0, training.AGREED_STEPS - 1)
+    for loss in (1.06, float("nan")):
+        with pytest.raises(ValueError, match="differ in their mean losses"):
+            training.require_same("offrl", loss, "d3rlpy", 1.0, training.AGREED_STEPS)

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.distributions import Actions, Categorical, LogisticMixture, head_of
 from offrl_models.losses import negative_log_likelihood
@@ -43,11 +43,11 @@ class BC(nn.Module):
         chosen = self.distribution(batch.observation, batch.mask).log_prob(batch.action)
         return {"policy": negative_log_likelihood(chosen)}
 
-    def distribution(self, observation: Tensor, mask: Tensor | None = None) -> Categorical | LogisticMixture:
+    def distribution(self, observation: Observation, mask: Tensor | None = None) -> Categorical | LogisticMixture:
         """The policy, [seed, batch]; over continuous actions there is no mask."""
         return self.head(self.policy(observation), mask)
 
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
         """The policy over discrete actions: log-probabilities [seed, batch, actions]."""
         found = self.distribution(observation, mask)
         assert isinstance(found, Categorical)

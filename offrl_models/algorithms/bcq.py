@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.losses import double_q_value, huber, negative_log_likelihood, take, td_target
 from offrl_models.nets import MLP, masked_log_softmax
@@ -45,7 +45,7 @@ class BCQ(nn.Module):
     def learning_rates(self) -> dict[str, float]:
         return dict.fromkeys(("q", "imitator"), self.config.learning_rate)
 
-    def likely(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def likely(self, observation: Observation, mask: Tensor) -> Tensor:
         """Allowed actions whose probability is at least `threshold` times that of the likeliest one."""
         log_probs = masked_log_softmax(self.imitator(observation), mask)
         relative = torch.exp(log_probs - log_probs.amax(-1, keepdim=True))
@@ -62,7 +62,7 @@ class BCQ(nn.Module):
         penalty = self.config.logit_penalty * logits.square().mean((-2, -1))
         return {"q": huber(take(self.q(batch.observation), batch.action), target), "imitator": imitation + penalty}
 
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
         """The policy: log-probabilities [seed, batch, actions]."""
         q = self.q(observation) / self.config.temperature
         return masked_log_softmax(q, self.likely(observation, mask))

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.losses import conservative_gap, double_q_value, huber, take, td_target
 from offrl_models.nets import MLP, masked_log_softmax
@@ -50,6 +50,6 @@ class CQL(nn.Module):
         gap = conservative_gap(q, batch.action, batch.mask)
         return {"q": huber(take(q, batch.action), target) + self.config.alpha * gap}
 
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
         """The policy: log-probabilities [seed, batch, actions]."""
         return masked_log_softmax(self.q(observation) / self.config.temperature, mask)

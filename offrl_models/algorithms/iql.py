@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.losses import advantage_weight, expectile_loss, squared_error, take, td_target
 from offrl_models.nets import MLP, masked_log_softmax
@@ -63,6 +63,6 @@ class IQL(nn.Module):
             "policy": -(weight * log_prob).mean(-1),
         }
 
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
         """The policy: log-probabilities [seed, batch, actions]."""
         return masked_log_softmax(self.policy(observation), mask)

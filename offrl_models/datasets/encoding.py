@@ -19,6 +19,11 @@ class Encoded(NamedTuple):
     codes: Int64[Tensor, "*batch categorical"]
 
 
+Observation = (
+    Tensor | Encoded
+)  # what networks take: [seed, batch, columns] as logged, or encoded already, as in training
+
+
 class Encoder(nn.Module):
     """Standardises numbers and turns the codes of categories into rows of a shared embedding table.
 

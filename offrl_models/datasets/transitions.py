@@ -1,42 +1,83 @@
 """Transitions on the training device, sampled with replacement, one generator per seed."""
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from offrl_models.datasets.encoding import Encoded, Encoder
 from offrl_models.schema import Episodes, InputError
+
+GATHERED = 2**24  # bytes of batches that are gathered at once
+
+
+class NextProbs(NamedTuple):
+    """What evaluated policies do at the next observation of every row. Each seed evaluates one of them."""
+
+    probs: Float[Tensor, "policies distinct actions"]
+    distinct_of_row: Int64[Tensor, "rows"]
+    policy_of_seed: Int64[Tensor, "seed"]
+
+    def at(self, row: Int64[Tensor, "*steps seed batch"]) -> Float[Tensor, "*steps seed batch actions"]:
+        first = self.policy_of_seed[:, None] * self.probs.shape[1]
+        return F.embedding(self.distinct_of_row[row] + first, self.probs.flatten(0, 1))
 
 
 class TransitionBatch(NamedTuple):
-    """Transitions for all seeds at once; the seed axis always leads."""
+    """Transitions for all seeds at once; the seed axis always leads, but for one of gradient steps while they are gathered."""
 
-    observation: Float[Tensor, "seed batch columns"]
-    action: Int64[Tensor, "seed batch"] | Float[Tensor, "seed batch dimensions"]
-    reward: Float[Tensor, "seed batch"]
-    discount: Float[Tensor, "seed batch"]  # gamma * (1 - terminated)
-    next_observation: Float[Tensor, "seed batch columns"]
-    mask: Bool[Tensor, "seed batch actions"]
-    next_mask: Bool[Tensor, "seed batch actions"]
-    row: Int64[Tensor, "seed batch"]  # where in the split it came from
+    observation: Encoded  # each part [seed, batch, ...]
+    action: Int64[Tensor, "*steps seed batch"] | Float[Tensor, "*steps seed batch dimensions"]
+    reward: Float[Tensor, "*steps seed batch"]
+    discount: Float[Tensor, "*steps seed batch"]  # gamma * (1 - terminated)
+    next_observation: Encoded
+    mask: Bool[Tensor, "*steps seed batch actions"]
+    next_mask: Bool[Tensor, "*steps seed batch actions"]
+    row: Int64[Tensor, "*steps seed batch"]  # where in the split it came from
+    next_probs: Float[Tensor, "*steps seed batch actions"] | None = None  # of the policy that is evaluated, if one is
+
+    def unbind(self) -> "Iterator[TransitionBatch]":
+        """The batch of each gradient step."""
+        return map(TransitionBatch, *(_unbound(part) for part in self))
+
+
+def _unbound(part: Tensor | Encoded | None) -> Iterator[Tensor | Encoded | None]:
+    match part:
+        case None:
+            return repeat(None)
+        case Encoded():
+            return map(Encoded, *(each.unbind() for each in part))
+        case _:
+            return iter(part.unbind())
 
 
 class Transitions:
     """All usable rows of some episodes as tensors, which share the memory of the episodes where the device allows.
 
-    A seed draws its own rows from its own generator, so its batches do not depend on which seeds train beside it.
+    A seed draws its own rows from its own generator, so its batches do not depend on which seeds train beside it. Observations
+    are encoded as they are gathered: once for all networks, and without a second copy of the log.
     """
 
-    def __init__(self, episodes: Episodes, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        episodes: Episodes,
+        encoder: Encoder,
+        device: torch.device | str = "cpu",
+        next_probs: NextProbs | None = None,
+    ):
         usable = np.flatnonzero(episodes.bootstrappable)
         if len(usable) == 0:
             raise InputError(
                 "no row can be trained on: every episode is truncated after one step and masks are logged."
             )
         self.rows = torch.as_tensor(usable, device=device)
-        self.n_rows = episodes.n_rows
+        self.n_rows, self.encoder = episodes.n_rows, encoder.to(device)
+        self.next_probs = next_probs and NextProbs(*(part.to(device) for part in next_probs))
 
         def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             if array.ndim and 0 in array.strides:  # one value for all rows
@@ -53,22 +94,38 @@ class Transitions:
         following[episodes.offsets[1:] - 1] = episodes.n_rows + np.arange(episodes.n_episodes)
         self.following = as_tensor(following, torch.long)
 
-    def take(self, row: Tensor) -> TransitionBatch:
-        """The transitions at `row`, of shape [seed, batch]."""
+    def take(self, row: Int64[Tensor, "*steps seed batch"]) -> TransitionBatch:
+        """The transitions at some rows."""
         following = self.following[row]
         inside = (following < self.n_rows)[..., None]
         next_row, final = following.clamp(max=self.n_rows - 1), (following - self.n_rows).clamp(min=0)
+        next_observation = torch.where(inside, _at(self.observation, next_row), _at(self.final_observation, final))
         return TransitionBatch(
-            observation=self.observation[row],
-            action=self.action[row],
+            observation=self.encoder(_at(self.observation, row)),
+            action=_at(self.action, row),
             reward=self.reward[row],
             discount=self.discount[row],
-            next_observation=torch.where(inside, self.observation[next_row], self.final_observation[final]),
-            mask=self.mask[row],
+            next_observation=self.encoder(next_observation),
+            mask=_at(self.mask, row),
             # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
-            next_mask=self.mask[next_row] | ~inside,
+            next_mask=_at(self.mask, next_row) | ~inside,
             row=row,
+            next_probs=self.next_probs and self.next_probs.at(row),
         )
+
+    def batches(self, row: Int64[Tensor, "steps seed batch"]) -> Iterator[TransitionBatch]:
+        """The batch of each gradient step. As many as GATHERED allows are gathered at once: a step would pay for each gather."""
+        numbers = self.encoder.n_numeric + 2 * self.encoder.n_categorical  # in units of 4 bytes
+        per_row = 2 * 4 * (self.observation.shape[1] + numbers) + 6 * self.mask.shape[1] + 64
+        for rows in row.split(max(1, GATHERED // (row[0].numel() * per_row))):
+            yield from self.take(rows).unbind()
+
+
+def _at(table: Tensor, row: Int64[Tensor, "*index"]) -> Tensor:
+    """`table[row]`, without copies where all rows are one."""
+    if len(table) > 1 and table.stride(0) == 0:
+        return table[0].expand(*row.shape, *table.shape[1:])
+    return table.index_select(0, row.flatten()).unflatten(0, row.shape)
 
 
 class Sampler:
@@ -78,8 +135,8 @@ class Sampler:
         self.pools, self.batch_size = pools, batch_size
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def draw(self, steps: int) -> Tensor:
-        """Rows for `steps` batches, of shape [steps, seed, batch]."""
+    def draw(self, steps: int) -> Int64[Tensor, "steps seed batch"]:
+        """Rows for `steps` batches."""
         drawn = [
             pool[torch.randint(len(pool), (steps, self.batch_size), generator=generator).to(pool.device)]
             for pool, generator in zip(self.pools, self.generators, strict=True)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -39,31 +39,16 @@ class FQE(nn.Module):
     """Q-networks [policy x member] and their slow copies."""
 
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
-    next_probs: Tensor
-    policy_of_seed: Tensor
-    distinct_of_row: Tensor
 
-    def __init__(
-        self,
-        config: FQEConfig,
-        encoder: Encoder,
-        next_probs: Float[Tensor, "policies distinct actions"],
-        distinct_of_row: Int64[Tensor, "rows"],
-        start: float,
-    ):
-        """`next_probs[:, distinct_of_row[row]]` are the policies' probabilities at the next observation of a row.
+    def __init__(self, config: FQEConfig, encoder: Encoder, policies: int, actions: int, start: float):
+        """The seeds are the members of the first policy, then those of the second, and so on.
 
         Every value starts near `start`, the mean return still to come in the log: the regression then corrects a sensible
         guess instead of carrying the rewards back from the end of the episodes one step at a time.
         """
         super().__init__()
         self.config = config
-        actions = next_probs.shape[-1]
-        self.register_buffer("next_probs", next_probs, persistent=False)
-        self.register_buffer("distinct_of_row", distinct_of_row, persistent=False)
-        owner = torch.arange(len(next_probs)).repeat_interleave(config.members)[:, None]
-        self.register_buffer("policy_of_seed", owner, persistent=False)
-        seeds = list(range(config.members)) * len(next_probs)
+        seeds = list(range(config.members)) * policies
         self.q = MLP(seeds, "q", encoder, config.hidden, actions)
         self.target_q = MLP(seeds, "q", encoder, config.hidden, actions)
         self.target_update = (config.polyak, 1)
@@ -75,9 +60,9 @@ class FQE(nn.Module):
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per policy and member."""
+        assert batch.next_probs is not None
         with torch.no_grad():
-            probs = self.next_probs[self.policy_of_seed, self.distinct_of_row[batch.row]]
-            next_value = (probs * self.target_q(batch.next_observation)).sum(-1)
+            next_value = (batch.next_probs * self.target_q(batch.next_observation)).sum(-1)
         target = td_target(batch.reward, batch.discount, next_value)
         return {"q": squared_error(take(self.q(batch.observation), batch.action), target)}
 
