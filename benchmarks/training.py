@@ -95,7 +95,7 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
     optimizer: Any = learner.configure_optimizers()
     torch.set_flush_denormal(True)
     started = time.process_time()
-    for batch in transitions.batches(sampler.draw(steps)):
+    for batch in transitions.batches(sampler, steps):
         torch.cat(list(algorithm.losses(batch).values())).sum().backward()
         optimizer.step()
         learner.gradient_steps += 1
@@ -118,7 +118,7 @@ def _fit(name: str, folder: Path, steps: int | None) -> Work:
     encoder, episodes = Encoder(ope.features(OBSERVED)), ope.logged(given)
     transitions = Transitions(episodes, encoder)
     bare = bare_s(
-        ALGORITHMS[name][1](config, encoder, int(given["actions"]), [0]),  # pyright: ignore[reportArgumentType]
+        ALGORITHMS[name][1](config, encoder, int(given["actions"]), [0]),
         transitions,
         Sampler([transitions.rows], BATCH, [0]),
         steps,

@@ -1,18 +1,18 @@
 """What the outputs of a policy network mean: probabilities of discrete actions, or a density over bounded continuous ones."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from offrl_models.losses import take
-from offrl_models.nets import masked_log_softmax
+from offrl_models.nets import masked_log_softmax, take
 
 COMPONENTS = 5  # of a mixture density
 NARROWEST, WIDEST = -7.0, 2.0  # logarithm of a component's scale, where the action runs from 0 to 1
 
+Space = Literal["discrete", "continuous"]
 Actions = int | Float64[np.ndarray, "dimensions 2"]  # number of discrete actions, or bounds of continuous ones
 
 
@@ -28,6 +28,16 @@ class Categorical(NamedTuple):
 
     def log_prob(self, action: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return take(self.log_probs, action)
+
+    def draws(self, uniform: Float[Tensor, "*batch draws 1"]) -> Int64[Tensor, "*batch draws"]:
+        """Actions drawn by the inverse of the distribution function, at numbers uniform on [0, 1)."""
+        below = self.log_probs.exp().cumsum(-1).unsqueeze(-2)
+        return (below <= uniform * below[..., -1:]).sum(-1).clamp(max=self.log_probs.shape[-1] - 1)
+
+    @property
+    def greedy(self) -> Int64[Tensor, "*batch"]:
+        """The likeliest action."""
+        return self.log_probs.argmax(-1)
 
 
 class LogisticMixture(NamedTuple):
@@ -53,10 +63,17 @@ class LogisticMixture(NamedTuple):
         """Of each component in each dimension, where the action runs from 0 to 1."""
         scale = self.log_scale.exp()
         z = ((unit - self.center) / scale).abs()
-        # The mass inside is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)) with s the logistic function and b - a = 1 / scale.
-        below, above = -self.center / scale, (1.0 - self.center) / scale
-        log_mass = torch.log1p(-torch.exp(-1.0 / scale)) - _softplus(-above) - _softplus(below)
-        return -z - 2.0 * torch.log1p(torch.exp(-z)) - self.log_scale - log_mass
+        return -z - 2.0 * torch.log1p(torch.exp(-z)) - self.log_scale - self._log_mass(self.center, self.log_scale)
+
+    @staticmethod
+    def _log_mass(center: Tensor, log_scale: Tensor) -> Tensor:
+        """Logarithm of the mass that a logistic density has between 0 and 1.
+
+        It is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)) with s the logistic function and b - a = 1 / scale.
+        """
+        scale = log_scale.exp()
+        below, above = -center / scale, (1.0 - center) / scale
+        return torch.log1p(-torch.exp(-1.0 / scale)) - _softplus(-above) - _softplus(below)
 
     def log_prob(self, action: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch"]:
         """Logarithm of the density at actions inside the bounds."""
@@ -82,6 +99,29 @@ class LogisticMixture(NamedTuple):
         inside = torch.exp(_softplus(-above) - _softplus(-z)) * torch.expm1(-unit / scale) / torch.expm1(-1.0 / scale)
         return log_density, ((before - total.unsqueeze(-2)).exp() * inside).sum(-2)
 
+    def draws(self, uniform: Float[Tensor, "*batch draws numbers"]) -> Float[Tensor, "*batch draws dimensions"]:
+        """Actions drawn by the inverse of the distribution function, at numbers uniform on [0, 1): the first one chooses the
+        component, each other one is of a dimension. Gradients reach center and scale, and not the weights."""
+        below = self.log_weight.exp().cumsum(-1).unsqueeze(-2)
+        chosen = (below <= uniform[..., :1] * below[..., -1:]).sum(-1).clamp(max=below.shape[-1] - 1)
+        place = chosen[..., None].expand(*chosen.shape, self.center.shape[-1])
+        center, log_scale = self.center.gather(-2, place), self.log_scale.gather(-2, place)
+        scale, log_mass = log_scale.exp(), self._log_mass(center, log_scale)
+        inside = uniform[..., 1:].clamp(1e-6, 1.0 - 1e-6)
+        log_below = torch.logaddexp(-_softplus(center / scale), inside.log() + log_mass)
+        log_above = torch.logaddexp(-_softplus((1.0 - center) / scale), torch.log1p(-inside) + log_mass)
+        unit = (center + scale * (log_below - log_above)).clamp(0.0, 1.0)
+        return self.low + self.width * unit
+
+    @property
+    def greedy(self) -> Float[Tensor, "*batch dimensions"]:
+        """Where the component is densest that has the greatest weight."""
+        place = self.log_weight.argmax(-1)[..., None, None].expand(*self.center.shape[:-2], 1, self.center.shape[-1])
+        return self.low + self.width * self.center.gather(-2, place).squeeze(-2).clamp(0.0, 1.0)
+
+
+Distribution = Categorical | LogisticMixture
+
 
 class CategoricalHead(nn.Module):
     """One logit per action."""
@@ -104,19 +144,19 @@ class MixtureHead(nn.Module):
     width: Tensor
     start: Tensor
 
-    def __init__(self, bounds: Float64[np.ndarray, "dimensions 2"]):
+    def __init__(self, bounds: Float64[np.ndarray, "dimensions 2"], components: int = COMPONENTS):
         super().__init__()
-        self.dimensions = len(bounds)
-        self.outputs = COMPONENTS * (1 + 2 * self.dimensions)
+        self.dimensions, self.components = len(bounds), components
+        self.outputs = components * (1 + 2 * self.dimensions)
         self.register_buffer("low", torch.as_tensor(bounds[:, 0], dtype=torch.float32))
         self.register_buffer("width", torch.as_tensor(bounds[:, 1] - bounds[:, 0], dtype=torch.float32))
-        start = (torch.arange(COMPONENTS) + 0.5) / COMPONENTS  # components begin side by side
+        start = (torch.arange(components) + 0.5) / components  # components begin side by side
         self.register_buffer("start", start.unsqueeze(-1))
 
     def forward(self, outputs: Float[Tensor, "*batch outputs"], mask: Tensor | None = None) -> LogisticMixture:
         """A mask, which continuous actions do not have, is not looked at."""
-        logit, rest = outputs[..., :COMPONENTS], outputs[..., COMPONENTS:]
-        center, raw = rest.unflatten(-1, (2, COMPONENTS, self.dimensions)).unbind(-3)
+        logit, rest = outputs[..., : self.components], outputs[..., self.components :]
+        center, raw = rest.unflatten(-1, (2, self.components, self.dimensions)).unbind(-3)
         middle, reach = (WIDEST + NARROWEST) / 2, (WIDEST - NARROWEST) / 2
         log_scale = middle + reach * torch.tanh(raw)
         return LogisticMixture(logit.log_softmax(-1), self.start + center, log_scale, self.low, self.width)
@@ -125,6 +165,10 @@ class MixtureHead(nn.Module):
 Head = CategoricalHead | MixtureHead
 
 
-def head_of(actions: Actions) -> Head:
+def space_of(actions: Actions) -> Space:
+    return "discrete" if isinstance(actions, int) else "continuous"
+
+
+def head_of(actions: Actions, components: int | None = None) -> Head:
     """What the outputs of a network over such actions mean."""
-    return CategoricalHead(actions) if isinstance(actions, int) else MixtureHead(actions)
+    return CategoricalHead(actions) if isinstance(actions, int) else MixtureHead(actions, components or COMPONENTS)

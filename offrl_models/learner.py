@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -16,10 +16,12 @@ from offrl_models.schema import InputError
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What the learner needs of an algorithm."""
 
     targets: ClassVar[dict[str, str]]  # slow copy -> fast network
+    draws: int  # random draws per row that `losses` wants
     target_update: tuple[float, int]  # (how far the slow copy moves, every how many gradient steps)
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]: ...
@@ -108,8 +110,8 @@ class Learner(L.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         found: dict[str, list[Tensor]] = {}
-        for transitions in self.transitions.batches(self.sampler.draw(batch)):
-            losses = self.algorithm.losses(transitions)
+        for transitions in self.transitions.batches(self.sampler, batch):
+            losses = self.algorithm.losses(transitions._replace(step=self.gradient_steps))
             self.manual_backward(torch.cat(list(losses.values())).sum())
             optimizer.step()
             self.gradient_steps += 1

@@ -5,12 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from offrl_models.nets import masked
-
-
-def take(values: Float[Tensor, "*batch actions"], action: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The value of each row's own action."""
-    return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+from offrl_models.nets import masked, take
 
 
 def negative_log_likelihood(log_prob: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:
@@ -35,8 +30,8 @@ def td_target(
 
 
 def squared_error(
-    prediction: Float[Tensor, "seed batch"], target: Float[Tensor, "seed batch"]
-) -> Float[Tensor, "seed"]:
+    prediction: Float[Tensor, "*seed batch"], target: Float[Tensor, "*seed batch"]
+) -> Float[Tensor, "*seed"]:
     """Mean squared error.
 
     >>> squared_error(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)).item()

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
@@ -27,13 +27,13 @@ def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan
 class SeedLinear(nn.Module):
     """x [seed, batch, in] -> [seed, batch, out]."""
 
-    def __init__(self, seeds: Sequence[int], name: str, inputs: int, outputs: int):
+    def __init__(self, seeds: Sequence[int], name: str, inputs: int, outputs: int, *, bias: bool = True):
         super().__init__()
         self.weight = initial_weights(seeds, name + ".w", (inputs, outputs), inputs)
-        self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs)
+        self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs) if bias else None
 
     def forward(self, x: Float[Tensor, "seed batch inputs"]) -> Float[Tensor, "seed batch outputs"]:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
 
 
 class ObservationLayer(nn.Module):
@@ -76,17 +76,25 @@ class MLP(nn.Module):
     def last_bias(self) -> nn.Parameter:
         """The bias of the outputs, [seed, 1, outputs]."""
         last = self.rest[-1]
-        assert isinstance(last, SeedLinear)
+        assert isinstance(last, SeedLinear) and last.bias is not None
         return last.bias
 
     def forward(self, observation: Observation) -> Float[Tensor, "seed batch outputs"]:
-        x = self.first(observation if isinstance(observation, Encoded) else self.encode(observation))
+        return self.after(self.first(observation if isinstance(observation, Encoded) else self.encode(observation)))
+
+    def after(self, x: Float[Tensor, "seed batch hidden"]) -> Float[Tensor, "seed batch outputs"]:
+        """What follows the first layer."""
         for layer in self.rest:
             x = layer(torch.relu_(x))  # in place: no layer looks at its own output again
         return x
 
 
 FORBIDDEN = -1e9  # a logit that no softmax notices; infinity would make NaN of 0 * infinity
+
+
+def take(values: Float[Tensor, "*batch actions"], action: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The value of each row's own action."""
+    return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 def masked(values: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from offrl_models.distributions import LogisticMixture
+from offrl_models.distributions import Categorical, Distribution, LogisticMixture
 from offrl_models.schema import Episodes
 
 BEHAVIOR_SHARE = 1e-6  # of the behavior policy in a capped policy, so that the cap can always be met
 
 
-class HasLogProbs(Protocol):
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor: ...
+class HasDistribution(Protocol):
+    def distribution(self, observation: Tensor, mask: Tensor | None) -> Distribution: ...
 
 
 class Mixture(nn.Module):
@@ -30,19 +30,16 @@ class Mixture(nn.Module):
         self.algorithm, self.seeds = algorithm.double(), seeds
 
     def per_seed(self, observation: Tensor, mask: Tensor) -> Float[Tensor, "seed batch actions"]:
-        log_probs = cast(HasLogProbs, self.algorithm).log_probs(
+        found = cast(HasDistribution, self.algorithm).distribution(
             observation.double().expand(self.seeds, -1, -1), mask.expand(self.seeds, -1, -1)
         )
-        return log_probs.softmax(-1)
+        assert isinstance(found, Categorical)
+        return found.log_probs.softmax(-1)
 
     def forward(
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
     ) -> Float[Tensor, "batch actions"]:
         return self.per_seed(observation, mask).mean(0)
-
-
-class HasDistribution(Protocol):
-    def distribution(self, observation: Tensor, mask: Tensor | None = None) -> LogisticMixture: ...
 
 
 class MixtureDensity(nn.Module):
@@ -70,7 +67,8 @@ class MixtureDensity(nn.Module):
 
     def mixture(self, observation: Float[Tensor, "batch columns"]) -> LogisticMixture:
         """All components of all seeds, before the curves."""
-        each = cast(HasDistribution, self.algorithm).distribution(observation.double().expand(self.seeds, -1, -1))
+        each = cast(HasDistribution, self.algorithm).distribution(observation.double().expand(self.seeds, -1, -1), None)
+        assert isinstance(each, LogisticMixture)
         log_weight = each.log_weight.transpose(0, 1).flatten(1, 2) - float(np.log(self.seeds))
         center, log_scale = (part.transpose(0, 1).flatten(1, 2) for part in (each.center, each.log_scale))
         return LogisticMixture(log_weight, center, log_scale + self.spread.log(), each.low, each.width)

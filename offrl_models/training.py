@@ -14,12 +14,13 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
+from offrl_models.distributions import space_of
 from offrl_models.exported import OnnxPolicy
-from offrl_models.learner import Report, train
+from offrl_models.learner import Report, Trainable, train
 from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 
 
 def device() -> str:
@@ -40,13 +41,26 @@ def fit(
 ) -> tuple[Algorithm, list[dict[str, Any]]]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and its losses per chunk, network and seed.
 
-    Raises InputError when no row can be trained on, and NonFiniteLossError when a loss explodes.
+    Raises InputError when no row can be trained on or the algorithm is not for such actions, and NonFiniteLossError when a loss
+    explodes.
     """
-    algorithm = ALGORITHMS[name][1](config, encoder, episodes.actions, seeds)  # pyright: ignore[reportArgumentType]
+    kind, space = ALGORITHMS[name][1], space_of(episodes.actions)
+    if space not in kind.spaces:
+        able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
+        raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+    algorithm = kind(config, encoder, episodes.actions, seeds)
     transitions = Transitions(episodes, encoder, device())
-    sampler = Sampler([transitions.rows] * len(seeds), batch_size, list(seeds))
+    sampler = sampler_of(algorithm, transitions, episodes, batch_size, seeds)
     history = train(algorithm, transitions, sampler, gradient_steps=gradient_steps, report=report)
     return algorithm.cpu(), history
+
+
+def sampler_of(
+    algorithm: Trainable, transitions: Transitions, episodes: Episodes, batch_size: int, seeds: Sequence[int]
+) -> Sampler:
+    """Rows for every seed, and the random numbers that the algorithm wants with each of them."""
+    width = 1 + (0 if episodes.n_actions else episodes.action.shape[1])
+    return Sampler([transitions.rows] * len(seeds), batch_size, list(seeds), algorithm.draws, width)
 
 
 def fit_fqe(

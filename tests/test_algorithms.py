@@ -10,47 +10,78 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
+from offrl_models.distributions import Space
 from offrl_models.exported import OnnxPolicy
 from offrl_models.learner import FusedAdam, Learner, NonFiniteLossError, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
 from offrl_models.policies import Mixture
-from offrl_models.schema import Episodes
-from offrl_models.training import fit, fit_fqe
+from offrl_models.schema import Episodes, InputError
+from offrl_models.training import fit, fit_fqe, sampler_of
 from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
-EPISODES = WORLD.simulate(300, seed=1)
 SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
+SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
+DISCRETE = [name for name, space in SPACES if space == "discrete"]
 
 
-def build(name: str, seeds: list[int], **settings: Any) -> Any:
+def reaching(episodes: int, seed: int) -> Episodes:
+    """Continuous actions of two dimensions, best where they are what is observed; four steps."""
+    rng, rows = np.random.default_rng(seed), 4 * episodes
+    seen = rng.random((rows, 2)).astype(np.float32)
+    action = rng.random((rows, 2)).astype(np.float32) * [1.0, 2.0] - [0.0, 1.0]
+    wanted = seen * [1.0, 2.0] - [0.0, 1.0]
+    return Episodes(
+        episode_id=np.arange(episodes), offsets=np.arange(0, rows + 1, 4), observation=seen,
+        final_observation=np.zeros((episodes, 2), np.float32), action=action.astype(np.float32),
+        mask=np.ones((rows, 0), bool), reward=1.0 - np.abs(action - wanted).sum(1),
+        terminated=np.arange(1, rows + 1) % 4 == 0, truncated=np.zeros(rows, bool), action_prob=np.full(rows, 0.5),
+        gamma=0.5, features=tuple(codes(None, None)), bounds=np.array([[0.0, 1.0], [-1.0, 1.0]]),
+    )  # fmt: skip
+
+
+EPISODES = dataclasses.replace(WORLD.simulate(300, seed=1), features=tuple(codes(WORLD.n_states)))
+LOGS: dict[Space, Episodes] = {"discrete": EPISODES, "continuous": reaching(300, 1)}
+
+
+def build(name: str, seeds: list[int], space: Space = "discrete", **settings: Any) -> Any:
     quick = {"target_interval": 3} if "target_interval" in known_fields(name) else {}
     config = make_config(name, {**SMALL, **quick, **settings})
-    return ALGORITHMS[name][1](config, Encoder(codes(WORLD.n_states)), 3, seeds)  # pyright: ignore[reportArgumentType]
+    return ALGORITHMS[name][1](config, Encoder(LOGS[space].features), LOGS[space].actions, seeds)
 
 
 def known_fields(name: str) -> list[str]:
     return [field.name for field in dataclasses.fields(ALGORITHMS[name][0])]
 
 
+def sampled(algorithm: Any, seeds: list[int], episodes: Episodes) -> tuple[Transitions, Sampler]:
+    transitions = Transitions(episodes, Encoder(episodes.features))
+    return transitions, sampler_of(algorithm, transitions, episodes, 32, seeds)
+
+
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
-    transitions = Transitions(episodes, Encoder(codes(WORLD.n_states)))
-    train(algorithm, transitions, Sampler([transitions.rows] * len(seeds), 32, seeds), gradient_steps=steps, chunk=7)
+    train(algorithm, *sampled(algorithm, seeds, episodes), gradient_steps=steps, chunk=7)
     return algorithm
 
 
-def outputs(algorithm: Any, seeds: int) -> torch.Tensor:
-    states = torch.arange(float(WORLD.n_states))[None, :, None].expand(seeds, -1, -1)
+def outputs(algorithm: Any, seeds: int, space: Space = "discrete") -> torch.Tensor:
+    """Log-probabilities of every action in every state, or log-densities of the actions that were taken in some rows."""
     with torch.no_grad():
-        return algorithm.log_probs(states, torch.ones(seeds, WORLD.n_states, 3, dtype=torch.bool))
+        if space == "discrete":
+            states = torch.arange(float(WORLD.n_states))[None, :, None].expand(seeds, -1, -1)
+            return algorithm.distribution(states, torch.ones(seeds, WORLD.n_states, 3, dtype=torch.bool)).log_probs
+        seen, action = (
+            torch.as_tensor(part[:50]).expand(seeds, -1, -1) for part in (LOGS[space].observation, LOGS[space].action)
+        )
+        return algorithm.distribution(seen, None).log_prob(action)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_each_loss_trains_only_its_own_network(name: str) -> None:
-    algorithm = build(name, [0, 1])
-    transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
-    batch = transitions.take(Sampler([transitions.rows] * 2, 32, [0, 1]).draw(1)[0])
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_each_loss_trains_only_its_own_network(name: str, space: Space) -> None:
+    algorithm = build(name, [0, 1], space)
+    transitions, sampler = sampled(algorithm, [0, 1], LOGS[space])
+    (batch,) = transitions.batches(sampler, 1)
     networks = algorithm.learning_rates()
     assert set(algorithm.losses(batch)) == set(networks)
     for trained_network, loss in algorithm.losses(batch).items():
@@ -62,13 +93,14 @@ def test_each_loss_trains_only_its_own_network(name: str) -> None:
             assert touched == (other == trained_network), (trained_network, other)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_seeds_trained_together_equal_seeds_trained_alone(name: str) -> None:
-    together = trained(build(name, [3, 4, 5]), [3, 4, 5], 200)
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_seeds_trained_together_equal_seeds_trained_alone(name: str, space: Space) -> None:
+    together = trained(build(name, [3, 4, 5], space), [3, 4, 5], 200, LOGS[space])
     for position, seed in enumerate([3, 4, 5]):
-        alone = trained(build(name, [seed]), [seed], 200)
+        alone = trained(build(name, [seed], space), [seed], 200, LOGS[space])
         for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
-            assert torch.allclose(joint[position], single[0], atol=1e-5), (seed, key)
+            mine = joint.unflatten(0, (3, -1))[position]  # of a critic's members too
+            assert torch.allclose(mine, single, atol=1e-5), (seed, key)
 
 
 OTHER = {
@@ -77,17 +109,17 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "field"), [(n, f) for n in ALGORITHMS for f in known_fields(n)])
-def test_no_knob_is_dead(name: str, field: str) -> None:
-    base, changed = build(name, [0]), build(name, [0], **{field: OTHER[field]})
-    trained(base, [0], 12)
-    trained(changed, [0], 12)
+@pytest.mark.parametrize(("name", "space", "field"), [(n, s, f) for n, s in SPACES for f in known_fields(n)])
+def test_no_knob_is_dead(name: str, space: Space, field: str) -> None:
+    base, changed = build(name, [0], space), build(name, [0], space, **{field: OTHER[field]})
+    trained(base, [0], 12, LOGS[space])
+    trained(changed, [0], 12, LOGS[space])
     pairs = zip(base.parameters(), changed.parameters(), strict=True)
     same_weights = all(torch.equal(one, other) for one, other in pairs)
-    assert not (same_weights and torch.equal(outputs(base, 1), outputs(changed, 1)))
+    assert not (same_weights and torch.equal(outputs(base, 1, space), outputs(changed, 1, space)))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_degenerate_logs_stay_finite(name: str) -> None:
     """Constant rewards, single-step episodes, masks that leave one action."""
     steps = EPISODES.offsets[:-1]
@@ -108,22 +140,51 @@ def test_degenerate_logs_stay_finite(name: str) -> None:
         assert found.exp().sum(-1).numpy() == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name, space in SPACES if space == "continuous"])
+def test_constant_rewards_and_single_steps_stay_finite(name: str) -> None:
+    log = reaching(300, 2)
+    steps = log.offsets[:-1]
+    names = ("observation", "action", "mask", "action_prob")
+    single = dataclasses.replace(
+        log, **{field: getattr(log, field)[steps] for field in names}, offsets=np.arange(301), reward=np.zeros(300),
+        terminated=np.ones(300, bool), truncated=np.zeros(300, bool),
+    )  # fmt: skip
+    found = outputs(trained(build(name, [0, 1], "continuous"), [0, 1], 20, single), 2, "continuous")
+    assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("name", DISCRETE)
 def test_masks_are_honoured(name: str) -> None:
     algorithm = trained(build(name, [0]), [0], 5)
     mask = torch.ones(1, WORLD.n_states, 3, dtype=torch.bool)
     mask[..., 1] = False
     states = torch.arange(float(WORLD.n_states))[None, :, None]
     with torch.no_grad():
-        assert float(algorithm.log_probs(states, mask).exp()[..., 1].max()) == 0.0
+        assert float(algorithm.distribution(states, mask).log_probs.exp()[..., 1].max()) == 0.0
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_saved_and_loaded_weights_act_alike(name: str) -> None:
-    first = trained(build(name, [0, 1]), [0, 1], 10)
-    second = build(name, [7, 8])
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_saved_and_loaded_weights_act_alike(name: str, space: Space) -> None:
+    first = trained(build(name, [0, 1], space), [0, 1], 10, LOGS[space])
+    second = build(name, [7, 8], space)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(outputs(first, 2), outputs(second, 2))
+    assert torch.equal(outputs(first, 2, space), outputs(second, 2, space))
+
+
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_an_algorithm_says_which_actions_it_is_for(name: str, space: Space) -> None:
+    other = "continuous" if space == "discrete" else "discrete"
+    if other not in ALGORITHMS[name][1].spaces:
+        with pytest.raises(InputError, match=f"the actions are {other}, and {name} is not for such; use one of .*bc"):
+            fit(
+                name,
+                make_config(name, SMALL),
+                LOGS[other],
+                Encoder(LOGS[other].features),
+                seeds=[0],
+                gradient_steps=1,
+                batch_size=8,
+            )
 
 
 def test_training_twice_gives_the_same_weights() -> None:
@@ -133,9 +194,9 @@ def test_training_twice_gives_the_same_weights() -> None:
 
 def test_targets_move_by_polyak_and_by_interval() -> None:
     slow = build("iql", [0], polyak=0.25)
-    before = [p.clone() for p in slow.target_q1.parameters()]
+    before = [p.clone() for p in slow.target_q.parameters()]
     trained(slow, [0], 1)
-    for old, target, fast in zip(before, slow.target_q1.parameters(), slow.q1.parameters(), strict=True):
+    for old, target, fast in zip(before, slow.target_q.parameters(), slow.q.parameters(), strict=True):
         assert torch.allclose(target, old + 0.25 * (fast - old), atol=1e-7)
     hard = trained(build("cql", [0], target_interval=4), [0], 5)
     assert not torch.equal(hard.q.last_bias(), hard.target_q.last_bias())
@@ -147,12 +208,12 @@ def test_one_adam_with_a_group_per_network() -> None:
     transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
     learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]))
     groups = learner.configure_optimizers().param_groups
-    assert [group["name"] for group in groups] == ["q1", "q2", "value", "policy"]
+    assert [group["name"] for group in groups] == ["q", "value", "policy"]
 
 
 def test_a_loss_that_explodes_names_the_network_and_the_seed() -> None:
     broken = dataclasses.replace(EPISODES, reward=np.full(EPISODES.n_rows, 1e30))
-    with pytest.raises(NonFiniteLossError, match=r"the (q1|q2|value) loss of seed 0 is not finite after \d+"):
+    with pytest.raises(NonFiniteLossError, match=r"the (q|value) loss of seed 0 is not finite after \d+"):
         trained(build("iql", [0]), [0], 40, broken)
 
 

@@ -263,7 +263,7 @@ def test_batches_hold_the_rows_of_the_log_however_they_are_gathered(
     assert np.isin(row, episodes.offsets[1:] - 1).any()  # last rows of episodes, too
     for gathered in (2**24, 1):
         monkeypatch.setattr(transitions_module, "GATHERED", gathered)
-        batches = list(transitions.batches(row))
+        batches = list(transitions.batches(Sampler([transitions.rows] * 3, 5, [0, 1, 2], draws=2, width=4), 7))
         assert len(batches) == 7 and all(isinstance(batch, TransitionBatch) for batch in batches)
         for batch, chosen in zip(batches, row, strict=True):
             where = chosen.numpy()
@@ -281,11 +281,21 @@ def test_batches_hold_the_rows_of_the_log_however_they_are_gathered(
             assert np.array_equal(batch.next_mask.numpy()[on], episodes.next_mask[where][on])
             assert batch.next_mask.any(-1).all() or continuous
             assert batch.next_probs is not None and torch.equal(batch.row, chosen)
+            assert batch.uniform is not None and batch.uniform.shape == (3, 5, 2, 4)
             wanted = torch.stack(
                 [given.probs[policy_of_seed[seed], given.distinct_of_row[chosen[seed]]] for seed in range(3)]
             )
             assert torch.equal(batch.next_probs, wanted)
     assert transitions.observation.data_ptr() == episodes.observation.ctypes.data  # no copy of the log
+
+
+def test_random_numbers_are_of_a_seed_and_no_two_rows() -> None:
+    pool = torch.arange(100)
+    together = Sampler([pool] * 2, 8, [5, 6], draws=3, width=2).uniform(4, pool.device)
+    alone = Sampler([pool], 8, [6], draws=3, width=2).uniform(4, pool.device)
+    assert together is not None and alone is not None and together.shape == (4, 2, 8, 3, 2)
+    assert torch.equal(together[:, 1:], alone) and len(together.unique()) > 370
+    assert Sampler([pool], 8, [6]).uniform(4, pool.device) is None
 
 
 def test_networks_take_observations_as_logged_and_encoded(tmp_path: Path) -> None:

@@ -11,10 +11,15 @@ from offrl_models.algorithms.cql import CQL, CQLConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
 from offrl_models.logs.contract import nearest_key_hint
 
-ALGORITHMS = {"bc": (BCConfig, BC), "cql": (CQLConfig, CQL), "iql": (IQLConfig, IQL), "bcq": (BCQConfig, BCQ)}
+ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
+    "bc": (BCConfig, BC),
+    "cql": (CQLConfig, CQL),
+    "iql": (IQLConfig, IQL),
+    "bcq": (BCQConfig, BCQ),
+}
 
-AlgorithmConfig = BCConfig | CQLConfig | IQLConfig | BCQConfig
-Algorithm = BC | CQL | IQL | BCQ
+AlgorithmConfig = Any  # one of the configs above
+Algorithm = Any  # one of the modules above: a `learner.Trainable` with `spaces` and a `distribution`
 
 
 def make_config(name: str, settings: dict[str, Any]) -> AlgorithmConfig:

@@ -12,11 +12,11 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from offrl_models.actors import Actor
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Categorical, LogisticMixture, head_of
+from offrl_models.distributions import Actions, Distribution, Space
 from offrl_models.losses import negative_log_likelihood
-from offrl_models.nets import MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,15 @@ class BCConfig:
 
 
 class BC(nn.Module):
+    spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {}
     target_update = (1.0, 1)
+    draws = 0
 
     def __init__(self, config: BCConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        self.head = head_of(actions)
-        self.policy = MLP(seeds, "policy", encoder, config.hidden, self.head.outputs)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
 
     def learning_rates(self) -> dict[str, float]:
         return {"policy": self.config.learning_rate}
@@ -43,12 +44,6 @@ class BC(nn.Module):
         chosen = self.distribution(batch.observation, batch.mask).log_prob(batch.action)
         return {"policy": negative_log_likelihood(chosen)}
 
-    def distribution(self, observation: Observation, mask: Tensor | None = None) -> Categorical | LogisticMixture:
-        """The policy, [seed, batch]; over continuous actions there is no mask."""
-        return self.head(self.policy(observation), mask)
-
-    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
-        """The policy over discrete actions: log-probabilities [seed, batch, actions]."""
-        found = self.distribution(observation, mask)
-        assert isinstance(found, Categorical)
-        return found.log_probs
+    def distribution(self, observation: Observation, mask: Tensor | None) -> Distribution:
+        """The policy, [seed, batch]."""
+        return self.policy(observation, mask)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.losses import double_q_value, huber, negative_log_likelihood, take, td_target
-from offrl_models.nets import MLP, masked_log_softmax
+from offrl_models.distributions import Categorical, Space
+from offrl_models.losses import double_q_value, huber, negative_log_likelihood, td_target
+from offrl_models.nets import MLP, masked_log_softmax, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,9 @@ class BCQConfig:
 
 
 class BCQ(nn.Module):
+    spaces: ClassVar[tuple[Space, ...]] = ("discrete",)
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    draws = 0
 
     def __init__(self, config: BCQConfig, encoder: Encoder, actions: int, seeds: Sequence[int]):
         super().__init__()
@@ -62,7 +65,7 @@ class BCQ(nn.Module):
         penalty = self.config.logit_penalty * logits.square().mean((-2, -1))
         return {"q": huber(take(self.q(batch.observation), batch.action), target), "imitator": imitation + penalty}
 
-    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
-        """The policy: log-probabilities [seed, batch, actions]."""
+    def distribution(self, observation: Observation, mask: Tensor) -> Categorical:
+        """The policy, [seed, batch]."""
         q = self.q(observation) / self.config.temperature
-        return masked_log_softmax(q, self.likely(observation, mask))
+        return Categorical(masked_log_softmax(q, self.likely(observation, mask)))

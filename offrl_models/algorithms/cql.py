@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.losses import conservative_gap, double_q_value, huber, take, td_target
-from offrl_models.nets import MLP, masked_log_softmax
+from offrl_models.distributions import Categorical, Space
+from offrl_models.losses import conservative_gap, double_q_value, huber, td_target
+from offrl_models.nets import MLP, masked_log_softmax, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,9 @@ class CQLConfig:
 
 
 class CQL(nn.Module):
+    spaces: ClassVar[tuple[Space, ...]] = ("discrete",)
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    draws = 0
 
     def __init__(self, config: CQLConfig, encoder: Encoder, actions: int, seeds: Sequence[int]):
         super().__init__()
@@ -50,6 +53,6 @@ class CQL(nn.Module):
         gap = conservative_gap(q, batch.action, batch.mask)
         return {"q": huber(take(q, batch.action), target) + self.config.alpha * gap}
 
-    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
-        """The policy: log-probabilities [seed, batch, actions]."""
-        return masked_log_softmax(self.q(observation) / self.config.temperature, mask)
+    def distribution(self, observation: Observation, mask: Tensor) -> Categorical:
+        """The policy, [seed, batch]."""
+        return Categorical(masked_log_softmax(self.q(observation) / self.config.temperature, mask))

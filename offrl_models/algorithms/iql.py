@@ -1,7 +1,8 @@
 """Implicit Q-learning: never asks the critic about an action that is not in the data.
 
 Kostrikov, Nair & Levine (2021), https://arxiv.org/abs/2110.06169.
-Differences from the paper: all three losses are taken at the same parameters, and the policy is categorical.
+Differences from the paper: all three losses are taken at the same parameters, and the policy is categorical, or over
+continuous actions a mixture of cut-off logistic densities.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from offrl_models.actors import Actor, Critic
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.losses import advantage_weight, expectile_loss, squared_error, take, td_target
-from offrl_models.nets import MLP, masked_log_softmax
+from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.losses import advantage_weight, expectile_loss, squared_error, td_target
+from offrl_models.nets import MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,40 +32,39 @@ class IQLConfig:
 
 
 class IQL(nn.Module):
-    targets: ClassVar[dict[str, str]] = {"target_q1": "q1", "target_q2": "q2"}
+    spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
+    targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    draws = 0
 
-    def __init__(self, config: IQLConfig, encoder: Encoder, actions: int, seeds: Sequence[int]):
+    def __init__(self, config: IQLConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        self.q1 = MLP(seeds, "q1", encoder, config.hidden, actions)
-        self.q2 = MLP(seeds, "q2", encoder, config.hidden, actions)
-        self.target_q1 = MLP(seeds, "q1", encoder, config.hidden, actions)
-        self.target_q2 = MLP(seeds, "q2", encoder, config.hidden, actions)
+        self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
+        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
         self.value = MLP(seeds, "value", encoder, config.hidden, 1)
-        self.policy = MLP(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
         self.target_update = (config.polyak, 1)
 
     def learning_rates(self) -> dict[str, float]:
-        return dict.fromkeys(("q1", "q2", "value", "policy"), self.config.learning_rate)
+        return dict.fromkeys(("q", "value", "policy"), self.config.learning_rate)
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per seed for each trained network, keyed by the attribute it trains."""
         c = self.config
         with torch.no_grad():
-            slow = torch.minimum(self.target_q1(batch.observation), self.target_q2(batch.observation))
-            q_in_data = take(slow, batch.action)
+            q_in_data = self.target_q(batch.observation, batch.action).amin(1)
             next_value = self.value(batch.next_observation).squeeze(-1)
         value = self.value(batch.observation).squeeze(-1)
         weight = advantage_weight(q_in_data - value, inverse_temperature=c.inverse_temperature, max_weight=c.max_weight)
-        target = td_target(batch.reward, batch.discount, next_value)
-        log_prob = take(self.log_probs(batch.observation, batch.mask), batch.action)
+        q = self.q(batch.observation, batch.action)
+        target = td_target(batch.reward, batch.discount, next_value).unsqueeze(1).expand_as(q)
+        log_prob = self.distribution(batch.observation, batch.mask).log_prob(batch.action)
         return {
             "value": expectile_loss(value, q_in_data, expectile=c.expectile),
-            "q1": squared_error(take(self.q1(batch.observation), batch.action), target),
-            "q2": squared_error(take(self.q2(batch.observation), batch.action), target),
+            "q": squared_error(q, target).sum(1),
             "policy": -(weight * log_prob).mean(-1),
         }
 
-    def log_probs(self, observation: Observation, mask: Tensor) -> Tensor:
-        """The policy: log-probabilities [seed, batch, actions]."""
-        return masked_log_softmax(self.policy(observation), mask)
+    def distribution(self, observation: Observation, mask: Tensor | None) -> Distribution:
+        """The policy, [seed, batch]."""
+        return self.policy(observation, mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 from offrl_models.datasets.encoding import Encoded, Encoder
 from offrl_models.schema import Episodes, InputError
 
+CHANCE = 2**40  # so that rows and random numbers come from different streams
 GATHERED = 2**24  # bytes of batches that are gathered at once
 
 
@@ -40,16 +41,20 @@ class TransitionBatch(NamedTuple):
     next_mask: Bool[Tensor, "*steps seed batch actions"]
     row: Int64[Tensor, "*steps seed batch"]  # where in the split it came from
     next_probs: Float[Tensor, "*steps seed batch actions"] | None = None  # of the policy that is evaluated, if one is
+    uniform: Float[Tensor, "*steps seed batch draws numbers"] | None = (
+        None  # random, on [0, 1): for what is drawn per row
+    )
+    step: int = 0  # gradient steps before this one
 
     def unbind(self) -> "Iterator[TransitionBatch]":
         """The batch of each gradient step."""
         return map(TransitionBatch, *(_unbound(part) for part in self))
 
 
-def _unbound(part: Tensor | Encoded | None) -> Iterator[Tensor | Encoded | None]:
+def _unbound(part: Tensor | Encoded | int | None) -> Iterator[Tensor | Encoded | int | None]:
     match part:
-        case None:
-            return repeat(None)
+        case None | int():
+            return repeat(part)
         case Encoded():
             return map(Encoded, *(each.unbind() for each in part))
         case _:
@@ -113,12 +118,13 @@ class Transitions:
             next_probs=self.next_probs and self.next_probs.at(row),
         )
 
-    def batches(self, row: Int64[Tensor, "steps seed batch"]) -> Iterator[TransitionBatch]:
+    def batches(self, sampler: "Sampler", steps: int) -> Iterator[TransitionBatch]:
         """The batch of each gradient step. As many as GATHERED allows are gathered at once: a step would pay for each gather."""
+        row = sampler.draw(steps)
         numbers = self.encoder.n_numeric + 2 * self.encoder.n_categorical  # in units of 4 bytes
-        per_row = 2 * 4 * (self.observation.shape[1] + numbers) + 6 * self.mask.shape[1] + 64
+        per_row = 2 * 4 * (self.observation.shape[1] + numbers) + 6 * self.mask.shape[1] + 64 + 4 * sampler.numbers
         for rows in row.split(max(1, GATHERED // (row[0].numel() * per_row))):
-            yield from self.take(rows).unbind()
+            yield from self.take(rows)._replace(uniform=sampler.uniform(len(rows), row.device)).unbind()
 
 
 def _at(table: Tensor, row: Int64[Tensor, "*index"]) -> Tensor:
@@ -129,11 +135,27 @@ def _at(table: Tensor, row: Int64[Tensor, "*index"]) -> Tensor:
 
 
 class Sampler:
-    """Draws rows for every seed; `pools` gives each seed rows of its own, as a bootstrap resample does."""
+    """Draws rows for every seed; `pools` gives each seed rows of its own, as a bootstrap resample does.
 
-    def __init__(self, pools: list[Tensor], batch_size: int, seeds: list[int]):
-        self.pools, self.batch_size = pools, batch_size
+    With every row come `draws` times `width` uniform numbers, for algorithms that draw actions.
+    """
+
+    def __init__(self, pools: list[Tensor], batch_size: int, seeds: list[int], draws: int = 0, width: int = 1):
+        self.pools, self.batch_size, self.draws, self.width = pools, batch_size, draws, width
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.chances = [torch.Generator().manual_seed(seed + CHANCE) for seed in seeds]
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers for a row."""
+        return self.draws * self.width
+
+    def uniform(self, steps: int, device: torch.device) -> Float[Tensor, "steps seed batch draws numbers"] | None:
+        """The random numbers of `steps` batches."""
+        if not self.numbers:
+            return None
+        shape = (steps, self.batch_size, self.draws, self.width)
+        return torch.stack([torch.rand(shape, generator=each) for each in self.chances], 1).to(device)
 
     def draw(self, steps: int) -> Int64[Tensor, "steps seed batch"]:
         """Rows for `steps` batches."""

@@ -18,8 +18,8 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch, Transitions
 from offrl_models.exported import OnnxPolicy
 from offrl_models.logs.contract import Strict
-from offrl_models.losses import squared_error, take, td_target
-from offrl_models.nets import MLP
+from offrl_models.losses import squared_error, td_target
+from offrl_models.nets import MLP, take
 from offrl_models.policies import next_mask_or_all
 from offrl_models.schema import Episodes
 
@@ -39,6 +39,7 @@ class FQE(nn.Module):
     """Q-networks [policy x member] and their slow copies."""
 
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    draws = 0
 
     def __init__(self, config: FQEConfig, encoder: Encoder, policies: int, actions: int, start: float):
         """The seeds are the members of the first policy, then those of the second, and so on.

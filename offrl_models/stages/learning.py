@@ -85,7 +85,7 @@ def current_candidates(pipeline: Pipeline) -> dict[str, Stage]:
 def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
     seeds = range(pipeline.config.seeds)
     _, kind = ALGORITHMS[name]
-    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.n_actions, seeds)  # pyright: ignore[reportArgumentType]
+    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.n_actions, seeds)
     model = Mixture(algorithm, len(seeds))
     model.load_state_dict(read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
