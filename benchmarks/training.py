@@ -89,15 +89,14 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
     """CPU time of a plain loop: batches, losses, gradients, optimizer and targets, and no trainer."""
     import torch
 
-    from offrl_models.learner import Learner
+    from offrl_models.learner import Learner, TrainingConfig
 
-    learner = Learner(algorithm, transitions, sampler)
-    optimizer: Any = learner.configure_optimizers()
+    learner = Learner(algorithm, transitions, sampler, TrainingConfig())
     torch.set_flush_denormal(True)
     started = time.process_time()
     for batch in transitions.batches(sampler, steps):
         torch.cat(list(algorithm.losses(batch).values())).sum().backward()
-        optimizer.step()
+        learner.adam.step()
         learner.gradient_steps += 1
         learner.move_targets()
     return time.process_time() - started
@@ -126,8 +125,8 @@ def _fit(name: str, folder: Path, steps: int | None) -> Work:
     gflops = sgemm_gflops()
 
     def work() -> Values:
-        _, history = fit(name, config, episodes, encoder, seeds=[0], gradient_steps=steps, batch_size=BATCH)
-        losses = [sum(each[0] for key, each in chunk.items() if key != "gradient_steps") for chunk in history]
+        _, went = fit(name, config, episodes, encoder, seeds=[0], gradient_steps=steps, batch_size=BATCH)
+        losses = [sum(each[0] for key, each in chunk.items() if key != "gradient_steps") for chunk in went.history]
         return {"loss": [float(np.mean(losses))], "bare_s": [bare], "gflops": [gflops]}
 
     return work

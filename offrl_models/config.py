@@ -10,17 +10,11 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from offrl_models.algorithms import AlgorithmConfig, make_config
 from offrl_models.gate import GateConfig
+from offrl_models.learner import TrainingConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.schema import InputError
-
-
-class TrainingConfig(Strict):
-    """How every candidate is trained."""
-
-    gradient_steps: int = Field(default=10_000, ge=1)
-    batch_size: int = Field(default=256, ge=1)
 
 
 class CoverageConfig(Strict):

@@ -1,16 +1,22 @@
 """The one LightningModule: it trains anything that has `losses()`, all seeds at once, many gradient steps per call."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
+from offrl_models.logs.contract import Strict
+from offrl_models.optimizer import FusedAdam, Schedule, rate_factor
 from offrl_models.schema import InputError
 
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
@@ -30,67 +36,54 @@ class Trainable(Protocol):
 
 
 class NonFiniteLossError(InputError):
-    """A loss became NaN or infinite; nothing was kept of the chunk in which it did."""
+    """The losses of all seeds became NaN or infinite."""
 
 
 class _Chunks(IterableDataset[int]):
     """The number of gradient steps of each chunk."""
 
-    def __init__(self, gradient_steps: int, chunk: int):
-        self.sizes = [min(chunk, gradient_steps - start) for start in range(0, gradient_steps, chunk)]
+    def __init__(self, done: int, gradient_steps: int, chunk: int):
+        self.sizes = [min(chunk, gradient_steps - start) for start in range(done, gradient_steps, chunk)]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sizes)
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Adam in one call per network, that of `torch.optim.Adam(fused=True)`.
+class TrainingConfig(Strict):
+    """How every candidate is trained."""
 
-    What that class prepares anew at each step, a tenth of a millisecond where caches are cold, is prepared once. A network
-    without gradients is left as it is: an algorithm need not train each network at each step.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]]):
-        super().__init__(groups, {"betas": (0.9, 0.999), "eps": 1e-8})
-        self.work = [self._work(group) for group in self.param_groups]
-
-    def _work(self, group: dict[str, Any]) -> tuple[list[Tensor], Tensor, Callable[[list[Tensor]], None]]:
-        """The parameters, the count of steps, and what to do with the gradients."""
-        parameters = [each for each in group["params"] if each.numel()]  # an empty one gets no gradient
-        step = torch.zeros((), device=parameters[0].device)
-        mean, square = ([torch.zeros_like(each) for each in parameters] for _ in range(2))
-        (beta1, beta2), steps = group["betas"], [step] * len(parameters)
-        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        none = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-
-        def update(gradients: list[Tensor]) -> None:
-            torch._fused_adam_(parameters, gradients, mean, square, [], steps, **settings, **none)  # pyright: ignore
-
-        return parameters, step, update
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for parameters, step, update in self.work:
-            if parameters[0].grad is not None:
-                step += 1
-                update([each.grad for each in parameters])  # pyright: ignore[reportArgumentType]
-                for each in parameters:
-                    each.grad = None
+    gradient_steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    schedule: Schedule = "constant"  # of the learning rates
+    warmup_steps: int = Field(default=0, ge=0)  # gradient steps in which the learning rates rise to what they are
+    clip_norm: float | None = Field(default=None, gt=0)  # longest gradient of a network, per seed
+    precision: Literal["32", "bf16"] = "32"  # of matrix products
 
 
 class Learner(L.LightningModule):
     """Sums the losses of all seeds, steps one Adam with a parameter group per network, and moves the targets.
 
-    The sum of independent losses gives every seed the gradient it would have alone.
+    The sum of independent losses gives every seed the gradient it would have alone. A seed whose loss is no number is stopped with
+    the weights it had before, and the others go on.
     """
 
-    def __init__(self, algorithm: nn.Module, transitions: Transitions, sampler: Sampler, report: Report | None = None):
+    def __init__(
+        self,
+        algorithm: nn.Module,
+        transitions: Transitions,
+        sampler: Sampler,
+        config: TrainingConfig,
+        report: Report | None = None,
+        checkpoint: Checkpoint | None = None,
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.algorithm: Any = algorithm
-        self.transitions, self.sampler, self.report = transitions, sampler, report
+        self.transitions, self.sampler, self.config = transitions, sampler, config
+        self.report, self.checkpoint = report, checkpoint
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
+        self.stopped: dict[int, str] = {}  # seeds, by place, and why
         self.slow: list[Tensor] = []
         self.fast: list[Tensor] = []
         for slow, fast in self.algorithm.targets.items():
@@ -99,36 +92,69 @@ class Learner(L.LightningModule):
             target.requires_grad_(False)
             self.slow += target.parameters()
             self.fast += source.parameters()
+        self.adam = self._adam()
+        self.good = [each.detach().clone() for each in self.algorithm.parameters()]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    @property
+    def seeds(self) -> int:
+        return len(self.sampler.pools)
+
+    def _adam(self) -> FusedAdam:
         groups = [
             {"params": list(getattr(self.algorithm, name).parameters()), "lr": rate, "name": name}
             for name, rate in self.algorithm.learning_rates().items()
         ]
-        return FusedAdam(groups)
+        return FusedAdam(groups, self.seeds, self.config.clip_norm)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.adam
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler, batch):
             losses = self.algorithm.losses(transitions._replace(step=self.gradient_steps))
             self.manual_backward(torch.cat(list(losses.values())).sum())
-            optimizer.step()
+            self.adam.factor = rate_factor(
+                self.gradient_steps,
+                gradient_steps=self.config.gradient_steps,
+                schedule=self.config.schedule,
+                warmup_steps=self.config.warmup_steps,
+            )
+            self.adam.step()
             self.gradient_steps += 1
             self.move_targets()
             for name, loss in losses.items():
                 found.setdefault(name, []).append(loss.detach())
         per_seed = {name: torch.stack(each).mean(0).tolist() for name, each in found.items()}
-        for name, values in per_seed.items():
-            bad = [i for i, value in enumerate(values) if value != value or abs(value) == float("inf")]
-            if bad:
-                raise NonFiniteLossError(
-                    f"the {name} loss of seed {bad[0]} is not finite after {self.gradient_steps} gradient steps; "
-                    "lower its learning rate or look for extreme values in the observations and rewards."
-                )
-        self.history.append({"gradient_steps": self.gradient_steps, **per_seed})
+        self._stop_seeds(per_seed)
+        alive = [seed for seed in range(self.seeds) if seed not in self.stopped]
+        # A network that no step of the chunk trained has no loss in it.
+        told: dict[str, list[float | None]] = {name: [None] * self.seeds for name in self.algorithm.learning_rates()}
+        told |= {name: [v if i in alive else None for i, v in enumerate(values)] for name, values in per_seed.items()}
+        self.history.append({"gradient_steps": self.gradient_steps, **told})
         if self.report:
-            self.report(self.gradient_steps, {name: sum(v) / len(v) for name, v in per_seed.items()})
+            self.report(
+                self.gradient_steps, {name: sum(v[i] for i in alive) / len(alive) for name, v in per_seed.items()}
+            )
+        if self.checkpoint and self.gradient_steps % self.checkpoint.every < batch:
+            self.save(self.checkpoint)
+
+    @torch.no_grad()
+    def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
+        """Give seeds whose loss is no number their last good weights back. Raises NonFiniteLossError when none is left."""
+        for name, values in per_seed.items():
+            for seed, value in enumerate(values):
+                if not math.isfinite(value) and seed not in self.stopped:
+                    self.stopped[seed] = (
+                        f"the {name} loss of seed {seed} is not finite after {self.gradient_steps} gradient steps; "
+                        "lower its learning rate or look for extreme values in the observations and rewards."
+                    )
+        if len(self.stopped) == self.seeds:
+            raise NonFiniteLossError(next(iter(self.stopped.values())))
+        for good, now in zip(self.good, self.algorithm.parameters(), strict=True):
+            for seed in self.stopped if now.numel() else ():
+                now.unflatten(0, (self.seeds, -1))[seed] = good.unflatten(0, (self.seeds, -1))[seed]
+            good.copy_(now)
 
     @torch.no_grad()
     def move_targets(self) -> None:
@@ -137,22 +163,62 @@ class Learner(L.LightningModule):
         if self.slow and self.gradient_steps % interval == 0:
             torch._foreach_lerp_(self.slow, self.fast, rate)  # pyright: ignore[reportPrivateImportUsage]
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, but for the log."""
+        streams = {f"rows.{i}": each.get_state() for i, each in enumerate(self.sampler.generators)}
+        streams |= {f"chances.{i}": each.get_state() for i, each in enumerate(self.sampler.chances)}
+        weights = {f"algorithm.{name}": each for name, each in self.algorithm.named_parameters()}
+        return {**streams, **weights, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        stopped = {str(seed): why for seed, why in self.stopped.items()}
+        facts = {"gradient_steps": self.gradient_steps, "history": self.history, "stopped": stopped}
+        checkpoint.save(self._tensors(), facts)
+
+    @torch.no_grad()
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where the training that this is was saved, if it was."""
+        saved = checkpoint.load()
+        if saved is None:
+            return
+        tensors, facts = saved
+        for name, each in self._tensors().items():
+            if not name.startswith(("rows.", "chances.")):
+                each.copy_(tensors[name])
+        for i, (rows, chances) in enumerate(zip(self.sampler.generators, self.sampler.chances, strict=True)):
+            rows.set_state(tensors[f"rows.{i}"])
+            chances.set_state(tensors[f"chances.{i}"])
+        self.gradient_steps, self.history = facts["gradient_steps"], facts["history"]
+        self.stopped = {int(seed): why for seed, why in facts["stopped"].items()}
+        self.good = [each.detach().clone() for each in self.algorithm.parameters()]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went: mean losses per chunk, network and seed (None of a seed that was stopped), and what stopped seeds."""
+
+    history: list[dict[str, Any]]
+    stopped: dict[int, str]
+
 
 def train(
     algorithm: nn.Module,
     transitions: Transitions,
     sampler: Sampler,
+    config: TrainingConfig,
     *,
-    gradient_steps: int,
     chunk: int = 100,
     report: Report | None = None,
-) -> list[dict[str, Any]]:
-    """Train in place for a number of gradient steps. Returns the mean losses per chunk, network and seed.
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Train in place, from the checkpoint on if there is one of this training.
 
-    Raises NonFiniteLossError naming network, seed and step.
+    Raises NonFiniteLossError naming network, seed and step when no seed is left.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    learner = Learner(algorithm, transitions, sampler, report)
+    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint)
+    if checkpoint:
+        learner.resume(checkpoint)
     with warnings.catch_warnings():
         # The loader yields numbers, not data; workers would only slow it down.
         warnings.filterwarnings("ignore", ".*does not have many workers.*", UserWarning)
@@ -161,6 +227,7 @@ def train(
             max_epochs=1,
             accelerator=transitions.reward.device.type,
             devices=1,
+            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -169,7 +236,10 @@ def train(
         # Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at.
         torch.set_flush_denormal(True)
         try:
-            trainer.fit(learner, DataLoader(_Chunks(gradient_steps, chunk), batch_size=None))
+            chunks = _Chunks(learner.gradient_steps, config.gradient_steps, chunk)
+            trainer.fit(learner, DataLoader(chunks, batch_size=None))
         finally:
             torch.set_flush_denormal(False)
-    return learner.history
+    if checkpoint:
+        learner.save(checkpoint)  # what follows may be cut short, too
+    return Trained(learner.history, learner.stopped)

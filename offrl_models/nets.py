@@ -86,7 +86,7 @@ class MLP(nn.Module):
         """What follows the first layer."""
         for layer in self.rest:
             x = layer(torch.relu_(x))  # in place: no layer looks at its own output again
-        return x
+        return x.float() if x.dtype == torch.bfloat16 else x  # only products of matrices are taken in half precision
 
 
 FORBIDDEN = -1e9  # a logit that no softmax notices; infinity would make NaN of 0 * infinity

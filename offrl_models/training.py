@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
+from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
 from offrl_models.distributions import space_of
 from offrl_models.exported import OnnxPolicy
-from offrl_models.learner import Report, Trainable, train
+from offrl_models.learner import Report, Trainable, Trained, TrainingConfig, train
 from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
@@ -35,24 +36,25 @@ def fit(
     encoder: Encoder,
     *,
     seeds: Sequence[int],
-    gradient_steps: int,
-    batch_size: int,
     report: Report | None = None,
-) -> tuple[Algorithm, list[dict[str, Any]]]:
-    """Train all seeds of one algorithm at once. Returns it, on the CPU, and its losses per chunk, network and seed.
+    checkpoint: Checkpoint | None = None,
+    **training: Any,
+) -> tuple[Algorithm, Trained]:
+    """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
 
-    Raises InputError when no row can be trained on or the algorithm is not for such actions, and NonFiniteLossError when a loss
-    explodes.
+    Raises InputError when no row can be trained on or the algorithm is not for such actions, and NonFiniteLossError when the losses
+    of all seeds explode.
     """
+    how = TrainingConfig(**training)
     kind, space = ALGORITHMS[name][1], space_of(episodes.actions)
     if space not in kind.spaces:
         able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     transitions = Transitions(episodes, encoder, device())
-    sampler = sampler_of(algorithm, transitions, episodes, batch_size, seeds)
-    history = train(algorithm, transitions, sampler, gradient_steps=gradient_steps, report=report)
-    return algorithm.cpu(), history
+    sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
+    went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)
+    return algorithm.cpu(), went
 
 
 def sampler_of(
@@ -85,7 +87,7 @@ def fit_fqe(
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
-    train(fqe, transitions, sampler, gradient_steps=config.gradient_steps, report=report)
+    train(fqe, transitions, sampler, TrainingConfig(gradient_steps=config.gradient_steps), report=report)
     return fitted_values(fqe.cpu(), policies, evaluated_on)
 
 

@@ -98,6 +98,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         for name, stage in trained.items():
             shown: dict[str, Any] = {f"{network} loss": value for network, value in stage.summary["loss"].items()}
             shown |= {"gradient steps": stage.summary["gradient_steps"], "seeds": stage.summary["seeds"]}
+            shown |= {f"seed {seed} stopped": why for seed, why in stage.summary["stopped"].items()}
             shown |= {"evidence": page(pipeline, "evidence.html")}
             curve = plot(pipeline, f"candidate-{name}.png")
             yield materialized(

@@ -12,9 +12,10 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
 from offrl_models.distributions import Space
 from offrl_models.exported import OnnxPolicy
-from offrl_models.learner import FusedAdam, Learner, NonFiniteLossError, train
+from offrl_models.learner import Learner, NonFiniteLossError, TrainingConfig, train
 from offrl_models.ope.fqe import FQE, FQEConfig
 from offrl_models.ope.worlds import World
+from offrl_models.optimizer import FusedAdam
 from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit, fit_fqe, sampler_of
@@ -61,7 +62,7 @@ def sampled(algorithm: Any, seeds: list[int], episodes: Episodes) -> tuple[Trans
 
 
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
-    train(algorithm, *sampled(algorithm, seeds, episodes), gradient_steps=steps, chunk=7)
+    train(algorithm, *sampled(algorithm, seeds, episodes), TrainingConfig(gradient_steps=steps), chunk=7)
     return algorithm
 
 
@@ -206,7 +207,7 @@ def test_targets_move_by_polyak_and_by_interval() -> None:
 
 def test_one_adam_with_a_group_per_network() -> None:
     transitions = Transitions(EPISODES, Encoder(codes(WORLD.n_states)))
-    learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]))
+    learner = Learner(build("iql", [0]), transitions, Sampler([transitions.rows], 8, [0]), TrainingConfig())
     groups = learner.configure_optimizers().param_groups
     assert [group["name"] for group in groups] == ["q", "value", "policy"]
 
@@ -295,7 +296,9 @@ def test_adam_is_that_of_torch_and_skips_networks_without_gradients() -> None:
     torch.manual_seed(0)
     mine, theirs = ([torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))] for _ in range(2))
     empty = torch.nn.Parameter(torch.ones(3, 0))
-    adam = FusedAdam([{"params": [mine[0], empty], "lr": 0.1}, {"params": [mine[1]], "lr": 0.01}])
+    adam = FusedAdam(
+        [{"params": [mine[0], empty], "lr": 0.1, "name": "a"}, {"params": [mine[1]], "lr": 0.01, "name": "b"}]
+    )
     wanted = torch.optim.Adam([{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.01}], fused=True)
     for step in range(7):
         for own, other in zip(mine[: 1 + step % 2], theirs, strict=False):  # the second one at every other step

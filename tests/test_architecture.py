@@ -18,7 +18,7 @@ ROWS = [
     {"logs", "datasets", "nets", "losses", "distributions", "actors"},
     {"policies", "measures"},
     {"exported"},
-    {"algorithms", "ope"},
+    {"algorithms", "ope", "optimizer", "checkpoint"},
     {"learner", "gate", "registry"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},

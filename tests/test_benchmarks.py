@@ -21,7 +21,7 @@ from benchmarks.harness import Cost
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.learner import Learner
+from offrl_models.learner import Learner, TrainingConfig
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
@@ -374,7 +374,9 @@ def test_the_stated_flop_of_an_algorithm_are_those_of_its_step(name: str, tmp_pa
     config = make_config(algorithm, {"hidden": ope.HIDDEN})
     learned: Any = ALGORITHMS[algorithm][1](config, encoder, int(actions), [0])  # pyright: ignore[reportArgumentType]
     transitions = Transitions(episodes, encoder)
-    Learner(learned, transitions, Sampler([transitions.rows], ope.BATCH, [0]))  # its targets need no gradients
+    Learner(
+        learned, transitions, Sampler([transitions.rows], ope.BATCH, [0]), TrainingConfig()
+    )  # its targets need no gradients
     batch = transitions.take(torch.zeros(1, ope.BATCH, dtype=torch.long))
     with FlopCounterMode(display=False) as counted:
         torch.stack(list(learned.losses(batch).values())).sum().backward()

@@ -37,7 +37,7 @@ def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> No
     figure, every = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
     steps = [row["gradient_steps"] for row in history]
     for axes, name in zip(every[0], names, strict=True):
-        losses = np.array([row[name] for row in history])
+        losses = np.ma.masked_invalid(np.array([row[name] for row in history], float))  # None where a seed was stopped
         axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
         axes.plot(steps, losses.mean(1), color=BLUE, linewidth=1.6)
         axes.set_title(f"{name} loss", fontsize=9, loc="left")

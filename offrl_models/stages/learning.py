@@ -1,12 +1,15 @@
 """From episodes to ranked candidates."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from offrl_models import bundle, storage
 from offrl_models.algorithms import ALGORITHMS
+from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.evaluation import BEHAVIOR, Evaluation, evaluate
@@ -46,20 +49,61 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         train = read_episodes(pipeline, "train")
         seeds = range(config.seed, config.seed + config.seeds)
 
-        def report(steps: int, losses: dict[str, float]) -> None:
-            update(name, steps, total, ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+        started: list[
+            tuple[int, float]
+        ] = []  # steps done before the first report, which a checkpoint may have brought, and when
 
-        encoder = encoder_of(pipeline)
-        algorithm, history = fit(
-            name, settings, train, encoder, seeds=seeds, **config.training.model_dump(), report=report
+        def report(steps: int, losses: dict[str, float]) -> None:
+            started.append((steps, time.monotonic()))
+            (before, then), (now, at) = started[0], started[-1]
+            speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
+            update(name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+
+        algorithm, went = fit(
+            name,
+            settings,
+            train,
+            encoder_of(pipeline),
+            seeds=seeds,
+            report=report,
+            checkpoint=checkpoint,
+            **config.training.model_dump(),
         )
         export_checked(Mixture(algorithm, config.seeds), train, folder)
-        storage.write_json(folder / "losses.json", history)
-        plots.learning_curves(history, f"{name}, {config.seeds} seeds", curve)
-        last = {key: float(np.mean(value)) for key, value in history[-1].items() if key != "gradient_steps"}
-        return {"algorithm": name, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds, "loss": last}
+        storage.write_json(folder / "losses.json", went.history)
+        storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
+        plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
+        stopped = {str(seeds[place]): why for place, why in went.stopped.items()}
+        summary = {"algorithm": name, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds}
+        return {**summary, "loss": _last_losses(went.history), "stopped": stopped}
 
-    return storage.build_stage(pipeline.candidate(name), _candidate_key(pipeline, name, made), build, (curve,))
+    key = _candidate_key(pipeline, name, made)
+    unfinished = pipeline.candidate(name).with_name(f".{name}.checkpoint")
+    checkpoint = Checkpoint(unfinished, storage.digest({**key, "code": storage.code_digest()}))
+    stage = storage.build_stage(pipeline.candidate(name), key, build, (curve,))
+    checkpoint.remove()
+    return stage
+
+
+def _table(history: list[dict[str, Any]]) -> pl.DataFrame:
+    """One row per chunk and seed, one column per network."""
+    networks = sorted(history[0].keys() - {"gradient_steps"})
+    return pl.DataFrame(
+        {"seed": seed, "gradient_steps": chunk["gradient_steps"], **{name: chunk[name][seed] for name in networks}}
+        for chunk in history
+        for seed in range(len(chunk[networks[0]]))
+    )
+
+
+def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each network, the mean over the seeds that were not stopped, in the last chunk that trained it."""
+    known = {
+        name: [value for value in chunk[name] if value is not None]
+        for chunk in history
+        for name in chunk.keys() - {"gradient_steps"}
+        if any(value is not None for value in chunk[name])
+    }
+    return {name: float(np.mean(values)) for name, values in sorted(known.items())}
 
 
 def _candidate_key(pipeline: Pipeline, name: str, made: Stage) -> dict[str, Any]:
