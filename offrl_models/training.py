@@ -50,7 +50,7 @@ def fit(
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
-    transitions = transitions_of(algorithm, episodes, encoder)
+    transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, batch_size, seeds)
     history = train(algorithm, transitions, sampler, gradient_steps=gradient_steps, report=report)
     return algorithm.cpu(), history
@@ -65,9 +65,9 @@ def refuse_idle_knobs(name: str, config: AlgorithmConfig, space: Space) -> None:
             raise InputError(f"{knob} of {name} is for {other} actions, and these are {space}; remove it.")
 
 
-def transitions_of(algorithm: Trainable, episodes: Episodes, encoder: Encoder) -> Transitions:
+def transitions_of(algorithm: Trainable, episodes: Episodes, encoder: Encoder, where: str = "cpu") -> Transitions:
     """The rows, with what else the algorithm wants to know of each."""
-    return Transitions(episodes, encoder, device(), extras=getattr(algorithm, "extras", ()))
+    return Transitions(episodes, encoder, where, extras=getattr(algorithm, "extras", ()))
 
 
 def sampler_of(
