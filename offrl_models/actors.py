@@ -1,6 +1,7 @@
 """Networks that choose and that judge actions of either kind: discrete ones, or bounded continuous vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -8,13 +9,15 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
 from offrl_models.distributions import Actions, Categorical, Distribution, head_of
+from offrl_models.losses import smoothing_noise
 from offrl_models.nets import MLP, SeedLinear, take
 
 MEMBER = 7_919_000_003  # far apart: no member of one seed starts like a member of another
 
 
 class Actor(nn.Module):
-    """A network whose outputs are a distribution over actions; over continuous ones a mixture of `components`."""
+    """A network whose outputs are a distribution over actions; over continuous ones a mixture of `components`, or, with
+    `exploration`, one action with a density of that width around it."""
 
     def __init__(
         self,
@@ -24,9 +27,10 @@ class Actor(nn.Module):
         hidden: Sequence[int],
         actions: Actions,
         components: int | None = None,
+        exploration: float | None = None,
     ):
         super().__init__()
-        self.head = head_of(actions, components)
+        self.head = head_of(actions, components, exploration)
         self.net = MLP(seeds, name, encoder, hidden, self.head.outputs)
 
     def forward(self, observation: Observation, mask: Tensor | None) -> Distribution:
@@ -48,11 +52,13 @@ class Critic(nn.Module):
         hidden: Sequence[int],
         actions: Actions,
         members: int,
+        *,
+        layer_norm: bool = False,
     ):
         super().__init__()
         self.members, self.n_actions = members, actions if isinstance(actions, int) else None
         each = [seed + MEMBER * member for seed in seeds for member in range(members)]
-        self.net = MLP(each, name, encoder, hidden, self.n_actions or 1)
+        self.net = MLP(each, name, encoder, hidden, self.n_actions or 1, layer_norm=layer_norm)
         if not isinstance(actions, int):
             self.acted = SeedLinear(each, name + "a", len(actions), hidden[0], bias=False)
             self.register_buffer("low", torch.as_tensor(actions[:, 0], dtype=torch.float32))
@@ -92,3 +98,41 @@ def expected_q(
         return (critic.each(observation) * policy.log_probs.exp().unsqueeze(1)).sum(-1)
     assert uniform is not None
     return critic(observation, policy.draws(uniform)).mean(-1)
+
+
+def decided_q(critic: Critic, observation: Observation, policy: Distribution) -> Float[Tensor, "seed member batch"]:
+    """Q of what a deterministic policy does. Over discrete actions it has probabilities, and this is E[Q(s, a)]."""
+    if isinstance(policy, Categorical):
+        return expected_q(critic, observation, policy, None)
+    return critic(observation, policy.greedy)
+
+
+def smoothed(policy: Distribution, uniform: Tensor | None, *, noise: float, clip: float) -> Distribution:
+    """A deterministic policy whose actions are shifted by noise and kept inside their bounds: Fujimoto, van Hoof & Meger
+    (2018), eq. 14. Discrete actions have no neighbors, and such a policy stays as it is.
+
+    `noise` and `clip` hold where an action runs from -1 to 1; `uniform` is [seed, batch, 1, 1 + dimensions].
+    """
+    if isinstance(policy, Categorical):
+        return policy
+    assert uniform is not None
+    shift = smoothing_noise(uniform[..., 1:], noise=noise, clip=clip) / 2  # centers run from 0 to 1
+    return policy._replace(center=(policy.center + shift).clamp(0.0, 1.0))
+
+
+def shares(uniform: Tensor | None, *draws: int) -> tuple[Tensor | None, ...]:
+    """The random numbers that each of several purposes gets, which want so many draws each."""
+    return (None,) * len(draws) if uniform is None else uniform.split(draws, -2)
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """What is computed inside passes gradients through a network and takes none of its weights, which also saves their cost."""
+    parameters = [each for each in network.parameters() if each.requires_grad]
+    for each in parameters:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in parameters:
+            each.requires_grad_(True)

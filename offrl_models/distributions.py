@@ -1,5 +1,6 @@
 """What the outputs of a policy network mean: probabilities of discrete actions, or a density over bounded continuous ones."""
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -162,13 +163,38 @@ class MixtureHead(nn.Module):
         return LogisticMixture(logit.log_softmax(-1), self.start + center, log_scale, self.low, self.width)
 
 
-Head = CategoricalHead | MixtureHead
+class PointHead(nn.Module):
+    """One action, as networks of deterministic policies give it; around it a logistic density, cut off at the bounds.
+
+    `exploration` is the density's standard deviation where an action runs from -1 to 1, and is not learned.
+    """
+
+    low: Tensor
+    width: Tensor
+
+    def __init__(self, bounds: Float64[np.ndarray, "dimensions 2"], exploration: float):
+        super().__init__()
+        self.outputs = len(bounds)
+        self.log_scale = math.log(exploration / 2 * math.sqrt(3) / math.pi)
+        self.register_buffer("low", torch.as_tensor(bounds[:, 0], dtype=torch.float32))
+        self.register_buffer("width", torch.as_tensor(bounds[:, 1] - bounds[:, 0], dtype=torch.float32))
+
+    def forward(self, outputs: Float[Tensor, "*batch outputs"], mask: Tensor | None = None) -> LogisticMixture:
+        """A mask, which continuous actions do not have, is not looked at."""
+        center = (0.5 + 0.5 * torch.tanh(outputs)).unsqueeze(-2)
+        log_weight, log_scale = torch.zeros_like(center[..., 0]), torch.full_like(center, self.log_scale)
+        return LogisticMixture(log_weight, center, log_scale, self.low, self.width)
+
+
+Head = CategoricalHead | MixtureHead | PointHead
 
 
 def space_of(actions: Actions) -> Space:
     return "discrete" if isinstance(actions, int) else "continuous"
 
 
-def head_of(actions: Actions, components: int | None = None) -> Head:
-    """What the outputs of a network over such actions mean."""
-    return CategoricalHead(actions) if isinstance(actions, int) else MixtureHead(actions, components or COMPONENTS)
+def head_of(actions: Actions, components: int | None = None, exploration: float | None = None) -> Head:
+    """What the outputs of a network over such actions mean; with `exploration`, of a deterministic policy if there can be one."""
+    if isinstance(actions, int):
+        return CategoricalHead(actions)
+    return MixtureHead(actions, components or COMPONENTS) if exploration is None else PointHead(actions, exploration)

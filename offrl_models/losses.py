@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from offrl_models.distributions import Categorical, Distribution
 from offrl_models.nets import masked, take
 
 
@@ -40,6 +41,15 @@ def squared_error(
     return F.mse_loss(prediction, target, reduction="none").mean(-1)
 
 
+def ensemble_error(q: Float[Tensor, "seed member batch"], target: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:
+    """Mean squared error of each member of an ensemble, summed: each learns as if alone.
+
+    >>> ensemble_error(torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 1)).item()
+    10.0
+    """
+    return squared_error(q, target.unsqueeze(1).expand_as(q)).sum(-1)
+
+
 def huber(prediction: Float[Tensor, "seed batch"], target: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:
     """Quadratic up to an error of 1, linear beyond it.
 
@@ -72,6 +82,58 @@ def advantage_weight(
     [[1.0, 20.0]]
     """
     return torch.exp(inverse_temperature * advantage.detach()).clamp(max=max_weight)
+
+
+def binary_weight(advantage: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed batch"]:
+    """1(advantage >= 0): Wang et al. (2020), eq. 3, whose sign at 0 would leave out the best action where it is compared to itself.
+
+    >>> binary_weight(torch.tensor([[-0.1, 0.0, 7.0]])).tolist()
+    [[0.0, 1.0, 1.0]]
+    """
+    return (advantage.detach() >= 0).to(advantage.dtype)
+
+
+def standardized(values: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed batch"]:
+    """Mean 0 and standard deviation 1 in each seed's batch.
+
+    >>> standardized(torch.tensor([[1.0, 3.0], [5.0, 5.0]])).round(decimals=3).tolist()
+    [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    centered = values - values.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True).sqrt() + 1e-5)
+
+
+def relative_q(q: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed batch"]:
+    """Q / mean |Q|, the mean held fixed, so that its weight does not depend on the scale of rewards: Fujimoto & Gu (2021), eq. 5.
+
+    >>> relative_q(torch.tensor([[20.0, 40.0]])).sum().item()
+    2.0
+    """
+    return q / q.detach().abs().mean(-1, keepdim=True).clamp(min=1e-6)
+
+
+def squared_distance(policy: Distribution, action: Tensor) -> Float[Tensor, "seed batch"]:
+    """|pi(s) - a|^2, where every dimension of an action runs from -1 to 1. A discrete action is a vector with a single 1, and
+    pi(s) the vector of probabilities: the score of Brier (1950).
+
+    >>> policy = Categorical(torch.tensor([[[0.8, 0.2]]]).log())
+    >>> likely, unlikely = (squared_distance(policy, torch.tensor([[action]])).item() for action in (0, 1))
+    >>> round(likely, 4), round(unlikely, 4)
+    (0.08, 1.28)
+    """
+    if isinstance(policy, Categorical):
+        probs = policy.log_probs.exp()
+        return probs.square().sum(-1) - 2.0 * take(probs, action) + 1.0
+    return (2.0 * (policy.greedy - action) / policy.width).square().sum(-1)
+
+
+def smoothing_noise(uniform: Tensor, *, noise: float, clip: float) -> Tensor:
+    """Normal numbers of standard deviation `noise`, cut off at +-`clip`, from numbers uniform on [0, 1).
+
+    >>> [round(each, 3) for each in smoothing_noise(torch.tensor([0.0, 0.5, 0.8413]), noise=0.2, clip=0.5).tolist()]
+    [-0.5, 0.0, 0.2]
+    """
+    return (noise * torch.special.ndtri(uniform.clamp(1e-6, 1.0 - 1e-6))).clamp(-clip, clip)
 
 
 def conservative_gap(

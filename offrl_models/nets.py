@@ -62,11 +62,24 @@ class ObservationLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Observation [seed, batch, columns], as logged or encoded, -> [seed, batch, outputs]; ReLU between the layers."""
+    """Observation [seed, batch, columns], as logged or encoded, -> [seed, batch, outputs]; ReLU between the layers.
 
-    def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, hidden: Sequence[int], outputs: int):
+    With `layer_norm` what each ReLU gives is standardised over the layer, Ba, Kiros & Hinton (2016); a learned scale and shift
+    would be undone by the linear layer that follows.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        name: str,
+        encoder: Encoder,
+        hidden: Sequence[int],
+        outputs: int,
+        *,
+        layer_norm: bool = False,
+    ):
         super().__init__()
-        self.encode = encoder
+        self.encode, self.layer_norm = encoder, layer_norm
         self.first = ObservationLayer(seeds, name + "0", encoder, hidden[0])
         sizes = [*hidden, outputs]
         self.rest = nn.ModuleList(
@@ -85,7 +98,8 @@ class MLP(nn.Module):
     def after(self, x: Float[Tensor, "seed batch hidden"]) -> Float[Tensor, "seed batch outputs"]:
         """What follows the first layer."""
         for layer in self.rest:
-            x = layer(torch.relu_(x))  # in place: no layer looks at its own output again
+            x = torch.relu_(x)  # in place: no layer looks at its own output again
+            x = layer(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         return x.float() if x.dtype == torch.bfloat16 else x  # only products of matrices are taken in half precision
 
 

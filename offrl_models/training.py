@@ -15,7 +15,7 @@ from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
-from offrl_models.distributions import space_of
+from offrl_models.distributions import Space, space_of
 from offrl_models.exported import OnnxPolicy
 from offrl_models.learner import Report, Trainable, Trained, TrainingConfig, train
 from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
@@ -42,8 +42,8 @@ def fit(
 ) -> tuple[Algorithm, Trained]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
 
-    Raises InputError when no row can be trained on or the algorithm is not for such actions, and NonFiniteLossError when the losses
-    of all seeds explode.
+    Raises InputError when no row can be trained on or the algorithm or one of its knobs is not for such actions, and
+    NonFiniteLossError when the losses of all seeds explode.
     """
     how = TrainingConfig(**training)
     kind, space = ALGORITHMS[name][1], space_of(episodes.actions)
@@ -51,18 +51,41 @@ def fit(
         able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
-    transitions = Transitions(episodes, encoder, device())
+    refuse_idle_knobs(name, config, space)
+    transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
     went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)
     return algorithm.cpu(), went
 
 
+def refuse_idle_knobs(name: str, config: AlgorithmConfig, space: Space) -> None:
+    """Raises InputError when a knob is set that such actions have no use for."""
+    only: dict[str, Space] = getattr(ALGORITHMS[name][1], "only", {})
+    untouched = type(config)()
+    for knob, other in only.items():
+        if other != space and getattr(config, knob) != getattr(untouched, knob):
+            raise InputError(f"{knob} of {name} is for {other} actions, and these are {space}; remove it.")
+
+
+def transitions_of(algorithm: Trainable, episodes: Episodes, encoder: Encoder, where: str = "cpu") -> Transitions:
+    """The rows, with what else the algorithm wants to know of each."""
+    return Transitions(episodes, encoder, where, extras=getattr(algorithm, "extras", ()))
+
+
 def sampler_of(
     algorithm: Trainable, transitions: Transitions, episodes: Episodes, batch_size: int, seeds: Sequence[int]
 ) -> Sampler:
-    """Rows for every seed, and the random numbers that the algorithm wants with each of them."""
+    """Rows for every seed, and the random numbers that the algorithm wants with each of them.
+
+    Raises InputError when the algorithm can use none of the rows.
+    """
     width = 1 + (0 if episodes.n_actions else episodes.action.shape[1])
-    return Sampler([transitions.rows] * len(seeds), batch_size, list(seeds), algorithm.draws, width)
+    rows, usable = transitions.rows, getattr(algorithm, "usable", None)
+    if usable is not None:
+        rows = rows[torch.as_tensor(usable(episodes), device=rows.device)[rows]]
+        if not len(rows):
+            raise InputError(f"{type(algorithm).__name__} can train on none of the {episodes.n_rows} rows.")
+    return Sampler([rows] * len(seeds), batch_size, list(seeds), algorithm.draws, width)
 
 
 def fit_fqe(

@@ -5,10 +5,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from offrl_models.algorithms.awac import AWAC, AWACConfig
+from offrl_models.algorithms.awr import AWR, AWRConfig
 from offrl_models.algorithms.bc import BC, BCConfig
+from offrl_models.algorithms.bc_top import TopBC, TopBCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig
 from offrl_models.algorithms.cql import CQL, CQLConfig
+from offrl_models.algorithms.crr import CRR, CRRConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
+from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
+from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
 from offrl_models.logs.contract import nearest_key_hint
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -16,6 +22,12 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "cql": (CQLConfig, CQL),
     "iql": (IQLConfig, IQL),
     "bcq": (BCQConfig, BCQ),
+    "awac": (AWACConfig, AWAC),
+    "crr": (CRRConfig, CRR),
+    "td3_bc": (TD3BCConfig, TD3BC),
+    "rebrac": (ReBRACConfig, ReBRAC),
+    "bc_top": (TopBCConfig, TopBC),
+    "awr": (AWRConfig, AWR),
 }
 
 AlgorithmConfig = Any  # one of the configs above

@@ -1,8 +1,8 @@
 """Transitions on the training device, sampled with replacement, one generator per seed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import repeat
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from offrl_models.schema import Episodes, InputError
 
 CHANCE = 2**40  # so that rows and random numbers come from different streams
 GATHERED = 2**24  # bytes of batches that are gathered at once
+
+Extra = Literal["next_action", "return_to_go"]  # parts of a batch that are left out unless asked for
 
 
 class NextProbs(NamedTuple):
@@ -45,6 +47,11 @@ class TransitionBatch(NamedTuple):
         None  # random, on [0, 1): for what is drawn per row
     )
     step: int = 0  # gradient steps before this one
+    # What only some algorithms want:
+    next_action: Int64[Tensor, "*steps seed batch"] | Float[Tensor, "*steps seed batch dimensions"] | None = (
+        None  # of the following row; any action after an episode's last one
+    )
+    return_to_go: Float[Tensor, "*steps seed batch"] | None = None  # discounted, from this row on, as recorded
 
     def unbind(self) -> "Iterator[TransitionBatch]":
         """The batch of each gradient step."""
@@ -74,6 +81,7 @@ class Transitions:
         encoder: Encoder,
         device: torch.device | str = "cpu",
         next_probs: NextProbs | None = None,
+        extras: Collection[Extra] = (),
     ):
         usable = np.flatnonzero(episodes.bootstrappable)
         if len(usable) == 0:
@@ -98,6 +106,8 @@ class Transitions:
         following = np.arange(1, episodes.n_rows + 1)  # beyond the rows: the final observation of an episode
         following[episodes.offsets[1:] - 1] = episodes.n_rows + np.arange(episodes.n_episodes)
         self.following = as_tensor(following, torch.long)
+        self.with_next_action = "next_action" in extras
+        self.return_to_go = as_tensor(episodes.return_to_go, torch.float32) if "return_to_go" in extras else None
 
     def take(self, row: Int64[Tensor, "*steps seed batch"]) -> TransitionBatch:
         """The transitions at some rows."""
@@ -116,6 +126,8 @@ class Transitions:
             next_mask=_at(self.mask, next_row) | ~inside,
             row=row,
             next_probs=self.next_probs and self.next_probs.at(row),
+            next_action=_at(self.action, next_row) if self.with_next_action else None,
+            return_to_go=None if self.return_to_go is None else self.return_to_go[row],
         )
 
     def batches(self, sampler: "Sampler", steps: int) -> Iterator[TransitionBatch]:
