@@ -22,6 +22,10 @@ from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
 SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
+QUICK: dict[str, dict[str, Any]] = {
+    "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
+    "iqn": {"quantiles": 8, "target_quantiles": 8},
+}
 SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
 DISCRETE = [name for name, space in SPACES if space == "discrete"]
 
@@ -47,7 +51,7 @@ LOGS: dict[Space, Episodes] = {"discrete": EPISODES, "continuous": reaching(300,
 
 def build(name: str, seeds: list[int], space: Space = "discrete", **settings: Any) -> Any:
     quick = {"target_interval": 3} if "target_interval" in known_fields(name) else {}
-    config = make_config(name, {**SMALL, **quick, **settings})
+    config = make_config(name, {**SMALL, **quick, **QUICK.get(name, {}), **settings})
     return ALGORITHMS[name][1](config, Encoder(LOGS[space].features), LOGS[space].actions, seeds)
 
 
@@ -106,6 +110,8 @@ def test_seeds_trained_together_equal_seeds_trained_alone(name: str, space: Spac
 OTHER = {
     "hidden": (9,), "learning_rate": 0.02, "alpha": 3.0, "target_interval": 5, "temperature": 0.5, "expectile": 0.9,
     "inverse_temperature": 9.0, "max_weight": 1.1, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
+    "double": True, "quantiles": 5, "huber_threshold": 0.1, "target_quantiles": 3, "greedy_quantiles": 2, "cosines": 4,
+    "entropy_share": 0.1, "initial_temperature": 0.2,
 }  # fmt: skip
 
 

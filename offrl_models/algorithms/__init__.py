@@ -8,7 +8,12 @@ from pydantic import ValidationError
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig
 from offrl_models.algorithms.cql import CQL, CQLConfig
+from offrl_models.algorithms.discrete_sac import DiscreteSAC, DiscreteSACConfig
+from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
+from offrl_models.algorithms.iqn import IQN, IQNConfig
+from offrl_models.algorithms.nfq import NFQ, NFQConfig
+from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.logs.contract import nearest_key_hint
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -16,6 +21,11 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "cql": (CQLConfig, CQL),
     "iql": (IQLConfig, IQL),
     "bcq": (BCQConfig, BCQ),
+    "dqn": (DQNConfig, DQN),
+    "qr_dqn": (QRDQNConfig, QRDQN),
+    "discrete_sac": (DiscreteSACConfig, DiscreteSAC),
+    "nfq": (NFQConfig, NFQ),
+    "iqn": (IQNConfig, IQN),
 }
 
 AlgorithmConfig = Any  # one of the configs above
