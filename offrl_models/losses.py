@@ -124,7 +124,7 @@ def quantile_huber(
     *,
     threshold: float,
 ) -> Float[Tensor, "seed"]:
-    """sum_i mean_j |level_i - 1(target_j < prediction_i)| huber(target_j - prediction_i): Dabney et al. (2018b), eqs. 2-3.
+    """sum_i mean_j |level_i - 1(target_j < prediction_i)| huber(target_j - prediction_i): Dabney et al. (2018b), eq. 3.
 
     `threshold`, the paper's kappa, is where the Huber loss becomes linear; it is divided by it. A level above 0.5 pushes the
     prediction up.
@@ -140,6 +140,17 @@ def quantile_huber(
     return each.mean(-1).sum(-1).mean(-1)
 
 
+def expected_value(
+    q: Float[Tensor, "seed batch actions"], log_probs: Float[Tensor, "seed batch actions"]
+) -> Float[Tensor, "seed batch"]:
+    """sum_a pi(a | s) Q(s, a).
+
+    >>> expected_value(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.25, 0.75]]]).log()).item()
+    2.5
+    """
+    return (log_probs.exp() * q).sum(-1)
+
+
 def soft_value(
     q: Float[Tensor, "seed batch actions"],
     log_probs: Float[Tensor, "seed batch actions"],
@@ -151,7 +162,7 @@ def soft_value(
     >>> bool(soft_value(torch.zeros(1, 1, 2), even, torch.ones(1)) > soft_value(torch.zeros(1, 1, 2), sure, torch.ones(1)))
     True
     """
-    return (log_probs.exp() * (q - temperature[:, None, None] * log_probs)).sum(-1)
+    return expected_value(q - temperature[:, None, None] * log_probs, log_probs)
 
 
 def temperature_loss(
@@ -170,7 +181,7 @@ def temperature_loss(
 def weighted_mean(
     weight: Float[Tensor, "seed batch"], value: Float[Tensor, "seed batch"], *, self_normalized: bool
 ) -> Float[Tensor, "seed"]:
-    """Importance sampling, mean(w x), or self-normalised, sum(w x) / sum(w): Swaminathan & Joachims (2015), eq. 9.
+    """Importance sampling, mean(w x), or self-normalised, sum(w x) / sum(w): Swaminathan & Joachims (2015).
 
     >>> weight, value = torch.full((1, 2), 3.0), torch.ones(1, 2)
     >>> [weighted_mean(weight, value, self_normalized=each).item() for each in (False, True)]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
+from offrl_models.algorithms.bandit import BanditConfig, check_log
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
 from offrl_models.distributions import space_of
@@ -41,13 +42,15 @@ def fit(
 ) -> tuple[Algorithm, list[dict[str, Any]]]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and its losses per chunk, network and seed.
 
-    Raises InputError when no row can be trained on or the algorithm is not for such actions, and NonFiniteLossError when a loss
-    explodes.
+    Raises InputError when no row can be trained on or the algorithm is not for such actions or not for such a log, and
+    NonFiniteLossError when a loss explodes.
     """
     kind, space = ALGORITHMS[name][1], space_of(episodes.actions)
     if space not in kind.spaces:
         able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+    if isinstance(config, BanditConfig):
+        check_log(config, episodes)
     algorithm = kind(config, encoder, episodes.actions, seeds)
     transitions = Transitions(episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, batch_size, seeds)

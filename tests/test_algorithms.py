@@ -111,7 +111,7 @@ OTHER = {
     "hidden": (9,), "learning_rate": 0.02, "alpha": 3.0, "target_interval": 5, "temperature": 0.5, "expectile": 0.9,
     "inverse_temperature": 9.0, "max_weight": 1.1, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
     "double": True, "quantiles": 5, "huber_threshold": 0.1, "target_quantiles": 3, "greedy_quantiles": 2, "cosines": 4,
-    "entropy_share": 0.1, "initial_temperature": 0.2,
+    "entropy_share": 0.1, "initial_temperature": 0.2, "objective": "dm",
 }  # fmt: skip
 
 

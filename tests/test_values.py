@@ -1,5 +1,6 @@
-"""What is known of the value-based learners, beyond the contract of all algorithms."""
+"""What is known of the value-based learners and of the bandit learners, beyond the contract of all algorithms."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoded, Encoder
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.schema import Episodes
+from offrl_models.ope.worlds import bandit
+from offrl_models.policies import Mixture
+from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit
 from tests.conftest import chain_world, codes
 from tests.test_algorithms import build, exact
@@ -90,6 +93,7 @@ def one_step(next_mask: list[bool]) -> TransitionBatch:
     return TransitionBatch(
         observation=seen,
         action=torch.full((2, 3), 2),
+        action_prob=ones / 3,
         reward=0.0 * ones,
         discount=ones,
         next_observation=following,
@@ -149,3 +153,62 @@ def test_where_one_action_is_allowed_no_entropy_is_wanted() -> None:
     algorithm = build("discrete_sac", [0, 1])
     batch = one_step([True, True, True])._replace(mask=torch.tensor([False, False, True]).expand(2, 3, 3))
     assert float(algorithm.losses(batch)["temperature"].detach().abs().max()) < 1e-6
+
+
+CLICKS = bandit(contexts=5, actions=3, columns=3, seed=5)
+LOG = CLICKS.simulate(20_000, seed=1)
+OBJECTIVES = ("dm", "ipw", "snipw", "dr", "sndr")
+
+
+def learned(objective: str, episodes: Episodes, steps: int = 600) -> Any:
+    config = make_config("bandit", {"hidden": (32,), "learning_rate": 0.01, "objective": objective})
+    encoder = Encoder(codes(*[None] * episodes.observation.shape[1]))
+    return fit("bandit", config, episodes, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=256)[0]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_bandit_learner_finds_what_earns_most(objective: str) -> None:
+    """Whoever forgets the propensities goes less than half of the way from the behavior to the best."""
+    best, behavior = CLICKS.value(CLICKS.optimal()), CLICKS.value(CLICKS.behavior)
+    often = np.eye(3)[(CLICKS.behavior * CLICKS.q_values(CLICKS.behavior)).argmax(1)]  # what earns most in sum
+    assert CLICKS.value(often) < behavior + 0.5 * (best - behavior)
+    assert CLICKS.observed is not None
+    probs = Mixture(learned(objective, LOG), 2)(torch.as_tensor(CLICKS.observed), torch.as_tensor(CLICKS.mask))
+    assert CLICKS.value(probs.detach().numpy()) >= behavior + 0.9 * (best - behavior)
+
+
+def bandit_loss(objective: str, reward: torch.Tensor, reward_model: float = 0.0) -> torch.Tensor:
+    """Of the policy, where the model predicts one reward for everything."""
+    algorithm = build("bandit", [0, 1], objective=objective)
+    if algorithm.reward is not None:
+        for parameter in algorithm.reward.parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(algorithm.reward.last_bias(), reward_model)
+    batch = one_step([True, True, True])._replace(
+        action=torch.tensor([[0, 1, 2], [2, 2, 0]]), action_prob=torch.tensor([[0.2, 0.5, 0.3], [0.3, 0.3, 0.2]])
+    )
+    return algorithm.losses(batch._replace(reward=reward))["policy"].detach()
+
+
+def test_the_objectives_of_bandit_learners_are_the_estimators_of_their_names() -> None:
+    reward = torch.tensor([[1.0, 0.0, 3.0], [0.5, 2.0, 1.0]])
+    ipw, snipw = (bandit_loss(name, reward) for name in ("ipw", "snipw"))
+    assert torch.allclose(bandit_loss("snipw", reward + 7.0), snipw - 7.0, atol=1e-5)
+    weight = -bandit_loss("ipw", torch.ones(2, 3))  # its mean
+    assert (weight - 1.0).abs().min() > 0.01
+    assert torch.allclose(bandit_loss("ipw", reward + 7.0), ipw - 7.0 * weight, atol=1e-5)
+    assert torch.allclose(ipw / weight, snipw, atol=1e-6)
+    assert torch.allclose(bandit_loss("dm", reward, 7.0), torch.tensor([-7.0, -7.0]))
+    # A model that says 0 adds nothing; one that says 7 everywhere takes 7 from what is weighted and adds 7.
+    assert torch.allclose(bandit_loss("dr", reward), ipw) and torch.allclose(bandit_loss("sndr", reward), snipw)
+    assert torch.allclose(bandit_loss("dr", reward + 7.0, 7.0), ipw - 7.0, atol=1e-5)
+    assert torch.allclose(bandit_loss("sndr", reward + 7.0, 7.0), snipw - 7.0, atol=1e-5)
+
+
+def test_a_log_that_is_no_bandit_log_is_refused() -> None:
+    with pytest.raises(InputError, match=r"\d+ episodes have more than one step, and bandit is for logs of horizon 1"):
+        learned("dr", WORLD.simulate(20, seed=1), 1)
+    unknown = dataclasses.replace(LOG, action_prob=np.where(np.arange(LOG.n_rows) < 3, np.nan, LOG.action_prob))
+    with pytest.raises(InputError, match="3 rows have no propensity, and the objective ipw of bandit divides by it"):
+        learned("ipw", unknown, 1)
+    assert torch.isfinite(learned("dm", unknown, 5).policy.net.last_bias()).all()

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from offrl_models.algorithms.bandit import Bandit, BanditConfig
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig
 from offrl_models.algorithms.cql import CQL, CQLConfig
@@ -26,6 +27,7 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "discrete_sac": (DiscreteSACConfig, DiscreteSAC),
     "nfq": (NFQConfig, NFQ),
     "iqn": (IQNConfig, IQN),
+    "bandit": (BanditConfig, Bandit),
 }
 
 AlgorithmConfig = Any  # one of the configs above
