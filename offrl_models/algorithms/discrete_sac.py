@@ -18,7 +18,8 @@ from offrl_models.actors import Actor, Critic
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.distributions import Categorical, Space
-from offrl_models.losses import soft_value, squared_error, td_target, temperature_loss
+from offrl_models.losses import expected_value, soft_value, squared_error, td_target, temperature_loss
+from offrl_models.nets import take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,12 @@ class DiscreteSAC(nn.Module):
             following = self.distribution(batch.next_observation, batch.next_mask).log_probs
             next_value = soft_value(self.target_q.each(batch.next_observation).amin(1), following, price)
         target = td_target(batch.reward, batch.discount, next_value).unsqueeze(1).expand(q.shape[:3])
-        action = batch.action[:, None, :, None].expand(-1, q.shape[1], -1, 1)
+        taken = take(q, batch.action.unsqueeze(1).expand(q.shape[:3]))
         log_probs = self.distribution(batch.observation, batch.mask).log_probs
-        entropy = soft_value(torch.zeros_like(log_probs), log_probs.detach(), torch.ones_like(price))
+        entropy = -expected_value(log_probs, log_probs)
         wanted = self.config.entropy_share * batch.mask.sum(-1).log()
         return {
-            "q": squared_error(q.gather(-1, action).squeeze(-1), target).sum(1),
+            "q": squared_error(taken, target).sum(1),
             "policy": -soft_value(q.detach().amin(1), log_probs, price).mean(-1),
             "temperature": temperature_loss(temperature, entropy, wanted),
         }
