@@ -20,9 +20,11 @@ def negative_log_likelihood(log_prob: Float[Tensor, "seed batch"]) -> Float[Tens
 
 
 def td_target(
-    reward: Float[Tensor, "seed batch"], discount: Float[Tensor, "seed batch"], next_value: Float[Tensor, "seed batch"]
-) -> Float[Tensor, "seed batch"]:
-    """r + gamma (1 - terminated) V(s'), held fixed.
+    reward: Float[Tensor, "seed batch *#draws"],
+    discount: Float[Tensor, "seed batch *#draws"],
+    next_value: Float[Tensor, "seed batch *#draws"],
+) -> Float[Tensor, "seed batch *#draws"]:
+    """r + gamma (1 - terminated) V(s'), held fixed; the value may be several numbers, such as quantiles.
 
     >>> td_target(torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1), 7.0)).item()
     1.0
@@ -166,3 +168,86 @@ def double_q_value(
     2.0
     """
     return take(target_q, masked(online_q, allowed).argmax(-1))
+
+
+def quantile_midpoints(quantiles: int) -> Float[Tensor, "quantiles"]:
+    """The levels whose quantiles are the best summary of a distribution: Dabney et al. (2018a), lemma 2.
+
+    >>> quantile_midpoints(2).tolist()
+    [0.25, 0.75]
+    """
+    return (torch.arange(quantiles) + 0.5) / quantiles
+
+
+def quantile_huber(
+    prediction: Float[Tensor, "seed batch quantiles"],
+    target: Float[Tensor, "seed batch targets"],
+    level: Float[Tensor, "#seed #batch quantiles"],
+    *,
+    threshold: float,
+) -> Float[Tensor, "seed"]:
+    """sum_i mean_j |level_i - 1(target_j < prediction_i)| huber(target_j - prediction_i): Dabney et al. (2018b), eq. 3.
+
+    `threshold`, the paper's kappa, is where the Huber loss becomes linear; it is divided by it. A level above 0.5 pushes the
+    prediction up.
+
+    >>> zero, one, level = torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.tensor([[[0.9]]])
+    >>> bool(quantile_huber(zero, one, level, threshold=1.0) > quantile_huber(one, zero, level, threshold=1.0))
+    True
+    """
+    shape = (*prediction.shape, target.shape[-1])
+    low, high = prediction.unsqueeze(-1).expand(shape), target.detach().unsqueeze(-2).expand(shape)
+    weight = (level.unsqueeze(-1) - (high < low).to(low.dtype)).abs()
+    each = weight * F.huber_loss(low, high, reduction="none", delta=threshold) / threshold
+    return each.mean(-1).sum(-1).mean(-1)
+
+
+def expected_value(
+    q: Float[Tensor, "seed batch actions"], log_probs: Float[Tensor, "seed batch actions"]
+) -> Float[Tensor, "seed batch"]:
+    """sum_a pi(a | s) Q(s, a).
+
+    >>> expected_value(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.25, 0.75]]]).log()).item()
+    2.5
+    """
+    return (log_probs.exp() * q).sum(-1)
+
+
+def soft_value(
+    q: Float[Tensor, "seed batch actions"],
+    log_probs: Float[Tensor, "seed batch actions"],
+    temperature: Float[Tensor, "seed"],
+) -> Float[Tensor, "seed batch"]:
+    """sum_a pi(a | s) (Q(s, a) - temperature log pi(a | s)): Christodoulou (2019), eq. 10.
+
+    >>> sure, even = torch.tensor([[[0.0, -1e9]]]), torch.full((1, 1, 2), 0.5).log()
+    >>> bool(soft_value(torch.zeros(1, 1, 2), even, torch.ones(1)) > soft_value(torch.zeros(1, 1, 2), sure, torch.ones(1)))
+    True
+    """
+    return expected_value(q - temperature[:, None, None] * log_probs, log_probs)
+
+
+def temperature_loss(
+    temperature: Float[Tensor, "seed"], entropy: Float[Tensor, "seed batch"], wanted: Float[Tensor, "seed batch"]
+) -> Float[Tensor, "seed"]:
+    """temperature (entropy - wanted): Haarnoja et al. (2018), eq. 18. Too little entropy raises the temperature.
+
+    >>> temperature = torch.ones(1, requires_grad=True)
+    >>> temperature_loss(temperature, torch.zeros(1, 1), torch.ones(1, 1)).sum().backward()
+    >>> bool(temperature.grad < 0)
+    True
+    """
+    return temperature * (entropy - wanted).detach().mean(-1)
+
+
+def weighted_mean(
+    weight: Float[Tensor, "seed batch"], value: Float[Tensor, "seed batch"], *, self_normalized: bool
+) -> Float[Tensor, "seed"]:
+    """Importance sampling, mean(w x), or self-normalised, sum(w x) / sum(w): Swaminathan & Joachims (2015).
+
+    >>> weight, value = torch.full((1, 2), 3.0), torch.ones(1, 2)
+    >>> [weighted_mean(weight, value, self_normalized=each).item() for each in (False, True)]
+    [3.0, 1.0]
+    """
+    mean = (weight * value).mean(-1)
+    return mean / weight.mean(-1).clamp(min=torch.finfo(weight.dtype).tiny) if self_normalized else mean

@@ -111,6 +111,14 @@ def take(values: Float[Tensor, "*batch actions"], action: Int64[Tensor, "*batch"
     return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
+def take_each(
+    values: Float[Tensor, "*batch actions numbers"], action: Int64[Tensor, "*batch"]
+) -> Float[Tensor, "*batch numbers"]:
+    """The numbers of each row's own action, where an action has several."""
+    place = action[..., None, None].expand(*action.shape, 1, values.shape[-1])
+    return values.gather(-2, place).squeeze(-2)
+
+
 def masked(values: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
     """Values with forbidden actions pushed out of any maximum or softmax."""
     return torch.where(mask, values, FORBIDDEN)

@@ -42,7 +42,7 @@ def fit(
 ) -> tuple[Algorithm, Trained]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
 
-    Raises InputError when no row can be trained on or the algorithm or one of its knobs is not for such actions, and
+    Raises InputError when no row can be trained on, or the algorithm or one of its knobs is not for such actions or such a log, and
     NonFiniteLossError when the losses of all seeds explode.
     """
     how = TrainingConfig(**training)
@@ -52,6 +52,8 @@ def fit(
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
+    if hasattr(kind, "check_log"):
+        algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
     went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)

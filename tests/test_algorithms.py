@@ -26,6 +26,9 @@ SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
 QUICK: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps
     "rebrac": {"learning_rate": 0.001},
     "bc_top": {"top_share": 0.5},
+QUICK: dict[str, dict[str, Any]] = {
+    "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
+    "iqn": {"quantiles": 8, "target_quantiles": 8},
 }
 SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
 DISCRETE = [name for name, space in SPACES if space == "discrete"]
@@ -113,6 +116,8 @@ OTHER = {
     "inverse_temperature": 9.0, "max_weight": 1.1, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
     "action_draws": 3, "advantage": "max", "weight": "binary", "noise": 0.9, "noise_clip": 0.1, "policy_interval": 3,
     "exploration": 0.5, "policy_penalty": 1.0, "critic_penalty": 1.0, "layer_norm": False, "top_share": 0.2,
+    "double": True, "quantiles": 5, "huber_threshold": 0.1, "target_quantiles": 3, "greedy_quantiles": 2, "cosines": 4,
+    "entropy_share": 0.1, "initial_temperature": 0.2, "objective": "dm",
 }  # fmt: skip
 KNOBS = [
     (name, space, field)

@@ -273,7 +273,7 @@ def test_batches_hold_the_rows_of_the_log_however_they_are_gathered(
             ):
                 numeric, codes = encoder(torch.as_tensor(np.array(wanted)))
                 assert torch.equal(found.numeric, numeric) and torch.equal(found.codes, codes)
-            for name in ("action", "reward", "discount", "mask"):
+            for name in ("action", "action_prob", "reward", "discount", "mask"):
                 assert np.array_equal(
                     getattr(batch, name), getattr(episodes, name)[where].astype(getattr(batch, name).numpy().dtype)
                 )

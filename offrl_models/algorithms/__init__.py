@@ -7,12 +7,18 @@ from pydantic import ValidationError
 
 from offrl_models.algorithms.awac import AWAC, AWACConfig
 from offrl_models.algorithms.awr import AWR, AWRConfig
+from offrl_models.algorithms.bandit import Bandit, BanditConfig
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bc_top import TopBC, TopBCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig
 from offrl_models.algorithms.cql import CQL, CQLConfig
 from offrl_models.algorithms.crr import CRR, CRRConfig
+from offrl_models.algorithms.discrete_sac import DiscreteSAC, DiscreteSACConfig
+from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
+from offrl_models.algorithms.iqn import IQN, IQNConfig
+from offrl_models.algorithms.nfq import NFQ, NFQConfig
+from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
 from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
 from offrl_models.logs.contract import nearest_key_hint
@@ -28,6 +34,12 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "rebrac": (ReBRACConfig, ReBRAC),
     "bc_top": (TopBCConfig, TopBC),
     "awr": (AWRConfig, AWR),
+    "dqn": (DQNConfig, DQN),
+    "qr_dqn": (QRDQNConfig, QRDQN),
+    "discrete_sac": (DiscreteSACConfig, DiscreteSAC),
+    "nfq": (NFQConfig, NFQ),
+    "iqn": (IQNConfig, IQN),
+    "bandit": (BanditConfig, Bandit),
 }
 
 AlgorithmConfig = Any  # one of the configs above

@@ -36,6 +36,7 @@ class TransitionBatch(NamedTuple):
 
     observation: Encoded  # each part [seed, batch, ...]
     action: Int64[Tensor, "*steps seed batch"] | Float[Tensor, "*steps seed batch dimensions"]
+    action_prob: Float[Tensor, "*steps seed batch"]  # behavior probability or density of the action; NaN if not logged
     reward: Float[Tensor, "*steps seed batch"]
     discount: Float[Tensor, "*steps seed batch"]  # gamma * (1 - terminated)
     next_observation: Encoded
@@ -100,6 +101,7 @@ class Transitions:
         self.observation = as_tensor(episodes.observation, torch.float32)
         self.final_observation = as_tensor(episodes.final_observation, torch.float32)
         self.action = as_tensor(episodes.action, torch.float32 if episodes.action.ndim > 1 else torch.long)
+        self.action_prob = as_tensor(episodes.action_prob, torch.float32)
         self.reward = as_tensor(episodes.reward, torch.float32)
         self.discount = as_tensor(episodes.discount, torch.float32)
         self.mask = as_tensor(episodes.mask, torch.bool)
@@ -118,6 +120,7 @@ class Transitions:
         return TransitionBatch(
             observation=self.encoder(_at(self.observation, row)),
             action=_at(self.action, row),
+            action_prob=_at(self.action_prob, row),
             reward=self.reward[row],
             discount=self.discount[row],
             next_observation=self.encoder(next_observation),
