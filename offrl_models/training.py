@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
+from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
 from offrl_models.distributions import space_of
@@ -48,6 +48,8 @@ def fit(
     if space not in kind.spaces:
         able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+    if not isinstance(config, config_of(name, space)):
+        raise InputError(f"the settings of {name} are not those over {space} actions; make them for such.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     transitions = Transitions(episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, batch_size, seeds)
