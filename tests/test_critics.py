@@ -22,7 +22,7 @@ from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit
 from offrl_models.vae import ActionVAE, Perturbation, normal
 from tests.conftest import codes
-from tests.test_algorithms import build, reaching, sampled, trained
+from tests.test_algorithms import EPISODES, build, reaching, sampled, trained
 
 LOW, WIDTH = np.array([0.0, -1.0]), np.array([1.0, 2.0])  # of the actions of `reaching`
 BOUNDS = np.stack([LOW, LOW + WIDTH], 1)
@@ -179,6 +179,17 @@ def test_the_gap_of_a_critic_that_is_zero_is_the_volume_of_the_actions() -> None
         (batch,) = Transitions(log, Encoder(log.features)).batches(sampled(algorithm, [0], log)[1], 1)
         gaps[alpha] = algorithm.losses(batch)["q"].item()
     assert gaps[1.0] - gaps[0.0] == pytest.approx(2 * 2 * np.log(2.0), abs=0.01)
+
+
+def test_the_gap_of_a_critic_that_is_zero_is_the_number_of_discrete_actions() -> None:
+    gaps = {}
+    for alpha in (0.0, 1.0):
+        algorithm = build("cql", [0], alpha=alpha)
+        for parameter in algorithm.q.parameters():
+            torch.nn.init.zeros_(parameter)
+        (batch,) = Transitions(EPISODES, Encoder(EPISODES.features)).batches(sampled(algorithm, [0], EPISODES)[1], 1)
+        gaps[alpha] = algorithm.losses(batch)["q"].item()
+    assert gaps[1.0] - gaps[0.0] == pytest.approx(np.log(3.0), abs=1e-5)
 
 
 def test_a_frozen_network_lets_gradients_through() -> None:
