@@ -1,5 +1,6 @@
 """Networks that choose and that judge actions of either kind: discrete ones, or bounded continuous vectors."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
-from offrl_models.distributions import Actions, Categorical, Distribution, head_of
-from offrl_models.losses import smoothing_noise
-from offrl_models.nets import MLP, SeedLinear, take
+from offrl_models.distributions import Actions, Categorical, Distribution, LogisticMixture, head_of
+from offrl_models.losses import smoothing_noise, temperature_loss
+from offrl_models.nets import MLP, Box, JointMLP, take
 
 MEMBER = 7_919_000_003  # far apart: no member of one seed starts like a member of another
 
@@ -41,9 +42,6 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Several Q functions of an observation and an action, in one pass."""
 
-    low: Tensor
-    width: Tensor
-
     def __init__(
         self,
         seeds: Sequence[int],
@@ -56,18 +54,22 @@ class Critic(nn.Module):
         layer_norm: bool = False,
     ):
         super().__init__()
-        self.members, self.n_actions = members, actions if isinstance(actions, int) else None
+        self.members, self.encode = members, encoder
         each = [seed + MEMBER * member for seed in seeds for member in range(members)]
-        self.net = MLP(each, name, encoder, hidden, self.n_actions or 1, layer_norm=layer_norm)
-        if not isinstance(actions, int):
-            self.acted = SeedLinear(each, name + "a", len(actions), hidden[0], bias=False)
-            self.register_buffer("low", torch.as_tensor(actions[:, 0], dtype=torch.float32))
-            self.register_buffer("width", torch.as_tensor(actions[:, 1] - actions[:, 0], dtype=torch.float32))
+        if isinstance(actions, int):
+            self.net = MLP(each, name, encoder, hidden, actions, layer_norm=layer_norm)
+        else:
+            self.net = JointMLP(each, name, encoder, hidden, len(actions), 1, layer_norm=layer_norm)
+            self.box = Box(actions)
 
     def _encoded(self, observation: Observation) -> Encoded:
         """The observation once for each member of each seed."""
-        encoded = observation if isinstance(observation, Encoded) else self.net.encode(observation)
+        encoded = observation if isinstance(observation, Encoded) else self.encode(observation)
         return encoded if self.members == 1 else Encoded(*(part.repeat_interleave(self.members, 0) for part in encoded))
+
+    def _unit(self, action: Tensor) -> Tensor:
+        """The action once for each member of each seed, where every dimension runs from -1 to 1."""
+        return self.box.unit(action).repeat_interleave(self.members, 0)
 
     def each(self, observation: Observation) -> Float[Tensor, "seed member batch actions"]:
         """Q of every discrete action."""
@@ -76,15 +78,45 @@ class Critic(nn.Module):
     def forward(self, observation: Observation, action: Tensor) -> Float[Tensor, "seed member batch *draws"]:
         """Q of one action for each observation, [seed, batch] or [seed, batch, dimensions]; or of several continuous ones for
         each, [seed, batch, draws, dimensions], for which what is observed is looked at once."""
-        if self.n_actions is not None:
+        if isinstance(self.net, MLP):
             return take(self.each(observation), action.unsqueeze(1).expand(-1, self.members, -1))
-        unit = (2.0 * (action - self.low) / self.width - 1.0).repeat_interleave(self.members, 0)
-        seen = self.net.first(self._encoded(observation))
-        if unit.dim() == 3:
-            return self.net.after(seen + self.acted(unit)).squeeze(-1).unflatten(0, (-1, self.members))
-        hidden = seen.unsqueeze(2) + self.acted(unit.flatten(1, 2)).unflatten(1, unit.shape[1:3])
-        found = self.net.after(hidden.flatten(1, 2)).unflatten(1, unit.shape[1:3])
+        found = self.net(self._encoded(observation), self._unit(action))
         return found.squeeze(-1).unflatten(0, (-1, self.members))
+
+    def with_slopes(
+        self, observation: Observation, action: Float[Tensor, "seed batch dimensions"]
+    ) -> tuple[Float[Tensor, "seed member batch"], Float[Tensor, "seed member batch dimensions"]]:
+        """Q of an action for each observation, and its gradient with respect to the action where every dimension runs from -1
+        to 1: in one pass, and such that the gradient can be trained."""
+        unit = self._unit(action).requires_grad_()
+        q = self.net(self._encoded(observation), unit).squeeze(-1)
+        (slope,) = torch.autograd.grad(q.sum(), unit, create_graph=True)
+        return q.unflatten(0, (-1, self.members)), slope.unflatten(0, (-1, self.members))
+
+
+class Temperature(nn.Module):
+    """The weight of the entropy in the objective of each seed, learned as its logarithm."""
+
+    def __init__(self, seeds: Sequence[int], initial: float = 1.0):
+        super().__init__()
+        self.log = nn.Parameter(torch.full((len(seeds),), math.log(initial)))
+
+    def forward(self) -> Float[Tensor, "seed"]:
+        """Held fixed: only the loss of the temperature trains it."""
+        return self.log.detach().exp()
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradients flow through these networks, and not into them; what that would have cost is not computed."""
+    parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
+    for each in parameters:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in parameters:
+            each.requires_grad_(True)
 
 
 def expected_q(
@@ -125,14 +157,19 @@ def shares(uniform: Tensor | None, *draws: int) -> tuple[Tensor | None, ...]:
     return (None,) * len(draws) if uniform is None else uniform.split(draws, -2)
 
 
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """What is computed inside passes gradients through a network and takes none of its weights, which also saves their cost."""
-    parameters = [each for each in network.parameters() if each.requires_grad]
-    for each in parameters:
-        each.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for each in parameters:
-            each.requires_grad_(True)
+def soft_actor_losses(
+    policy: LogisticMixture, critic: Critic, temperature: Temperature, observation: Observation, uniform: Tensor
+) -> dict[str, Float[Tensor, "seed"]]:
+    """Of a policy, which seeks the least value of several critics and entropy, and of the weight of the entropy.
+
+    Haarnoja et al. (2018), https://arxiv.org/abs/1812.05905, eq. 9 and 18. `uniform` [seed, batch, draws, 1 + dimensions] is what
+    actions are drawn at. As is usual the entropy aimed at is -1 per dimension, where every dimension runs from -1 to 1.
+    """
+    action, log_prob = policy.drawn(uniform)
+    wanted = torch.full_like(log_prob.flatten(1), -float(action.shape[-1]))
+    with frozen(critic):
+        least = critic(observation, action).amin(1)
+    return {
+        "policy": (temperature()[:, None, None] * log_prob - least).mean((1, 2)),
+        "temperature": temperature_loss(temperature.log, -log_prob.flatten(1), wanted),
+    }

@@ -116,9 +116,10 @@ class PipelineConfig(Strict):
 
     @field_validator("algorithms")
     @classmethod
-    def _algorithms_are_known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, settings in value.items():
-            make_config(name, settings)
+    def _algorithms_are_known(cls, value: dict[str, dict[str, Any]], info: Any) -> dict[str, dict[str, Any]]:
+        if "logs" in info.data:  # else they are wrong themselves, and that is said
+            for name, settings in value.items():
+                make_config(name, settings, info.data["logs"].action.space)
         return value
 
     @model_validator(mode="after")
@@ -128,7 +129,7 @@ class PipelineConfig(Strict):
         return self
 
     def algorithm(self, name: str) -> AlgorithmConfig:
-        return make_config(name, self.algorithms[name])
+        return make_config(name, self.algorithms[name], self.logs.action.space)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, as plain JSON; it travels with the policy."""

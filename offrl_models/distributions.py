@@ -55,6 +55,14 @@ class LogisticMixture(NamedTuple):
     low: Float[Tensor, "dimensions"]
     width: Float[Tensor, "dimensions"]
 
+    @classmethod
+    def around(
+        cls, action: Float[Tensor, "*batch dimensions"], scale: float, low: Tensor, width: Tensor
+    ) -> "LogisticMixture":
+        """One component around each action, of a scale in units in which every dimension runs from 0 to 1."""
+        center = ((action - low) / width).unsqueeze(-2)
+        return cls(torch.zeros_like(center[..., 0]), center, torch.full_like(center, math.log(scale)), low, width)
+
     def _unit(self, action: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch 1 dimensions"]:
         return ((action - self.low) / self.width).unsqueeze(-2)
 
@@ -113,6 +121,14 @@ class LogisticMixture(NamedTuple):
         log_above = torch.logaddexp(-_softplus((1.0 - center) / scale), torch.log1p(-inside) + log_mass)
         unit = (center + scale * (log_below - log_above)).clamp(0.0, 1.0)
         return self.low + self.width * unit
+
+    def drawn(
+        self, uniform: Float[Tensor, "*batch draws numbers"]
+    ) -> tuple[Float[Tensor, "*batch draws dimensions"], Float[Tensor, "*batch draws"]]:
+        """`draws`, and the logarithm of the density of each of them where every dimension of the action runs from -1 to 1."""
+        action = self.draws(uniform)
+        parts = self.log_weight.unsqueeze(-2), self.center.unsqueeze(-3), self.log_scale.unsqueeze(-3)
+        return action, LogisticMixture(*parts, self.low, self.width).log_prob(action) + (self.width / 2.0).log().sum()
 
     @property
     def greedy(self) -> Float[Tensor, "*batch dimensions"]:

@@ -1,5 +1,7 @@
 """One equation per function. Every loss is the mean over the batch for each seed: [seed, batch, ...] -> [seed]."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -156,6 +158,23 @@ def conservative_gap(
     return (torch.logsumexp(masked(q, mask), -1) - take(q, action)).mean(-1)
 
 
+def sampled_conservative_gap(
+    q: Float[Tensor, "seed member batch draws"],
+    log_density: Float[Tensor, "seed 1 batch draws"],
+    q_logged: Float[Tensor, "seed member batch"],
+) -> Float[Tensor, "seed member"]:
+    """log of the integral of exp Q(s, a) over a, less Q(s, a_logged): Kumar et al. (2020), eq. 4 and appendix F.
+
+    The integral is the mean of exp Q(s, a) / density(a) over draws, each by the density it was drawn from.
+
+    >>> q = torch.tensor([[[[0.0, 5.0]]]])
+    >>> gap = lambda logged: sampled_conservative_gap(q, torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), logged))
+    >>> bool(gap(5.0) < gap(0.0))
+    True
+    """
+    return (torch.logsumexp(q - log_density, -1) - math.log(q.shape[-1]) - q_logged).mean(-1)
+
+
 def double_q_value(
     target_q: Float[Tensor, "seed batch actions"],
     online_q: Float[Tensor, "seed batch actions"],
@@ -230,7 +249,8 @@ def soft_value(
 def temperature_loss(
     temperature: Float[Tensor, "seed"], entropy: Float[Tensor, "seed batch"], wanted: Float[Tensor, "seed batch"]
 ) -> Float[Tensor, "seed"]:
-    """temperature (entropy - wanted): Haarnoja et al. (2018), eq. 18. Too little entropy raises the temperature.
+    """temperature (entropy - wanted), of a temperature or of its logarithm: Haarnoja et al. (2018),
+    https://arxiv.org/abs/1812.05905, eq. 18. Too little entropy raises it.
 
     >>> temperature = torch.ones(1, requires_grad=True)
     >>> temperature_loss(temperature, torch.zeros(1, 1), torch.ones(1, 1)).sum().backward()
@@ -251,3 +271,27 @@ def weighted_mean(
     """
     mean = (weight * value).mean(-1)
     return mean / weight.mean(-1).clamp(min=torch.finfo(weight.dtype).tiny) if self_normalized else mean
+
+
+def soft_least(q: Float[Tensor, "seed member *batch"], *, pessimism: float) -> Float[Tensor, "seed *batch"]:
+    """pessimism min + (1 - pessimism) max over members: Fujimoto et al. (2019), https://arxiv.org/abs/1812.02900, eq. 13.
+
+    >>> q = torch.tensor([[[0.0], [1.0]]])
+    >>> soft_least(q, pessimism=0.75).item()
+    0.25
+    """
+    return torch.lerp(q.amax(1), q.amin(1), pessimism)
+
+
+def diversity_loss(slope: Float[Tensor, "seed member batch dimensions"]) -> Float[Tensor, "seed"]:
+    """Sum over pairs i != j of cos(dQ_i/da, dQ_j/da) / (members - 1): An et al. (2021), eq. 6. Lowering it makes members disagree.
+
+    The sum over pairs is the square of the sum less the sum of squares.
+
+    >>> alike, opposed = torch.tensor([[[[1.0]], [[2.0]]]]), torch.tensor([[[[1.0]], [[-2.0]]]])
+    >>> diversity_loss(alike).item() > 0 > diversity_loss(opposed).item()
+    True
+    """
+    direction = F.normalize(slope, dim=-1, eps=1e-6)
+    pairs = direction.sum(1).square().sum(-1) - direction.square().sum((1, 3))
+    return pairs.mean(-1) / (slope.shape[1] - 1)

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
@@ -103,6 +104,53 @@ class MLP(nn.Module):
         return x.float() if x.dtype == torch.bfloat16 else x  # only products of matrices are taken in half precision
 
 
+class Box(nn.Module):
+    """Bounded vectors, into units in which every dimension runs from -1 to 1, and back."""
+
+    low: Tensor
+    width: Tensor
+
+    def __init__(self, bounds: Float64[np.ndarray, "dimensions 2"]):
+        super().__init__()
+        self.register_buffer("low", torch.as_tensor(bounds[:, 0], dtype=torch.float32))
+        self.register_buffer("width", torch.as_tensor(bounds[:, 1] - bounds[:, 0], dtype=torch.float32))
+
+    def unit(self, vector: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch dimensions"]:
+        return 2.0 * (vector - self.low) / self.width - 1.0
+
+    def vector(self, unit: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch dimensions"]:
+        """What lies outside is brought to the bounds."""
+        return self.low + self.width * (unit.clamp(-1.0, 1.0) + 1.0) / 2.0
+
+
+class JointMLP(nn.Module):
+    """Observation and a vector -> outputs: [seed, batch, outputs], or [seed, batch, draws, outputs] of several vectors for each
+    observation, for which what is observed is looked at once."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        name: str,
+        encoder: Encoder,
+        hidden: Sequence[int],
+        inputs: int,
+        outputs: int,
+        *,
+        layer_norm: bool = False,
+    ):
+        super().__init__()
+        self.seen = MLP(seeds, name, encoder, hidden, outputs, layer_norm=layer_norm)
+        self.joined = SeedLinear(seeds, name + "a", inputs, hidden[0], bias=False)
+
+    def forward(self, observation: Observation, vector: Float[Tensor, "seed batch *draws inputs"]) -> Tensor:
+        encoded = observation if isinstance(observation, Encoded) else self.seen.encode(observation)
+        first = self.seen.first(encoded)
+        if vector.dim() == 3:
+            return self.seen.after(first + self.joined(vector))
+        hidden = first.unsqueeze(2) + self.joined(vector.flatten(1, 2)).unflatten(1, vector.shape[1:3])
+        return self.seen.after(hidden.flatten(1, 2)).unflatten(1, vector.shape[1:3])
+
+
 FORBIDDEN = -1e9  # a logit that no softmax notices; infinity would make NaN of 0 * infinity
 
 
@@ -127,3 +175,19 @@ def masked(values: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch a
 def masked_log_softmax(logits: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
     """Log-probabilities over the allowed actions."""
     return torch.log_softmax(masked(logits, mask), -1)
+
+
+def likely_enough(
+    logits: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"], threshold: float
+) -> Bool[Tensor, "*batch actions"]:
+    """Allowed actions whose probability is at least `threshold` times that of the likeliest one."""
+    log_probs = masked_log_softmax(logits, mask)
+    return mask & (torch.exp(log_probs - log_probs.amax(-1, keepdim=True)) >= threshold)
+
+
+def best_of(
+    vectors: Float[Tensor, "*batch draws dimensions"], value: Float[Tensor, "*batch draws"]
+) -> Float[Tensor, "*batch dimensions"]:
+    """Of several vectors the one of the greatest value."""
+    place = value.argmax(-1)[..., None, None].expand(*vectors.shape[:-2], 1, vectors.shape[-1])
+    return vectors.gather(-2, place).squeeze(-2)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig
+from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_space
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
@@ -47,9 +47,9 @@ def fit(
     """
     how = TrainingConfig(**training)
     kind, space = ALGORITHMS[name][1], space_of(episodes.actions)
-    if space not in kind.spaces:
-        able = ", ".join(other for other, (_, each) in ALGORITHMS.items() if space in each.spaces)
-        raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+    require_space(name, space)
+    if not isinstance(config, config_of(name, space)):
+        raise InputError(f"the settings of {name} are not those over {space} actions; make them for such.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
     if hasattr(kind, "check_log"):

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
     {"schema", "storage", "mapped", "tensors", "progress"},
-    {"logs", "datasets", "nets", "losses", "distributions", "actors"},
+    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae"},
     {"policies", "measures"},
     {"exported"},
     {"algorithms", "ope", "optimizer", "checkpoint"},

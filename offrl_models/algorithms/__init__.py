@@ -10,18 +10,22 @@ from offrl_models.algorithms.awr import AWR, AWRConfig
 from offrl_models.algorithms.bandit import Bandit, BanditConfig
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bc_top import TopBC, TopBCConfig
-from offrl_models.algorithms.bcq import BCQ, BCQConfig
-from offrl_models.algorithms.cql import CQL, CQLConfig
+from offrl_models.algorithms.bcq import BCQ, BCQConfig, ContinuousBCQConfig
+from offrl_models.algorithms.cql import CQL, ContinuousCQLConfig, CQLConfig
 from offrl_models.algorithms.crr import CRR, CRRConfig
 from offrl_models.algorithms.discrete_sac import DiscreteSAC, DiscreteSACConfig
 from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
 from offrl_models.algorithms.iqn import IQN, IQNConfig
+from offrl_models.algorithms.mcq import MCQ, MCQConfig
 from offrl_models.algorithms.nfq import NFQ, NFQConfig
 from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
+from offrl_models.algorithms.sac_n import SACN, EDACConfig, SACNConfig
 from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
+from offrl_models.distributions import Space
 from offrl_models.logs.contract import nearest_key_hint
+from offrl_models.schema import InputError
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "bc": (BCConfig, BC),
@@ -40,17 +44,39 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "nfq": (NFQConfig, NFQ),
     "iqn": (IQNConfig, IQN),
     "bandit": (BanditConfig, Bandit),
+    "sac_n": (SACNConfig, SACN),
+    "edac": (EDACConfig, SACN),
+    "mcq": (MCQConfig, MCQ),
 }
+
+# Where the settings over continuous actions are others.
+CONTINUOUS: dict[str, type[Any]] = {"cql": ContinuousCQLConfig, "bcq": ContinuousBCQConfig}
 
 AlgorithmConfig = Any  # one of the configs above
 Algorithm = Any  # one of the modules above: a `learner.Trainable` with `spaces` and a `distribution`
 
 
-def make_config(name: str, settings: dict[str, Any]) -> AlgorithmConfig:
-    """The config of an algorithm with some fields set. Raises ValueError naming the key and the nearest known one."""
+def config_of(name: str, space: Space) -> type[Any]:
+    """The class of an algorithm's settings over such actions."""
+    return CONTINUOUS.get(name, ALGORITHMS[name][0]) if space == "continuous" else ALGORITHMS[name][0]
+
+
+def require_space(name: str, space: Space) -> None:
+    """Raises InputError for an algorithm that is not for such actions."""
+    if space not in ALGORITHMS[name][1].spaces:
+        able = ", ".join(other for other, (_, kind) in ALGORITHMS.items() if space in kind.spaces)
+        raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+
+
+def make_config(name: str, settings: dict[str, Any], space: Space = "discrete") -> AlgorithmConfig:
+    """The config of an algorithm over such actions with some fields set.
+
+    Raises ValueError naming the key and the nearest known one, and InputError for an algorithm that is not for such actions.
+    """
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: {nearest_key_hint(name, list(ALGORITHMS))}")
-    config = ALGORITHMS[name][0]
+    require_space(name, space)
+    config = config_of(name, space)
     known = [field.name for field in dataclasses.fields(config)]
     for key in settings:
         if key not in known:

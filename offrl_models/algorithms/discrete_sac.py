@@ -5,7 +5,6 @@ Differences from the paper: all losses are taken at the same parameters, and the
 greatest one among the actions a mask allows. The policy is deployed as it was trained, with the entropy it has.
 """
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from offrl_models.actors import Actor, Critic
+from offrl_models.actors import Actor, Critic, Temperature
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.distributions import Categorical, Space
@@ -29,17 +28,6 @@ class DiscreteSACConfig:
     entropy_share: float = Field(default=0.98, ge=0, le=1)  # wanted, of the greatest one: log(allowed actions)
     initial_temperature: float = Field(default=1.0, gt=0)  # paper: alpha; in units of reward
     target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
-
-
-class Temperature(nn.Module):
-    """A positive number per seed: the price of entropy."""
-
-    def __init__(self, seeds: Sequence[int], initial: float):
-        super().__init__()
-        self.log = nn.Parameter(torch.full((len(seeds),), math.log(initial)))
-
-    def forward(self) -> Tensor:
-        return self.log.exp()
 
 
 class DiscreteSAC(nn.Module):
@@ -61,8 +49,7 @@ class DiscreteSAC(nn.Module):
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per seed for each trained network, keyed by the attribute it trains."""
-        temperature = self.temperature()
-        price = temperature.detach()
+        price = self.temperature()
         q = self.q.each(batch.observation)
         with torch.no_grad():
             following = self.distribution(batch.next_observation, batch.next_mask).log_probs
@@ -75,7 +62,7 @@ class DiscreteSAC(nn.Module):
         return {
             "q": squared_error(taken, target).sum(1),
             "policy": -soft_value(q.detach().amin(1), log_probs, price).mean(-1),
-            "temperature": temperature_loss(temperature, entropy, wanted),
+            "temperature": temperature_loss(self.temperature.log, entropy, wanted),
         }
 
     def distribution(self, observation: Observation, mask: Tensor) -> Categorical:

@@ -181,6 +181,10 @@ class ActionColumns(Strict):
         return bool(self.columns) or self.size is not None
 
     @property
+    def space(self) -> Literal["discrete", "continuous"]:
+        return "continuous" if self.continuous else "discrete"
+
+    @property
     def dimensions(self) -> int:
         return len(self.columns) or self.size or 0
 
