@@ -240,7 +240,7 @@ def test_a_log_of_densities_has_a_behavior_model_that_agrees(tmp_path: Path) -> 
     assert {check["check"]: check["passed"] for check in found["checks"]}["C15"] is True
     assert (pipeline.reports / "behavior.png").exists() and (pipeline.folder / "behavior" / "policy.onnx").exists()
     with pytest.raises(
-        InputError, match="the action 'a' is continuous, and this version trains candidates over discrete"
+        InputError, match="the action 'a' is continuous, and a pipeline cannot evaluate candidates"
     ):
         stages.candidates(pipeline)
 

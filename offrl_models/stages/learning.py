@@ -30,8 +30,8 @@ def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, 
     """Train the named algorithms (all by default), side by side. Raises InputError for continuous actions."""
     if pipeline.config.logs.action.continuous:
         raise InputError(
-            f"the action {pipeline.config.logs.action.name!r} is continuous, and this version trains candidates over discrete "
-            "ones; code it as `values` to train on it."
+            f"the action {pipeline.config.logs.action.name!r} is continuous, and a pipeline cannot evaluate candidates over such "
+            "actions in this version; code it as `values`."
         )
     wanted = names or list(pipeline.config.algorithms)
     stages = run_side_by_side(_train_candidate, [(pipeline, name) for name in wanted])
