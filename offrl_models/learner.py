@@ -141,20 +141,24 @@ class Learner(L.LightningModule):
 
     @torch.no_grad()
     def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
-        """Give seeds whose loss is no number their last good weights back. Raises NonFiniteLossError when none is left."""
-        for name, values in per_seed.items():
-            for seed, value in enumerate(values):
-                if not math.isfinite(value) and seed not in self.stopped:
-                    self.stopped[seed] = (
-                        f"the {name} loss of seed {seed} is not finite after {self.gradient_steps} gradient steps; "
-                        "lower its learning rate or look for extreme values in the observations and rewards."
-                    )
+        """Give seeds that are no numbers any more their last good weights back. Raises NonFiniteLossError when none is left."""
+        weights = [each.unflatten(0, (self.seeds, -1)) for each in self.algorithm.parameters() if each.numel()]
+        good = [each.unflatten(0, (self.seeds, -1)) for each in self.good if each.numel()]
+        finite = torch.stack([each.flatten(1).isfinite().all(1) for each in weights]).all(0).tolist()
+        for place, seed in enumerate(self.sampler.seeds):
+            bad = [name for name, values in per_seed.items() if not math.isfinite(values[place])]
+            if place not in self.stopped and (bad or not finite[place]):
+                what = f"the {bad[0]} loss of seed {seed} is" if bad else f"the weights of seed {seed} are"
+                self.stopped[place] = (
+                    f"{what} not finite after {self.gradient_steps} gradient steps; "
+                    "lower its learning rate or look for extreme values in the observations and rewards."
+                )
         if len(self.stopped) == self.seeds:
             raise NonFiniteLossError(next(iter(self.stopped.values())))
-        for good, now in zip(self.good, self.algorithm.parameters(), strict=True):
-            for seed in self.stopped if now.numel() else ():
-                now.unflatten(0, (self.seeds, -1))[seed] = good.unflatten(0, (self.seeds, -1))[seed]
-            good.copy_(now)
+        for kept, now in zip(good, weights, strict=True):
+            for place in self.stopped:
+                now[place] = kept[place]
+            kept.copy_(now)
 
     @torch.no_grad()
     def move_targets(self) -> None:
@@ -199,6 +203,11 @@ class Trained:
 
     history: list[dict[str, Any]]
     stopped: dict[int, str]
+
+    def require_all(self) -> None:
+        """Raises NonFiniteLossError when a seed was stopped: what is made of all seeds needs each of them to be finished."""
+        if self.stopped:
+            raise NonFiniteLossError(next(iter(self.stopped.values())))
 
 
 def train(

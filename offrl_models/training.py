@@ -112,7 +112,8 @@ def fit_fqe(
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
-    train(fqe, transitions, sampler, TrainingConfig(gradient_steps=config.gradient_steps), report=report)
+    how = TrainingConfig(gradient_steps=config.gradient_steps)
+    train(fqe, transitions, sampler, how, report=report).require_all()
     return fitted_values(fqe.cpu(), policies, evaluated_on)
 
 

@@ -50,7 +50,7 @@ BANDIT: dict[str, Any] = {"horizon": 1, "step": None, "terminated": None}
 
 def contract_of(**roles: Any) -> Contract:
     """A contract with these roles instead of the plain ones; None leaves one out."""
-    configured = attributes(None, 2)
+    configured = attributes(None, 2, algorithms={"bc": {}})
     configured["logs"] = {name: role for name, role in {**ROLES, **roles}.items() if role is not None}
     return parse_pipeline(configured, "toy").logs
 

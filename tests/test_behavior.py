@@ -281,3 +281,36 @@ def test_equal_propensities_that_add_up_to_more_than_one_are_refused() -> None:
     log = dataclasses.replace(log, action_prob=log.action_prob * 1.02)
     with pytest.raises(InputError, match="add up to 1.0200 over its actions"):
         behavior.fit_table(log, 1)
+
+
+def versioned(seed: int) -> Episodes:
+    """Two policies in turn, each named and with its own propensities."""
+    first, second = bandit(1, 3, 1, seed=0), bandit(1, 3, 1, seed=5)
+    writer = np.random.default_rng(seed).integers(0, 2, 6000)
+    log = simulate_each([first, dataclasses.replace(first, behavior=second.behavior)], writer, seed)
+    log = dataclasses.replace(log, observation=np.zeros_like(log.observation))
+    return dataclasses.replace(log, labels={"logger": np.where(writer == 0, "older", "newer")})
+
+
+@pytest.mark.parametrize(("wrong", "holds"), [(False, True), (True, False)])
+def test_counts_of_each_logging_policy_find_the_one_that_writes_wrong_propensities(wrong: bool, holds: bool) -> None:
+    train, other = versioned(1), versioned(2)
+    if wrong:
+        newer = other.labels["logger"] == "newer"
+        other = dataclasses.replace(other, action_prob=np.where(newer, 1.0, other.action_prob))
+    found = behavior.held_against_logged(*behavior.counted_ratios(train, other, 1, "logger"), counted=True)
+    assert (abs(found["mean_ratio_z"]) < 4) is holds and (found["mean_ratio"] == pytest.approx(1.0, abs=0.05)) is holds
+
+
+def test_states_that_were_not_counted_say_nothing_of_propensities() -> None:
+    """Sure choices in states half of which the other log has not seen."""
+    choice = np.random.default_rng(0).integers(0, 4, 40)
+
+    def sure(states: np.ndarray) -> Episodes:
+        rows = len(states)
+        log = bandit_of(np.zeros((rows, 4)), np.ones((rows, 4), bool), choice[states])
+        seen = states[:, None].astype(np.float32)
+        return dataclasses.replace(log, observation=seen, final_observation=0 * seen, action_prob=np.ones(rows))
+
+    (ratio,) = behavior.counted_ratios(sure(np.arange(20).repeat(5)), sure(np.arange(40).repeat(5)), 40, None)
+    assert len(ratio) == 100 and (ratio == 1.0).all()

@@ -168,19 +168,21 @@ def test_the_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "z", "counted", "passed", "blocking"),
+    ("mean", "z", "kind", "passed", "blocking"),
     [
-        (1.01, 1.0, True, True, True),
-        (1.5, 9.0, False, False, True),  # too small, whatever the model
-        (0.9, -9.0, True, False, True),
-        (0.9, -9.0, False, False, False),  # a model that was learned may put mass where the behavior has none
-        (0.4, -9.0, False, False, True),  # but not so much
+        (1.01, 1.0, "counted", True, True),
+        (1.5, 9.0, "learned", False, True),  # too small, whatever the model
+        (0.95, -9.0, "counted", False, True),
+        (0.95, -9.0, "learned", False, False),  # a model that was learned may put mass where the behavior has none
+        (0.85, -9.0, "learned", False, True),  # but not so much
+        (0.4, -9.0, "several", False, False),  # unless another policy of the log has
+        (1.5, 9.0, "several", False, True),
     ],
 )
 def test_the_mean_ratio_of_the_behavior_model(
-    tmp_path: Path, mean: float, z: float, counted: bool, passed: bool, blocking: bool
+    tmp_path: Path, mean: float, z: float, kind: str, passed: bool, blocking: bool
 ) -> None:
-    found = {"ece": 0.0, "brier": 0.1, "mean_ratio": mean, "mean_ratio_z": z, "counted": counted}
+    found = {"ece": 0.0, "brier": 0.1, "mean_ratio": mean, "mean_ratio_z": z, kind: True}
     result = check_behavior(found, THRESHOLDS, tmp_path / "docs")[0]
     assert result.check == "C15" and result.passed is passed and result.blocking is blocking
 

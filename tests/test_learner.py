@@ -108,15 +108,37 @@ def test_a_seed_that_explodes_stops_with_its_last_good_weights_and_the_others_go
     run(healthy, [3, 4, 5], 20)
     went = run(broken, [3, 4, 5], 20)
     run(early, [3, 4, 5], 5)
-    assert list(went.stopped) == [1] and went.stopped[1].startswith("the value loss of seed 1 is not finite after 10")
+    assert list(went.stopped) == [1] and went.stopped[1].startswith("the value loss of seed 4 is not finite after 10")
     assert went.history[0]["value"][1] is not None and went.history[-1]["value"][1] is None
     trios = zip(healthy.parameters(), broken.parameters(), early.parameters(), strict=True)
     for good, found, before in trios:
         if found.numel():
             good, found, before = (each.unflatten(0, (3, -1)) for each in (good, found, before))
             assert torch.equal(found[[0, 2]], good[[0, 2]]) and torch.equal(found[1], before[1])
-    with pytest.raises(NonFiniteLossError, match="the value loss of seed 0 is not finite after 10 gradient steps"):
+    with pytest.raises(NonFiniteLossError, match="the value loss of seed 3 is not finite after 10 gradient steps"):
         run(Exploding([3, 4, 5], [0, 1, 2]), [3, 4, 5], 20)
+
+
+class BadGradient(Exploding):
+    """The last loss before the end is a number, and its gradient is not."""
+
+    def losses(self, batch: TransitionBatch) -> dict[str, torch.Tensor]:
+        found = self.inner.losses(batch)
+        if batch.step < 19:
+            return found
+        value = found["value"].clone()
+        kept = value[self.bad]
+        value[self.bad] = kept + torch.sqrt((kept - kept.detach()).clamp(min=0.0))  # adds 0, with an infinite slope
+        return {**found, "value": value}
+
+
+def test_weights_that_became_no_numbers_stop_a_seed_too() -> None:
+    broken = BadGradient([3, 4, 5], [1])
+    went = run(broken, [3, 4, 5], 20)
+    assert list(went.stopped) == [1] and went.stopped[1].startswith("the weights of seed 4 are not finite after 20")
+    assert all(bool(each.isfinite().all()) for each in broken.parameters())
+    with pytest.raises(NonFiniteLossError, match="the weights of seed 4 are not finite"):
+        went.require_all()
 
 
 def test_a_network_that_a_chunk_did_not_train_has_no_loss_in_it() -> None:

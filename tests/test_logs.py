@@ -19,6 +19,7 @@ from offrl_models.logs.ingest import ingest
 from offrl_models.logs.read import Log, batch_files
 from offrl_models.logs.rules import rules
 from offrl_models.logs.screen import screen
+from offrl_models.logs.tally import Tally
 from offrl_models.logs.versions import log_version
 from offrl_models.reports import quality
 from offrl_models.reports.checks import check_logs
@@ -277,6 +278,34 @@ def test_an_action_that_is_hardly_ever_played_blocks_no_log(contract: Contract, 
     assert (log.action < 2).all()
     found = check(contract, pl.DataFrame(as_table(log)), tmp_path)
     assert not found["C15"].blocking and "hardly ever played" in found["C15"].sentence
+
+
+def test_mean_ratios_do_not_depend_on_how_a_log_is_cut() -> None:
+    """A chunk in which an allowed action was not taken counts as one in which it was."""
+    rows = 40_000
+    rng = np.random.default_rng(0)
+    p = np.array([0.5995, 0.4, 0.0005])
+    action = rng.choice(3, rows, p=p)
+    contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
+    contract = contract.model_copy(
+        update={"action": contract.action.model_copy(update={"mask": None}), "next_observation": ()}
+    )
+    log = pl.DataFrame({
+        "episode": np.arange(rows), "step": 0, "state": 0, "action": action, "prob": p[action], "reward": 0.5,
+        "terminated": True, "truncated": False,
+    })  # fmt: skip
+    found = []
+    for size in (rows, 1000):
+        tally = Tally(contract)
+        for start in range(0, rows, size):
+            tally.add(log[start : start + size], np.full(size, 0.5))
+        found.append(tally.mean_ratios())
+    whole, cut = found
+    assert whole["policy"].to_list() == ["always 0", "always 1", "always 2", "uniform"]
+    assert whole["rows"].to_list() == cut["rows"].to_list() == [rows] * 4
+    for column in ("mean_error", "z"):
+        assert cut[column].to_numpy() == pytest.approx(whole[column].to_numpy(), rel=1e-6)
+    assert np.abs(whole["z"].to_numpy()).max() < 4
 
 
 def test_a_log_of_one_action_has_nothing_to_compare(contract: Contract, tmp_path: Path) -> None:

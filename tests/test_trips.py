@@ -24,6 +24,7 @@ from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.leakage import split_tables
 from offrl_models.datasets.split import SPLITS, bucket
+from offrl_models.learner import Trained
 from offrl_models.reports import overview, plots, shift
 from offrl_models.reports.checks import check_shift, check_splits
 from offrl_models.reports.quality import CHECKS, INFO, CheckResult
@@ -112,16 +113,16 @@ def land(root: Path, log: pl.DataFrame, observed: tuple[str, ...] = BOTH, states
     return pipeline
 
 
-def given(policy: np.ndarray) -> Callable[..., tuple[BC, list[dict[str, Any]]]]:
+def given(policy: np.ndarray) -> Callable[..., tuple[BC, Trained]]:
     """A trainer that trains nothing: its network holds the logarithms of a policy by state."""
 
     def fit(_: str, settings: Any, train: Episodes, encoder: Any, *, seeds: range, **__: object) -> Any:
         algorithm = BC(settings, encoder, train.n_actions, seeds)
         weights = {name: torch.zeros_like(tensor) for name, tensor in algorithm.policy.named_parameters()}
-        weights["first.table"] += torch.eye(STATES)
-        weights["rest.0.weight"] += torch.as_tensor(np.log(np.maximum(policy, 1e-12)))
+        weights["net.first.table"] += torch.eye(STATES)
+        weights["net.rest.0.weight"] += torch.as_tensor(np.log(np.maximum(policy, 1e-12)))
         algorithm.policy.load_state_dict(weights, strict=False)
-        return algorithm, [{"gradient_steps": 1, "policy": [0.0]}]
+        return algorithm, Trained([{"gradient_steps": 1, "policy": [0.0]}], {})
 
     return fit
 

@@ -106,10 +106,11 @@ def with_propensities(episodes: Episodes, states: int | None, effort: Effort, up
 def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture:
     """The policy that wrote the log, cloned from the other fold."""
     task, seeds = f"behavior clone, fold {fold.number} of 2", range(effort.seed, effort.seed + CLONES)
-    cloned, _ = fit(
+    cloned, went = fit(
         "bc", BCConfig(hidden=(64, 64)), fold.others, Encoder.fit(fold.others), seeds=seeds, gradient_steps=effort.steps,
         batch_size=256, report=lambda step, loss: update(task, step, effort.steps, f"loss {loss['policy']:.4f}"),
     )  # fmt: skip
+    went.require_all()
     return Mixture(cloned, CLONES)
 
 

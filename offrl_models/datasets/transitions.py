@@ -157,6 +157,7 @@ class Sampler:
 
     def __init__(self, pools: list[Tensor], batch_size: int, seeds: list[int], draws: int = 0, width: int = 1):
         self.pools, self.batch_size, self.draws, self.width = pools, batch_size, draws, width
+        self.seeds = seeds
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.chances = [torch.Generator().manual_seed(seed + CHANCE) for seed in seeds]
 

@@ -148,7 +148,7 @@ class Tally:
         # An error is 1/p - 1 where the action was taken, -1 where it was allowed and not taken.
         taken, first, second = (np.bincount(action, w, n) for w in (np.ones(len(action)), ratio, ratio**2))
         could = np.full(n, float(len(action))) if mask is None else mask.sum(0).astype(np.float64)
-        for code in np.flatnonzero(taken):
+        for code in np.flatnonzero(could):
             total = first[code] - could[code]
             squares = second[code] - 2 * first[code] + taken[code] + (could[code] - taken[code])
             self.ratios.setdefault((version, f"{ALWAYS}{code}"), Sums()).add(could[code], total, squares)
@@ -178,11 +178,15 @@ class Tally:
         tests = [
             (version, policy, int(sums.n), sums.total / sums.n, sums.z)
             for (version, policy), sums in sorted(self.ratios.items())
-            if policy == UNIFORM or self.actions[version, int(policy.removeprefix(ALWAYS))][0] >= FEWEST_TAKEN
+            if policy == UNIFORM or self._taken(version, policy) >= FEWEST_TAKEN
         ]
         found = pl.DataFrame(tests, schema=schema, orient="row")
         corrected = holm_z(found["z"].to_numpy()) if found.height else np.zeros(0)
         return found.with_columns(z_holm=pl.Series(corrected, dtype=pl.Float64))
+
+    def _taken(self, version: str, policy: str) -> float:
+        """How often the action that a policy always plays was taken; never, if there is no such entry."""
+        return self.actions.get((version, int(policy.removeprefix(ALWAYS))), [0.0])[0]
 
     def action_frequencies(self) -> pl.DataFrame:
         """One row per policy version and action: rows, their share of the version, mean propensity."""

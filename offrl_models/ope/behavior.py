@@ -213,19 +213,40 @@ def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) 
 
 
 def held_against_logged(
-    prob: Float64[np.ndarray, "rows"], logged: Float64[np.ndarray, "rows"], *, counted: bool = False
+    *ratios: Float64[np.ndarray, "_"], counted: bool = False, several: bool = False
 ) -> dict[str, Any]:
-    """Modelled probabilities or densities of the actions taken, on episodes not fitted, beside the logged ones.
+    """Modelled probabilities or densities of the actions taken, on episodes not fitted, over the logged ones.
 
     The mean of p(a|s) / mu(a|s) is 1 for any p that is 0 wherever mu is, if the logged mu is right; `mean_ratio_z` tells how many
-    standard errors it is from there. `counted` says that p is a share of visits, so that it is 0 there.
+    standard errors it is from there. Of several groups of rows the one furthest from there is told. `counted` says that p is a
+    share of visits, so that it is 0 there; `several`, that p is a mixture of several logging policies, and may not be.
     """
-    ratio = prob / logged
+    worst = max(ratios, key=lambda ratio: abs(mean_ratio_z(ratio)))
     return {
-        "mean_ratio": float(ratio.mean()),
-        "mean_ratio_z": mean_ratio_z(ratio),
+        "mean_ratio": float(worst.mean()),
+        "mean_ratio_z": mean_ratio_z(worst),
         "counted": counted,
+        "several": several,
     }
+
+
+def counted_ratios(
+    train: Episodes, held_out: Episodes, states: int, version: str | None
+) -> list[Float64[np.ndarray, "_"]]:
+    """Of each logging policy that `version` names: its share of visits in `train` over the logged propensity of every row of
+    `held_out` whose state it has visited there. One of 1 where nothing can be compared."""
+    found = []
+    for name in version_shares(train, version) or (None,):
+        mine, other = (
+            part if name is None else part.take(part.labels[str(version)].astype(str) == name)
+            for part in (train, held_out)
+        )
+        visits = _visits(mine, states)
+        state, total = other.observation[:, 0].astype(np.int64), visits.sum(1)
+        seen = total[state] > 0
+        share = visits[state[seen], other.action[seen]] / total[state[seen]]
+        found += [share / other.action_prob[seen]] if seen.sum() > 1 else []
+    return found or [np.ones(2)]
 
 
 def version_shares(episodes: Episodes, column: str | None) -> dict[str, float]:

@@ -107,12 +107,12 @@ def _probabilities(
     found = behavior.calibration(held_out, probs)
     if tuned_on is not None:
         return found
+    column = pipeline.config.logs.policy_version
     if states is None:
-        return found | behavior.held_against_logged(probs[taken], held_out.action_prob)
-    # The table is made of logged propensities, and would agree with them whatever they are.
-    visits = probs_of(behavior.estimate_table(train, states, train), held_out)
-    one = len(behavior.version_shares(train, pipeline.config.logs.policy_version)) <= 1
-    return found | behavior.held_against_logged(visits[taken], held_out.action_prob, counted=one)
+        one = len(behavior.version_shares(train, column)) <= 1
+        return found | behavior.held_against_logged(probs[taken] / held_out.action_prob, several=not one)
+    # The table is made of logged propensities, and would agree with them whatever they are; counts do not.
+    return found | behavior.held_against_logged(*behavior.counted_ratios(train, held_out, states, column), counted=True)
 
 
 def _density(
@@ -127,15 +127,17 @@ def _density(
     found = density.calibration(held_out, model)
     if tuned_on is not None:
         return found
-    return found | behavior.held_against_logged(np.exp(log_density), held_out.action_prob)
+    several = len(behavior.version_shares(train, pipeline.config.logs.policy_version)) > 1
+    return found | behavior.held_against_logged(np.exp(log_density) / held_out.action_prob, several=several)
 
 
 def _cloned(pipeline: Pipeline, episodes: Episodes) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
-    cloned, _ = fit(
+    cloned, went = fit(
         "bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **config.training.model_dump()
     )
+    went.require_all()
     return cloned
 
 
