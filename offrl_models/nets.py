@@ -18,8 +18,9 @@ def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan
     bound = 1.0 / math.sqrt(max(fan_in, 1))
     drawn = []
     for seed in seeds:
-        stream = seed * 1_000_003 + sum(ord(c) * 31**i for i, c in enumerate(name))
-        generator = torch.Generator().manual_seed(stream % 2**63)
+        generator = torch.Generator().manual_seed(
+            seed * 1_000_003 + sum(ord(c) * 31**i for i, c in enumerate(name[:8]))
+        )
         drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
     return nn.Parameter(torch.stack(drawn))
 
