@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
 QUICK: dict[str, Any] = {"target_interval": 3, "vae_hidden": (8,), "samples": 5}
 QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps, and knobs are felt in 12
     "rebrac": {"learning_rate": 0.001},
+    "td3_awr": {"learning_rate": 0.001},
     "bc_top": {"top_share": 0.5},
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},

@@ -43,6 +43,8 @@ def found(name: str, episodes: Episodes, **settings: Any) -> Any:
         ("crr", {"weight": "binary", "advantage": "max", "target_interval": 20}, 0.98),
         ("td3_bc", {"alpha": 10.0, "polyak": 0.05}, 0.9),
         ("rebrac", {"polyak": 0.05}, 0.9),
+        ("td3_awr", {"polyak": 0.05}, 0.9),
+        ("td3_awr", {"polyak": 0.05, "inverse_temperature": 30.0, "policy_penalty": 10.0}, 0.9),
         ("awr", {"inverse_temperature": 3.0, "max_weight": 100.0}, 0.7),  # what followed by chance weighs, too
         ("bc_top", {"top_share": 0.02}, 0.9),
     ],
@@ -72,6 +74,9 @@ def missed(algorithm: Any) -> list[float]:
         ("td3_bc", {"polyak": 0.05, "alpha": 0.0}, 0.7, 0.8),
         ("rebrac", {"polyak": 0.05}, 0.0, 0.2),
         ("rebrac", {"polyak": 0.05, "policy_penalty": 100.0}, 0.7, 0.8),
+        ("td3_awr", {"polyak": 0.05}, 0.0, 0.2),
+        ("td3_awr", {"polyak": 0.05, "policy_penalty": 100.0, "inverse_temperature": 0.0}, 0.7, 0.8),
+        ("td3_awr", {"polyak": 0.05, "policy_penalty": 100.0, "inverse_temperature": 10.0}, 0.0, 0.3),  # the good ones
         ("awr", {"inverse_temperature": 3.0}, 0.0, 0.35),
         ("bc_top", {}, 0.0, 0.35),
     ],
@@ -90,6 +95,19 @@ def test_a_weight_that_looks_at_nothing_is_behavior_cloning(name: str, space: Sp
     weighted = trained(build(name, [3, 4], space, inverse_temperature=0.0), [3, 4], 20, LOGS[space])
     for mine, theirs in zip(weighted.policy.parameters(), cloned.policy.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["discrete", "continuous"])
+def test_where_all_logged_actions_weigh_the_same_td3_awr_is_rebrac(space: Space) -> None:
+    same = {"policy_penalty": 0.1, "learning_rate": 0.001}
+    plain = trained(build("rebrac", [3, 4], space, **same), [3, 4], 20, LOGS[space])
+    weighted = trained(build("td3_awr", [3, 4], space, inverse_temperature=0.0, **same), [3, 4], 20, LOGS[space])
+    told = trained(build("td3_awr", [3, 4], space, inverse_temperature=9.0, **same), [3, 4], 20, LOGS[space])
+    for network in ("q", "target_q", "policy", "target_policy"):
+        mine, theirs = (getattr(each, network).parameters() for each in (weighted, plain))
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
+    pairs = zip(told.policy.parameters(), plain.policy.parameters(), strict=True)
+    assert not all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["td3_bc", "rebrac"])
@@ -152,7 +170,7 @@ def test_knobs_that_such_actions_have_no_use_for_are_refused() -> None:
                         batch_size=2,
                     )
                 tried += 1
-    assert tried == 8
+    assert tried == 11
 
 
 def test_the_best_episodes_are_imitated_and_no_other() -> None:

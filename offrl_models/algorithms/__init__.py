@@ -22,6 +22,7 @@ from offrl_models.algorithms.nfq import NFQ, NFQConfig
 from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
 from offrl_models.algorithms.sac_n import SACN, EDACConfig, SACNConfig
+from offrl_models.algorithms.td3_awr import TD3AWR, TD3AWRConfig
 from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
 from offrl_models.distributions import Space
 from offrl_models.logs.contract import nearest_key_hint
@@ -36,6 +37,7 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "crr": (CRRConfig, CRR),
     "td3_bc": (TD3BCConfig, TD3BC),
     "rebrac": (ReBRACConfig, ReBRAC),
+    "td3_awr": (TD3AWRConfig, TD3AWR),
     "bc_top": (TopBCConfig, TopBC),
     "awr": (AWRConfig, AWR),
     "dqn": (DQNConfig, DQN),

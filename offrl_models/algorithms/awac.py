@@ -7,6 +7,7 @@ cut-off logistic densities, not a normal.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class AWAC(nn.Module):
         super().__init__()
         self.config = config
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
-        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
+        self.target_q = deepcopy(self.q)
         self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
         self.target_update = (config.polyak, 1)
         self.draws = 0 if isinstance(actions, int) else 2 * config.action_draws

@@ -7,6 +7,7 @@ ones the policy is a mixture of cut-off logistic densities.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import ClassVar, Literal
 
 import torch
@@ -44,9 +45,8 @@ class CRR(nn.Module):
         super().__init__()
         self.config = config
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=1)
-        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=1)
         self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
-        self.target_policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.target_q, self.target_policy = deepcopy(self.q), deepcopy(self.policy)
         self.target_update = (1.0, config.target_interval)
         self.draws = 0 if isinstance(actions, int) else config.action_draws + 1
 

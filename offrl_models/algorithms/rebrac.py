@@ -8,6 +8,7 @@ actions the policy has probabilities: Q is expected, and distances are those of 
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor, Critic, decided_q, frozen, smoothed
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import Extra, TransitionBatch
+from offrl_models.datasets.views import next_action_known
 from offrl_models.distributions import Actions, Distribution, Space
 from offrl_models.losses import ensemble_error, relative_q, squared_distance, td_target
 from offrl_models.schema import Episodes
@@ -48,19 +50,15 @@ class ReBRAC(nn.Module):
     def __init__(self, config: ReBRACConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        norm = config.layer_norm
-        self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2, layer_norm=norm)
-        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=2, layer_norm=norm)
+        self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2, layer_norm=config.layer_norm)
         self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, exploration=config.exploration)
-        self.target_policy = Actor(seeds, "policy", encoder, config.hidden, actions, exploration=config.exploration)
+        self.target_q, self.target_policy = deepcopy(self.q), deepcopy(self.policy)
         self.target_update = (config.polyak, config.policy_interval)
         self.draws = 0 if isinstance(actions, int) else 1
 
     def usable(self, episodes: Episodes) -> Bool[np.ndarray, "rows"]:
-        """Rows that have a next action or need none: not the last ones of recordings that were cut off."""
-        last = np.zeros(episodes.n_rows, bool)
-        last[episodes.offsets[1:] - 1] = True
-        return ~last | episodes.terminated
+        """Rows that have a next action or need none."""
+        return next_action_known(episodes)
 
     def learning_rates(self) -> dict[str, float]:
         return dict.fromkeys(("q", "policy"), self.config.learning_rate)

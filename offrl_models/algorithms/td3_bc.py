@@ -8,6 +8,7 @@ to a vector with a single 1.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import ClassVar
 
 import torch
@@ -43,9 +44,8 @@ class TD3BC(nn.Module):
         super().__init__()
         self.config = config
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
-        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
         self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, exploration=config.exploration)
-        self.target_policy = Actor(seeds, "policy", encoder, config.hidden, actions, exploration=config.exploration)
+        self.target_q, self.target_policy = deepcopy(self.q), deepcopy(self.policy)
         self.target_update = (config.polyak, config.policy_interval)
         self.dimensions, self.draws = (1, 0) if isinstance(actions, int) else (len(actions), 1)
 

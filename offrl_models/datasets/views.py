@@ -8,6 +8,13 @@ from jaxtyping import Bool, Float64, Int64
 from offrl_models.schema import Episodes, InputError
 
 
+def next_action_known(episodes: Episodes) -> Bool[np.ndarray, "rows"]:
+    """Rows that another one follows, or after which the task ended: not the last ones of recordings that were cut off."""
+    last = np.zeros(episodes.n_rows, bool)
+    last[episodes.offsets[1:] - 1] = True
+    return ~last | episodes.terminated
+
+
 @dataclass(frozen=True)
 class MultiStep:
     """n-step transitions: what is earned over the next rows of an episode, and where its value is picked up again.
