@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from offrl_models.algorithms import AlgorithmConfig, make_config
+from offrl_models.algorithms import AlgorithmConfig, make_config, require_gateable
 from offrl_models.gate import GateConfig
 from offrl_models.learner import TrainingConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
@@ -120,6 +120,7 @@ class PipelineConfig(Strict):
         if "logs" in info.data:  # else they are wrong themselves, and that is said
             for name, settings in value.items():
                 make_config(name, settings, info.data["logs"].action.space)
+                require_gateable(name)
         return value
 
     @model_validator(mode="after")

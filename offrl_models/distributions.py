@@ -130,6 +130,12 @@ class LogisticMixture(NamedTuple):
         parts = self.log_weight.unsqueeze(-2), self.center.unsqueeze(-3), self.log_scale.unsqueeze(-3)
         return action, LogisticMixture(*parts, self.low, self.width).log_prob(action) + (self.width / 2.0).log().sum()
 
+    def pooled(self) -> "LogisticMixture":
+        """The mean of the densities of several seeds, [seed, batch], as one mixture of all their components, [batch]."""
+        each = (part.transpose(0, 1).flatten(1, 2) for part in (self.log_weight, self.center, self.log_scale))
+        log_weight, center, log_scale = each
+        return LogisticMixture(log_weight - math.log(len(self.center)), center, log_scale, self.low, self.width)
+
     @property
     def greedy(self) -> Float[Tensor, "*batch dimensions"]:
         """Where the component is densest that has the greatest weight."""

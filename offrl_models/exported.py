@@ -20,6 +20,13 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from torch import Tensor, nn
 
 from offrl_models import storage
+from offrl_models.history import (
+    HistoryDensity,
+    HistoryMixture,
+    inputs_of,
+    log_density_given_history,
+    probs_given_history,
+)
 from offrl_models.policies import MixtureDensity, log_density_of, probs_of
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import write_tensors
@@ -52,11 +59,38 @@ def export_density_checked(density: MixtureDensity, episodes: Episodes, folder: 
     _write_graph(density, example, ["log_density", "share_below"], folder / "policy.onnx")
     write_tensors(folder / "policy.safetensors", weights(density))
     exported = OnnxDensity(folder / "policy.onnx")
-    (found, found_share), (meant, share) = exported.on(episodes), log_density_of(density, episodes)
-    size = np.maximum(np.abs(meant), 1.0)
-    _require_parity(exported.path, found / size, meant / size, "logarithm of a density")
-    _require_parity(exported.path, found_share, share, "distribution function")
+    _require_density_parity(exported.path, exported.on(episodes), log_density_of(density, episodes))
     return exported
+
+
+def export_history_checked(
+    policy: HistoryMixture | HistoryDensity, episodes: Episodes, folder: Path
+) -> "OnnxHistoryPolicy":
+    """`export_checked` for a policy that looks back: inputs and outputs are those of its `forward`, compared at every row.
+
+    Raises RuntimeError as `export_checked` and `export_density_checked` do.
+    """
+    first = next(inputs_of(episodes, policy.context))
+    example = {name: torch.as_tensor(part[:1]).repeat(2, *[1] * (part.ndim - 1)) for name, part in first.items()}
+    discrete = isinstance(policy, HistoryMixture)
+    _write_graph(policy, example, ["probs"] if discrete else ["log_density", "share_below"], folder / "policy.onnx")
+    write_tensors(folder / "policy.safetensors", weights(policy))
+    exported = OnnxHistoryPolicy(folder / "policy.onnx")
+    if isinstance(policy, HistoryMixture):
+        _require_parity(exported.path, exported.probs(episodes), probs_given_history(policy, episodes), "probability")
+    else:
+        _require_density_parity(
+            exported.path, exported.log_density(episodes), log_density_given_history(policy, episodes)
+        )
+    return exported
+
+
+def _require_density_parity(
+    path: Path, found: tuple[np.ndarray, np.ndarray], meant: tuple[np.ndarray, np.ndarray]
+) -> None:
+    size = np.maximum(np.abs(meant[0]), 1.0)
+    _require_parity(path, found[0] / size, meant[0] / size, "logarithm of a density")
+    _require_parity(path, found[1], meant[1], "distribution function")
 
 
 def _require_parity(path: Path, found: np.ndarray, meant: np.ndarray, of: str) -> None:
@@ -175,3 +209,27 @@ class OnnxDensity:
         inputs = {"observation": episodes.observation.astype(np.float32), "action": episodes.action.astype(np.float32)}
         log_density, share = self.session.run(["log_density", "share_below"], inputs)
         return np.asarray(log_density, np.float64), np.asarray(share, np.float64)
+
+
+class OnnxHistoryPolicy:
+    """An exported policy that looks back, over either kind of actions."""
+
+    def __init__(self, path: Path):
+        self.path, self.session = path, _session(path)
+        self.context: int = {entry.name: entry.shape for entry in self.session.get_inputs()}["earned"][1]
+
+    def probs(self, episodes: Episodes) -> Float64[np.ndarray, "rows actions"]:
+        """Of discrete actions at every logged row, given what came before it in its episode."""
+        found = [self.session.run(["probs"], inputs)[0] for inputs in inputs_of(episodes, self.context)]
+        return np.concatenate([np.asarray(part, np.float64) for part in found])
+
+    def log_density(
+        self, episodes: Episodes
+    ) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
+        """Of every logged action, given what came before it in its episode, and the distribution function of its dimensions."""
+        outputs = ["log_density", "share_below"]
+        found = [self.session.run(outputs, inputs) for inputs in inputs_of(episodes, self.context)]
+        log_density, share = (
+            np.concatenate([np.asarray(each, np.float64) for each in part]) for part in zip(*found, strict=True)
+        )
+        return log_density, share

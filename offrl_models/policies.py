@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from offrl_models.distributions import Categorical, Distribution, LogisticMixture
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 
 BEHAVIOR_SHARE = 1e-6  # of the behavior policy in a capped policy, so that the cap can always be met
 
@@ -21,11 +21,20 @@ class HasDistribution(Protocol):
     def distribution(self, observation: Tensor, mask: Tensor | None) -> Distribution: ...
 
 
+def require_memoryless(algorithm: nn.Module) -> None:
+    """Raises InputError for an algorithm whose policy needs more than the present observation."""
+    if getattr(algorithm, "needs_history", False):
+        raise InputError(
+            f"{type(algorithm).__name__} looks back at what came before; use HistoryMixture or HistoryDensity of `history`."
+        )
+
+
 class Mixture(nn.Module):
     """The policy of several seeds: each step acts as one of them, drawn at random; pi = mean of the seeds' pi."""
 
     def __init__(self, algorithm: nn.Module, seeds: int):
         super().__init__()
+        require_memoryless(algorithm)
         # Double precision: a softmax at a low temperature would turn rounding of single into different actions.
         self.algorithm, self.seeds = algorithm.double(), seeds
 
@@ -60,6 +69,7 @@ class MixtureDensity(nn.Module):
         curves: Float64[np.ndarray, "dimensions levels"] | None = None,
     ):
         super().__init__()
+        require_memoryless(algorithm)
         self.algorithm, self.seeds = algorithm.double(), seeds
         straight = np.linspace(0.0, 1.0, 2)[None]  # of every dimension
         self.register_buffer("spread", torch.tensor(spread, dtype=torch.float64))
@@ -69,9 +79,8 @@ class MixtureDensity(nn.Module):
         """All components of all seeds, before the curves."""
         each = cast(HasDistribution, self.algorithm).distribution(observation.double().expand(self.seeds, -1, -1), None)
         assert isinstance(each, LogisticMixture)
-        log_weight = each.log_weight.transpose(0, 1).flatten(1, 2) - float(np.log(self.seeds))
-        center, log_scale = (part.transpose(0, 1).flatten(1, 2) for part in (each.center, each.log_scale))
-        return LogisticMixture(log_weight, center, log_scale + self.spread.log(), each.low, each.width)
+        pooled = each.pooled()
+        return pooled._replace(log_scale=pooled.log_scale + self.spread.log())
 
     def bend(
         self, share: Float[Tensor, "*batch dimensions"]

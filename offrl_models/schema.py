@@ -134,6 +134,22 @@ class Episodes:
         """Realised discounted return from each row on, seen from that row."""
         return self.accumulated(self.reward, self.step_discount)
 
+    @cached_property
+    def reward_to_go(self) -> Float64[np.ndarray, "rows"]:
+        """Sum of the rewards from each row on, not discounted."""
+        return self.accumulated(self.reward, np.ones(self.n_rows))
+
+    @cached_property
+    def earned(self) -> Float64[np.ndarray, "rows"]:
+        """Sum of the rewards of an episode before each row, not discounted."""
+        found, total = np.zeros(self.n_rows), np.zeros(self.n_episodes)
+        for step in range(int(self.length.max())):  # each episode by itself, so that others do not cost it digits
+            here = self.length > step
+            row = self.offsets[:-1][here] + step
+            found[row] = total[here]
+            total[here] += self.reward[row]
+        return found
+
     def accumulated(
         self, values: Float64[np.ndarray, "rows"], carry: Float64[np.ndarray, "rows"]
     ) -> Float64[np.ndarray, "rows"]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,8 +70,11 @@ def refuse_idle_knobs(name: str, config: AlgorithmConfig, space: Space) -> None:
 
 
 def transitions_of(algorithm: Trainable, episodes: Episodes, encoder: Encoder, where: str = "cpu") -> Transitions:
-    """The rows, with what else the algorithm wants to know of each."""
-    return Transitions(episodes, encoder, where, extras=getattr(algorithm, "extras", ()))
+    """The rows, with what else the algorithm wants to know of each, and of the log as a whole."""
+    if hasattr(algorithm, "prepare"):
+        cast(Any, algorithm).prepare(episodes)
+    context = getattr(algorithm, "context", None)
+    return Transitions(episodes, encoder, where, extras=getattr(algorithm, "extras", ()), context=context)
 
 
 def sampler_of(

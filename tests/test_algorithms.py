@@ -23,10 +23,13 @@ from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
 SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
-QUICK: dict[str, Any] = {"target_interval": 3, "vae_hidden": (8,), "samples": 5}
+QUICK: dict[str, Any] = {
+    "target_interval": 3, "vae_hidden": (8,), "samples": 5, "embedding": 8, "layers": 2, "heads": 2, "context": 3,
+}  # fmt: skip
 QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps, and knobs are felt in 12
     "rebrac": {"learning_rate": 0.001},
     "td3_awr": {"learning_rate": 0.001},
+    "decision_transformer": {"learning_rate": 0.001},
     "bc_top": {"top_share": 0.5},
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},
@@ -55,8 +58,8 @@ LOGS: dict[Space, Episodes] = {"discrete": EPISODES, "continuous": reaching(300,
 
 
 def build(name: str, seeds: list[int], space: Space = "discrete", **settings: Any) -> Any:
-    quick = {key: value for key, value in QUICK.items() if key in known_fields(name, space)}
-    config = make_config(name, {**SMALL, **quick, **QUICK_OF.get(name, {}), **settings}, space)
+    quick = {key: value for key, value in {**SMALL, **QUICK}.items() if key in known_fields(name, space)}
+    config = make_config(name, {**quick, **QUICK_OF.get(name, {}), **settings}, space)
     return ALGORITHMS[name][1](config, Encoder(LOGS[space].features), LOGS[space].actions, seeds)
 
 
@@ -126,7 +129,8 @@ OTHER = {
     "entropy_share": 0.1, "initial_temperature": 0.2, "objective": "dm",
     "members": 3, "diversity": 5.0, "actor_learning_rate": 0.02, "samples": 4,
     "vae_hidden": (9,), "vae_learning_rate": 0.1, "kl_weight": 3.0, "flexibility": 0.5, "pessimism": 0.1,
-    "in_data_weight": 0.3,
+    "in_data_weight": 0.3, "embedding": 6, "layers": 1, "heads": 1, "context": 2, "max_steps": 2, "weight_decay": 0.5,
+    "target_return": 0.1,
 }  # fmt: skip
 KNOBS = [
     (name, space, field)

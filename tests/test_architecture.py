@@ -15,8 +15,8 @@ LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
     {"schema", "storage", "mapped", "tensors", "progress"},
-    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae"},
-    {"policies", "measures"},
+    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"},
+    {"policies", "history", "measures"},
     {"exported"},
     {"algorithms", "ope", "optimizer", "checkpoint"},
     {"learner", "gate", "registry"},

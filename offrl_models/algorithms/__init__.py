@@ -13,6 +13,7 @@ from offrl_models.algorithms.bc_top import TopBC, TopBCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig, ContinuousBCQConfig
 from offrl_models.algorithms.cql import CQL, ContinuousCQLConfig, CQLConfig
 from offrl_models.algorithms.crr import CRR, CRRConfig
+from offrl_models.algorithms.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 from offrl_models.algorithms.discrete_sac import DiscreteSAC, DiscreteSACConfig
 from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
@@ -46,6 +47,7 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "nfq": (NFQConfig, NFQ),
     "iqn": (IQNConfig, IQN),
     "bandit": (BanditConfig, Bandit),
+    "decision_transformer": (DecisionTransformerConfig, DecisionTransformer),
     "sac_n": (SACNConfig, SACN),
     "edac": (EDACConfig, SACN),
     "mcq": (MCQConfig, MCQ),
@@ -68,6 +70,15 @@ def require_space(name: str, space: Space) -> None:
     if space not in ALGORITHMS[name][1].spaces:
         able = ", ".join(other for other, (_, kind) in ALGORITHMS.items() if space in kind.spaces)
         raise InputError(f"the actions are {space}, and {name} is not for such; use one of {able}.")
+
+
+def require_gateable(name: str) -> None:
+    """Raises InputError for an algorithm whose policy looks at more than the present observation: a pipeline cannot judge it."""
+    if getattr(ALGORITHMS[name][1], "needs_history", False):
+        raise InputError(
+            f"{name} can be trained by `training.fit` and cannot be gated by a pipeline: fitted Q evaluation, capped policies and "
+            "marginal ratios take a policy of the present observation alone, and this one looks back; leave it out."
+        )
 
 
 def make_config(name: str, settings: dict[str, Any], space: Space = "discrete") -> AlgorithmConfig:

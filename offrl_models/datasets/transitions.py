@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from itertools import repeat
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from offrl_models.datasets.encoding import Encoded, Encoder
+from offrl_models.datasets.encoding import Encoded, Encoder, Observation
+from offrl_models.datasets.views import looking_back
 from offrl_models.schema import Episodes, InputError
 
 CHANCE = 2**40  # so that rows and random numbers come from different streams
@@ -29,6 +30,17 @@ class NextProbs(NamedTuple):
     def at(self, row: Int64[Tensor, "*steps seed batch"]) -> Float[Tensor, "*steps seed batch actions"]:
         first = self.policy_of_seed[:, None] * self.probs.shape[1]
         return F.embedding(self.distinct_of_row[row] + first, self.probs.flatten(0, 1))
+
+
+class Window(NamedTuple):
+    """The rows of an episode up to one of it; rows before the first one stand in for it, and are not known."""
+
+    observation: Observation  # each part [*steps, seed, batch, context, ...]
+    action: Int64[Tensor, "*steps seed batch context"] | Float[Tensor, "*steps seed batch context dimensions"] | None
+    return_to_go: Float[Tensor, "*steps seed batch context"]  # undiscounted: the rewards from each row on
+    step: Int64[Tensor, "*steps seed batch context"]  # of each row in its episode
+    known: Bool[Tensor, "*steps seed batch context"]
+    mask: Bool[Tensor, "*steps seed batch context actions"] | None
 
 
 class TransitionBatch(NamedTuple):
@@ -53,18 +65,19 @@ class TransitionBatch(NamedTuple):
         None  # of the following row; any action after an episode's last one
     )
     return_to_go: Float[Tensor, "*steps seed batch"] | None = None  # discounted, from this row on, as recorded
+    window: Window | None = None  # that ends at this row
 
     def unbind(self) -> "Iterator[TransitionBatch]":
         """The batch of each gradient step."""
         return map(TransitionBatch, *(_unbound(part) for part in self))
 
 
-def _unbound(part: Tensor | Encoded | int | None) -> Iterator[Tensor | Encoded | int | None]:
+def _unbound(part: Any) -> Iterator[Any]:
     match part:
         case None | int():
             return repeat(part)
-        case Encoded():
-            return map(Encoded, *(each.unbind() for each in part))
+        case Encoded() | Window():
+            return map(type(part), *(_unbound(each) for each in part))
         case _:
             return iter(part.unbind())
 
@@ -83,7 +96,9 @@ class Transitions:
         device: torch.device | str = "cpu",
         next_probs: NextProbs | None = None,
         extras: Collection[Extra] = (),
+        context: int | None = None,
     ):
+        """With `context`, batches have windows of so many rows."""
         usable = np.flatnonzero(episodes.bootstrappable)
         if len(usable) == 0:
             raise InputError(
@@ -110,6 +125,10 @@ class Transitions:
         self.following = as_tensor(following, torch.long)
         self.with_next_action = "next_action" in extras
         self.return_to_go = as_tensor(episodes.return_to_go, torch.float32) if "return_to_go" in extras else None
+        self.context = context
+        if context:
+            self.step = as_tensor(episodes.step, torch.long)
+            self.reward_to_go = as_tensor(episodes.reward_to_go, torch.float32)
 
     def take(self, row: Int64[Tensor, "*steps seed batch"]) -> TransitionBatch:
         """The transitions at some rows."""
@@ -131,13 +150,21 @@ class Transitions:
             next_probs=self.next_probs and self.next_probs.at(row),
             next_action=_at(self.action, next_row) if self.with_next_action else None,
             return_to_go=None if self.return_to_go is None else self.return_to_go[row],
+            window=self._window(row, self.context) if self.context else None,
         )
+
+    def _window(self, last: Int64[Tensor, "*steps seed batch"], context: int) -> Window:
+        back, known, step = looking_back(self.step[last], context)
+        row = last.unsqueeze(-1) - back
+        seen, action, mask = (_at(table, row) for table in (self.observation, self.action, self.mask))
+        return Window(self.encoder(seen), action, self.reward_to_go[row], step, known, mask)
 
     def batches(self, sampler: "Sampler", steps: int) -> Iterator[TransitionBatch]:
         """The batch of each gradient step. As many as GATHERED allows are gathered at once: a step would pay for each gather."""
         row = sampler.draw(steps)
         numbers = self.encoder.n_numeric + 2 * self.encoder.n_categorical  # in units of 4 bytes
         per_row = 2 * 4 * (self.observation.shape[1] + numbers) + 6 * self.mask.shape[1] + 64 + 4 * sampler.numbers
+        per_row *= 1 + (self.context or 0)
         for rows in row.split(max(1, GATHERED // (row[0].numel() * per_row))):
             yield from self.take(rows)._replace(uniform=sampler.uniform(len(rows), row.device)).unbind()
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
 
 from offrl_models.schema import Episodes, InputError
 
@@ -59,6 +61,16 @@ class Windows:
     step: Int64[np.ndarray, "windows context"]  # of each row in its episode, 0 in the padding
 
 
+def looking_back(
+    step: Int64[Tensor, "*batch"], context: int
+) -> tuple[Int64[Tensor, "*batch context"], Bool[Tensor, "*batch context"], Int64[Tensor, "*batch context"]]:
+    """Of windows that end at these steps of an episode: how many rows back each of their rows lies, whether it is one of the
+    episode (else it stands for its first), and its step."""
+    age = torch.arange(context - 1, -1, -1, device=step.device)
+    back = torch.minimum(age, step.unsqueeze(-1))
+    return back, age <= step.unsqueeze(-1), step.unsqueeze(-1) - back
+
+
 def windows(episodes: Episodes, context: int, last: Int64[np.ndarray, "windows"] | None = None) -> Windows:
     """The window of up to `context` rows that ends at each row of `last` (every row when left out).
 
@@ -67,8 +79,5 @@ def windows(episodes: Episodes, context: int, last: Int64[np.ndarray, "windows"]
     if context < 1:
         raise InputError(f"a window of {context} rows cannot be formed; give at least 1.")
     ends = np.arange(episodes.n_rows) if last is None else last
-    first = episodes.offsets[:-1][episodes.episode_of_row[ends]]
-    row = ends[:, None] - np.arange(context - 1, -1, -1)
-    known = row >= first[:, None]
-    row = np.maximum(row, first[:, None])
-    return Windows(row, known, np.where(known, row - first[:, None], 0))
+    back, known, step = (part.numpy() for part in looking_back(torch.as_tensor(episodes.step[ends]), context))
+    return Windows(ends[:, None] - back, known, step)

@@ -1,0 +1,349 @@
+"""Policies that look back: what a transformer sees and what it does not, what it finds, how it is exported and evaluated."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offrl_models.algorithms import make_config
+from offrl_models.config import parse_pipeline
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import Sampler, Window
+from offrl_models.datasets.views import windows
+from offrl_models.distributions import Space
+from offrl_models.exported import export_history_checked
+from offrl_models.history import (
+    HistoryDensity,
+    HistoryMixture,
+    inputs_of,
+    log_density_given_history,
+    probs_given_history,
+)
+from offrl_models.learner import TrainingConfig, train
+from offrl_models.ope import estimates
+from offrl_models.ope.doubly_robust import Model
+from offrl_models.ope.sequences import ratios
+from offrl_models.ope.worlds import World, random_world
+from offrl_models.optimizer import FusedAdam
+from offrl_models.policies import Mixture, MixtureDensity
+from offrl_models.schema import Episodes, InputError
+from offrl_models.training import fit
+from offrl_models.transformer import SequenceActor
+from tests.conftest import attributes, codes
+from tests.test_algorithms import EPISODES, LOGS, build, sampled, trained
+
+NAME = "decision_transformer"
+SPACES: list[Space] = ["discrete", "continuous"]
+
+
+def random_window(space: Space, context: int, known_from: int = 0, seed: int = 0) -> Window:
+    """Two seeds, five windows; the rows before `known_from` are not known."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 5, context)
+    if space == "discrete":
+        seen = torch.randint(10, (*shape, 1), generator=generator).float()
+        action = torch.randint(3, shape, generator=generator)
+    else:
+        seen = torch.randn(*shape, 2, generator=generator)
+        action = torch.rand(*shape, 2, generator=generator) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
+    place = torch.arange(context)
+    step = (place - known_from).clamp(min=0).expand(shape)
+    mask = torch.ones(*shape, 3 if space == "discrete" else 0, dtype=torch.bool)
+    known = (place >= known_from).expand(shape)
+    return Window(seen, action, torch.randn(shape, generator=generator), step, known, mask)
+
+
+def shown(actor: SequenceActor, window: Window) -> torch.Tensor:
+    with torch.no_grad():
+        return actor.outputs(window)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_nothing_that_comes_later_is_looked_at(space: Space) -> None:
+    """Later rows, and the row's own action; what is seen and wanted there, and the action before it, count."""
+    actor = build(NAME, [0, 1], space).policy
+    window, other = random_window(space, 4, seed=0), random_window(space, 4, seed=1)
+    before = shown(actor, window)
+    for row in range(4):
+        later = torch.arange(4) > row
+
+        def mixed(part: torch.Tensor, junk: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+            return torch.where(where.view(4, *[1] * (part.dim() - 3)), junk, part)
+
+        assert isinstance(window.observation, torch.Tensor) and isinstance(other.observation, torch.Tensor)
+        assert window.action is not None and other.action is not None
+        changed = window._replace(
+            observation=mixed(window.observation, other.observation, later),
+            action=mixed(window.action, other.action, later | (torch.arange(4) == row)),
+            return_to_go=mixed(window.return_to_go, other.return_to_go, later),
+            known=window.known & ~later,
+        )
+        assert torch.equal(shown(actor, changed)[:, :, : row + 1], before[:, :, : row + 1])
+        here = torch.arange(4) == row
+        for name in ("observation", "return_to_go"):
+            moved = window._replace(**{name: mixed(getattr(window, name), getattr(other, name), here)})
+            told = (shown(actor, moved) - before).abs().amax((0, 1, 3)) > 1e-6
+            assert not told[:row].any() and told[row:].all()
+        acted = window._replace(action=mixed(window.action, other.action, here))
+        told = (shown(actor, acted) - before).abs().amax((0, 1, 3)) > 1e-6
+        assert not told[: row + 1].any() and told[row + 1 :].all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_rows_that_are_not_known_change_nothing(space: Space) -> None:
+    """Whatever is in them, and also if there are none of them."""
+    actor = build(NAME, [0, 1], space).policy
+    window, other = random_window(space, 5, known_from=2, seed=0), random_window(space, 5, seed=1)
+    assert isinstance(window.observation, torch.Tensor) and isinstance(other.observation, torch.Tensor)
+    assert window.action is not None and other.action is not None and window.mask is not None
+    junk = window._replace(
+        observation=torch.cat([other.observation[:, :, :2], window.observation[:, :, 2:]], 2),
+        action=torch.cat([other.action[:, :, :2], window.action[:, :, 2:]], 2),
+        return_to_go=window.return_to_go.index_fill(2, torch.arange(2), torch.nan),
+    )
+    before = shown(actor, window)[:, :, 2:]
+    assert torch.equal(shown(actor, junk)[:, :, 2:], before)
+    short = Window(*(part[:, :, 2:] for part in window if isinstance(part, torch.Tensor)))
+    assert torch.allclose(shown(actor, short), before, atol=1e-6)
+
+
+def test_batches_have_the_windows_of_the_log() -> None:
+    algorithm = build(NAME, [0], context=3)
+    transitions, sampler = sampled(algorithm, [0], EPISODES)
+    (batch,) = transitions.batches(sampler, 1)
+    assert batch.window is not None and batch.window.action is not None and batch.window.mask is not None
+    view = windows(EPISODES, 3, batch.row[0].numpy())
+    assert (batch.window.known[0].numpy() == view.known).all() and (batch.window.step[0].numpy() == view.step).all()
+    assert (batch.window.action[0].numpy() == EPISODES.action[view.row]).all()
+    assert batch.window.return_to_go[0].numpy() == pytest.approx(EPISODES.reward_to_go[view.row], abs=1e-6)
+    assert torch.equal(batch.window.action[..., -1], batch.action)
+    assert build("bc", [0]) and sampled(build("bc", [0]), [0], EPISODES)[0].take(batch.row).window is None
+
+
+def test_what_was_earned_and_what_is_still_to_come_are_the_return() -> None:
+    total = EPISODES.sum_per_episode(EPISODES.reward)[EPISODES.episode_of_row]
+    assert EPISODES.earned + EPISODES.reward_to_go == pytest.approx(total, abs=1e-12)
+    assert not EPISODES.earned[EPISODES.offsets[:-1]].any()
+
+
+def choosing(episodes: int, space: Space) -> Episodes:
+    """Three decisions between two actions, of which one earns what the first observation says; nothing tells good from bad
+    but the return. Whoever wrote the log sticks to the good one or to the bad one for an episode, by a coin."""
+    rng, rows = np.random.default_rng(0), 3 * episodes
+    good, sought = (rng.integers(0, 2, episodes).repeat(3) for _ in range(2))
+    choice = np.where(sought, good, 1 - good)
+    action = choice if space == "discrete" else (choice[:, None] + rng.uniform(-0.1, 0.1, (rows, 1))).astype(np.float32)
+    return Episodes(
+        episode_id=np.arange(episodes), offsets=np.arange(0, rows + 1, 3), observation=good[:, None].astype(np.float32),
+        final_observation=np.zeros((episodes, 1), np.float32), action=action, reward=(choice == good).astype(float),
+        mask=np.ones((rows, 2 if space == "discrete" else 0), bool), terminated=np.arange(1, rows + 1) % 3 == 0,
+        truncated=np.zeros(rows, bool), action_prob=np.full(rows, 0.5), gamma=0.9, features=tuple(codes(2)),
+        bounds=None if space == "discrete" else np.array([[-1.0, 2.0]]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_return_that_is_wanted_is_the_one_that_is_sought(space: Space) -> None:
+    log = choosing(200, space)
+    config = make_config(NAME, {"embedding": 16, "layers": 1, "context": 3, "learning_rate": 0.003}, space)
+    algorithm, _ = fit(
+        NAME, config, log, Encoder(log.features), seeds=[0, 1], gradient_steps=200, batch_size=32, clip_norm=0.25,
+        warmup_steps=10,
+    )  # fmt: skip
+    assert float(algorithm.target_return) == 3.0  # the greatest in the log
+    seen, mask = torch.tensor([[0.0], [1.0]]).expand(2, -1, -1), torch.ones(2, 2, 2, dtype=torch.bool)
+    for target in (3.0, 0.0):
+        algorithm.aim_at(target)
+        wanted = np.array([0, 1] if target else [1, 0])  # in either state
+        with torch.no_grad():
+            chosen = algorithm.float().distribution(seen, mask).greedy.reshape(2, 2).numpy()
+        assert chosen == pytest.approx(np.stack([wanted, wanted]), abs=0.45)
+        alike = log.take(np.abs(log.sum_per_episode(log.reward) - target) < 0.5)
+        if space == "discrete":  # later decisions, after others that went with the target
+            probs = probs_given_history(HistoryMixture(algorithm, 2), alike)
+            assert probs[np.arange(alike.n_rows), alike.action].min() > 0.9
+        else:  # of the uniform density on what the log has of either action, whose logarithm is that of 5
+            assert log_density_given_history(HistoryDensity(algorithm, 2), alike)[0].mean() > np.log(2.0)
+
+
+def test_what_lies_further_back_than_the_window_counts_by_what_was_earned_alone() -> None:
+    algorithm = trained(build(NAME, [0, 1], context=2), [0, 1], 20)
+    log = EPISODES.take(EPISODES.length == EPISODES.length.max())
+    policy = HistoryMixture(algorithm, 2)
+    before = probs_given_history(policy, log).reshape(log.n_episodes, -1, 3)
+    first = log.offsets[:-1]
+    action, observation, reward = log.action.copy(), log.observation.copy(), log.reward.copy()
+    action[first], observation[first] = (action[first] + 1) % 3, (observation[first] + 1) % 5
+    after = probs_given_history(policy, dataclasses.replace(log, action=action, observation=observation))
+    changed = np.abs(after.reshape(before.shape) - before).max((0, 2)) > 1e-9
+    assert changed[:2].all() and not changed[2:].any()
+    reward[first] += 1.0
+    after = probs_given_history(policy, dataclasses.replace(log, reward=reward)).reshape(before.shape)
+    changed = np.abs(after - before).max((0, 2)) > 1e-9
+    assert not changed[0] and changed[1:].all()
+
+
+def test_probabilities_of_a_log_do_not_look_ahead() -> None:
+    policy = HistoryMixture(trained(build(NAME, [0, 1], context=3), [0, 1], 20), 2)
+    before = probs_given_history(policy, EPISODES)
+    rng = np.random.default_rng(0)
+    for step in range(2):
+        later = EPISODES.step > step
+        changed = dataclasses.replace(
+            EPISODES,
+            action=np.where(EPISODES.step >= step, rng.integers(0, 3, EPISODES.n_rows), EPISODES.action),
+            reward=np.where(EPISODES.step >= step, 9.0, EPISODES.reward),
+            observation=np.where(later[:, None], 1.0, EPISODES.observation).astype(np.float32),
+        )
+        after = probs_given_history(policy, changed)
+        assert (after[EPISODES.step <= step] == before[EPISODES.step <= step]).all()
+        assert (after[EPISODES.step == step + 1] != before[EPISODES.step == step + 1]).any()
+
+
+def acted_out(world: World, policy: HistoryMixture, longest: int) -> float:
+    """The value of a policy by following every path that it may take, one decision after the other."""
+
+    def onward(states: list[int], actions: list[int], earned: list[float]) -> float:
+        blank = policy.context - len(states[-policy.context :])
+        padded = [np.array([0.0] * blank + list(part)[-policy.context :]) for part in (states, [*actions, 0], earned)]
+        seen, done, had = (torch.as_tensor(part)[None] for part in padded)
+        mask = torch.as_tensor(world.mask[states[-1]])[None]
+        with torch.no_grad():
+            probs = policy(seen.float()[..., None], done.long(), had, torch.tensor([len(states) - 1]), mask)[0]
+        total = 0.0
+        for action, prob in enumerate(probs.tolist()):
+            for following in np.flatnonzero(world.transition[states[-1], action]):
+                share = prob * float(world.transition[states[-1], action, following])
+                reward = float(world.reward[states[-1], action, following])
+                worth = reward
+                if not world.terminal[following]:
+                    worth += world.gamma * onward(
+                        [*states, int(following)], [*actions, action], [*earned, earned[-1] + reward]
+                    )
+                total += share * worth
+        return total
+
+    return sum(float(p) * onward([s], [], [0.0]) for s, p in enumerate(world.initial) if p)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_estimators_along_episodes_are_right_for_a_policy_that_looks_back(context: int) -> None:
+    """The sum over every trajectory of the log is the value that acting step by step has, whatever the value model."""
+    world = random_world(2, 2, 3, 0.9, seed=1)
+    episodes, probability = world.enumerate(3)
+    log = dataclasses.replace(world.simulate(200, seed=0), features=tuple(codes(world.n_states)))
+    config = make_config(NAME, {"embedding": 8, "layers": 1, "context": context, "learning_rate": 0.01})
+    algorithm, _ = fit(NAME, config, log, Encoder(log.features), seeds=[0, 1], gradient_steps=30, batch_size=16)
+    policy = HistoryMixture(algorithm, 2)
+    probs = probs_given_history(policy, episodes)
+    q = np.random.default_rng(0).normal(size=(episodes.n_rows, 2))[episodes.observation[:, 0].astype(int)]
+    taken, v = q[np.arange(episodes.n_rows), episodes.action], (probs * q).sum(1)
+    found = estimates.all_terms(episodes, ratios(episodes, probs), Model.of(episodes, taken, v))
+    value = acted_out(world, policy, 3)
+    for name in ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR"):
+        assert found[name].estimate(probability) == pytest.approx(value, abs=1e-9), name
+    memoryless = np.abs(probs - probs_given_history(policy, dataclasses.replace(episodes, action=1 - episodes.action)))
+    assert (memoryless.max() > 1e-6) == (context > 1)
+
+
+@pytest.mark.parametrize(("space", "context"), [("discrete", 1), ("discrete", 4), ("continuous", 4)])
+def test_an_exported_graph_is_the_policy_at_every_row(space: Space, context: int, tmp_path: Path) -> None:
+    log = LOGS[space]
+    algorithm = trained(build(NAME, [0, 1], space, context=context), [0, 1], 20, log)
+    policy = (HistoryMixture if space == "discrete" else HistoryDensity)(algorithm, 2)
+    exported = export_history_checked(policy, log, tmp_path)
+    assert exported.context == context
+    if isinstance(policy, HistoryMixture):
+        assert np.abs(exported.probs(log) - probs_given_history(policy, log)).max() < 1e-9
+        few = np.array(log.mask)
+        few[:, 1] = False
+        found = exported.probs(dataclasses.replace(log, mask=few))
+        assert found[:, 1].max() == 0.0 and found.sum(1) == pytest.approx(1.0, abs=1e-9)
+    else:
+        found = exported.log_density(log)
+        for mine, theirs in zip(found, log_density_given_history(policy, log), strict=True):
+            assert np.abs(mine - theirs).max() < 1e-6
+    assert b"/offrl" not in exported.path.read_bytes()  # no path of the machine it was made on
+
+
+def test_at_the_first_decision_there_is_no_history() -> None:
+    """`distribution` is the policy there, in either kind of actions."""
+    for space in SPACES:
+        log = LOGS[space]
+        algorithm = trained(build(NAME, [0, 1], space), [0, 1], 10, log)
+        first = log.offsets[:-1]
+        seen = torch.as_tensor(log.observation[first]).expand(2, -1, -1)
+        with torch.no_grad():
+            if space == "discrete":
+                found = algorithm.distribution(seen, torch.as_tensor(log.mask[first]).expand(2, -1, -1))
+                alone, whole = found.log_probs.exp().mean(0), probs_given_history(HistoryMixture(algorithm, 2), log)
+            else:
+                found = algorithm.distribution(seen, None).log_prob(
+                    torch.as_tensor(log.action[first]).expand(2, -1, -1)
+                )
+                alone = found.logsumexp(0) - np.log(2)
+                whole, _ = log_density_given_history(HistoryDensity(algorithm, 2), log)
+        assert alone.numpy() == pytest.approx(whole[first], abs=1e-4)
+
+
+def test_seeds_are_pooled_as_a_mean_of_densities() -> None:
+    log = LOGS["continuous"]
+    algorithm = trained(build(NAME, [0, 1], "continuous"), [0, 1], 10, log)
+    inputs = [torch.as_tensor(part) for part in next(inputs_of(log, 3)).values()]
+    pooled, _ = HistoryDensity(algorithm, 2)(*inputs)
+    each = [
+        part.double().expand(2, *part.shape) if part.is_floating_point() else part.expand(2, *part.shape)
+        for part in inputs
+    ]
+    alone = algorithm.given(*each, None).log_prob(each[1][:, :, -1])
+    assert torch.allclose(pooled, alone.exp().mean(0).log(), atol=1e-9)
+
+
+def test_a_policy_that_looks_back_is_no_policy_of_the_present() -> None:
+    for space, kind in (("discrete", Mixture), ("continuous", MixtureDensity)):
+        with pytest.raises(
+            InputError, match="DecisionTransformer looks back at what came before; use HistoryMixture or"
+        ):
+            kind(build(NAME, [0], space), 1)
+
+
+def test_a_pipeline_refuses_it_before_anything_is_trained() -> None:
+    said = r"decision_transformer can be trained by `training.fit` and cannot be gated by a pipeline: fitted Q evaluation, "
+    with pytest.raises(InputError, match=said):
+        parse_pipeline(attributes(5, 3, algorithms={NAME: {}}), "toy")
+
+
+def test_heads_share_the_numbers_of_a_token() -> None:
+    with pytest.raises(
+        ValueError, match="heads of decision_transformer: value error, a divisor of embedding, 128, is needed"
+    ):
+        make_config(NAME, {"heads": 3})
+
+
+def test_decoupled_weight_decay_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    adam = FusedAdam([{"params": [mine], "lr": 0.1, "name": "a", "weight_decay": 0.3}])
+    wanted = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.3, fused=True)
+    for _ in range(5):
+        mine.grad = torch.randn(3, 2)
+        theirs.grad = mine.grad.clone()
+        adam.step()
+        wanted.step()
+        assert torch.equal(mine, theirs)
+
+
+def test_the_loss_is_over_known_rows() -> None:
+    algorithm = build(NAME, [0, 1], context=4)
+    transitions, sampler = sampled(algorithm, [0, 1], EPISODES)
+    (batch,) = transitions.batches(sampler, 1)
+    window: Any = batch.window
+    standard = window._replace(return_to_go=(window.return_to_go - algorithm.mean) / algorithm.scale)
+    log_prob = algorithm.policy(standard.__class__(*standard[:2], standard[2].float(), *standard[3:])).log_prob(
+        window.action
+    )
+    wanted = torch.stack([-each[known].mean() for each, known in zip(log_prob, window.known, strict=True)])
+    assert torch.allclose(algorithm.losses(batch)["policy"], wanted, atol=1e-6) and not window.known.all()
