@@ -1,7 +1,7 @@
 """ONNX graphs that act and are evaluated, and proof that they equal what was trained.
 
-A policy's graph maps raw observations and masks to probabilities; that of a density maps raw observations and actions to the
-logarithm of their density and to the distribution function of each dimension.
+Over discrete actions a graph maps raw observations and masks to probabilities. Over continuous ones it maps raw observations,
+actions and random numbers to the logarithm of the density of each action and to an action drawn at each number.
 """
 
 import contextlib
@@ -20,80 +20,63 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from torch import Tensor, nn
 
 from offrl_models import storage
-from offrl_models.history import (
-    HistoryDensity,
-    HistoryMixture,
-    inputs_of,
-    log_density_given_history,
-    probs_given_history,
-)
-from offrl_models.policies import MixtureDensity, log_density_of, probs_of
+from offrl_models.densities import ROWS_AT_A_TIME, CappedDensity, MixtureDensity, uniform_numbers
+from offrl_models.policies import probs_of
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import write_tensors
 
+PARITY_ROWS = 20_000  # at which a density is held against its module
 PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
 
 
-def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
-    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on every observation given.
+def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Exported":
+    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on the observations given.
 
-    Raises RuntimeError when a probability differs by more than PARITY.
+    Raises RuntimeError when a probability differs by more than PARITY; over continuous actions, when the logarithm of a density or
+    a drawn action does.
     """
+    if isinstance(policy, MixtureDensity | CappedDensity):
+        return export_density_checked(policy, episodes, folder)
+    return export_probs_checked(policy, episodes, folder)
+
+
+def export_probs_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
+    """`export_checked` of a policy over discrete actions."""
     export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
     write_tensors(folder / "policy.safetensors", weights(policy))
     exported = OnnxPolicy(folder / "policy.onnx")
-    _require_parity(exported.path, exported.on(episodes), probs_of(policy, episodes), "probability")
+    require_parity(exported.path, exported.on(episodes), probs_of(policy, episodes), "probability")
     return exported
 
 
-def export_density_checked(density: MixtureDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
-    """`export_checked` for continuous actions: every logged action's density and distribution function are compared.
-
-    Raises RuntimeError when a logarithm of a density differs by more than PARITY of itself or of 1, or a share by more than
-    PARITY.
-    """
+def export_density_checked(density: MixtureDensity | CappedDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
+    """`export_checked` of a policy over continuous actions; differences are relative to what is compared, or to 1."""
+    dimensions = episodes.action.shape[1]
+    middle = torch.as_tensor(episodes.action[:1]).expand(2, 3, dimensions).clone()
     example = {
         "observation": torch.zeros(2, episodes.observation.shape[1]),
-        "action": torch.as_tensor(np.array(episodes.action[:1])).repeat(2, 1),
+        "action": middle,
+        "uniform": torch.full((2, 5, density.numbers), 0.5, dtype=torch.float64),
     }
-    _write_graph(density, example, ["log_density", "share_below"], folder / "policy.onnx")
+    dynamic = {"observation": (), "action": ("actions",), "uniform": ("draws",)}
+    write_graph(density, example, ["log_density", "drawn"], folder / "policy.onnx", dynamic)
     write_tensors(folder / "policy.safetensors", weights(density))
     exported = OnnxDensity(folder / "policy.onnx")
-    _require_density_parity(exported.path, exported.on(episodes), log_density_of(density, episodes))
+    few = slice(0, PARITY_ROWS)
+    observation, action = np.array(episodes.observation[few]), np.array(episodes.action[few])[:, None]
+    uniform = uniform_numbers(len(action), 2, density.numbers, 0)
+    with torch.no_grad():
+        meant = density(*(torch.as_tensor(each) for each in (observation, action, uniform)))
+    for of, one, other in zip(
+        ("density", "drawn action"), exported.run(observation, action, uniform), meant, strict=True
+    ):
+        size = np.maximum(np.abs(other.numpy()), 1.0)
+        require_parity(exported.path, one / size, other.numpy() / size, of)
     return exported
 
 
-def export_history_checked(
-    policy: HistoryMixture | HistoryDensity, episodes: Episodes, folder: Path
-) -> "OnnxHistoryPolicy":
-    """`export_checked` for a policy that looks back: inputs and outputs are those of its `forward`, compared at every row.
-
-    Raises RuntimeError as `export_checked` and `export_density_checked` do.
-    """
-    first = next(inputs_of(episodes, policy.context))
-    example = {name: torch.as_tensor(part[:1]).repeat(2, *[1] * (part.ndim - 1)) for name, part in first.items()}
-    discrete = isinstance(policy, HistoryMixture)
-    _write_graph(policy, example, ["probs"] if discrete else ["log_density", "share_below"], folder / "policy.onnx")
-    write_tensors(folder / "policy.safetensors", weights(policy))
-    exported = OnnxHistoryPolicy(folder / "policy.onnx")
-    if isinstance(policy, HistoryMixture):
-        _require_parity(exported.path, exported.probs(episodes), probs_given_history(policy, episodes), "probability")
-    else:
-        _require_density_parity(
-            exported.path, exported.log_density(episodes), log_density_given_history(policy, episodes)
-        )
-    return exported
-
-
-def _require_density_parity(
-    path: Path, found: tuple[np.ndarray, np.ndarray], meant: tuple[np.ndarray, np.ndarray]
-) -> None:
-    size = np.maximum(np.abs(meant[0]), 1.0)
-    _require_parity(path, found[0] / size, meant[0] / size, "logarithm of a density")
-    _require_parity(path, found[1], meant[1], "distribution function")
-
-
-def _require_parity(path: Path, found: np.ndarray, meant: np.ndarray, of: str) -> None:
+def require_parity(path: Path, found: np.ndarray, meant: np.ndarray, of: str) -> None:
+    """Raises RuntimeError where a graph and its module are further apart than PARITY."""
     difference = float(np.abs(found - meant).max())
     if not difference <= PARITY:
         raise RuntimeError(f"{path} differs from the trained policy by {difference:.2e} in {of}.")
@@ -111,12 +94,19 @@ def weights(policy: nn.Module) -> dict[str, Tensor]:
 def export(policy: nn.Module, columns: int, actions: int, path: Path) -> None:
     """Write a policy as an ONNX graph with inputs `observation` and `mask` and output `probs`."""
     example = {"observation": torch.zeros(2, columns), "mask": torch.ones(2, actions, dtype=torch.bool)}
-    _write_graph(policy, example, ["probs"], path)
+    write_graph(policy, example, ["probs"], path, {"observation": (), "mask": ()})
 
 
-def _write_graph(policy: nn.Module, example: dict[str, Tensor], outputs: list[str], path: Path) -> None:
-    """The file depends on the weights alone: traces of source lines are left out."""
+def write_graph(
+    policy: nn.Module, example: dict[str, Tensor], outputs: list[str], path: Path, dynamic: dict[str, tuple[str, ...]]
+) -> None:
+    """Write a module as an ONNX graph. The file depends on the weights alone: traces of source lines are left out. `dynamic` are
+    the axes of each input, after the batch, whose length is left open."""
     batch = torch.export.Dim("batch")
+    shapes = {
+        name: {0: batch, **{1 + axis: torch.export.Dim(each) for axis, each in enumerate(axes)}}
+        for name, axes in dynamic.items()
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, in its exporter
@@ -130,7 +120,7 @@ def _write_graph(policy: nn.Module, example: dict[str, Tensor], outputs: list[st
                 verbose=False,
                 input_names=list(example),
                 output_names=outputs,
-                dynamic_shapes={name: {0: batch} for name in example},
+                dynamic_shapes=shapes,
             ),
         )
     model = program.model_proto
@@ -148,7 +138,8 @@ def _write_graph(policy: nn.Module, example: dict[str, Tensor], outputs: list[st
     storage.write_bytes(path, model.SerializeToString(deterministic=True))
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """Raises InputError for a file that is no graph."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     options.log_severity_level = 3
@@ -162,7 +153,7 @@ class OnnxPolicy:
     """An exported policy. Rows with the same observation and mask are computed once."""
 
     def __init__(self, path: Path):
-        self.path, self.session = path, _session(path)
+        self.path, self.session = path, open_session(path)
 
     def require_interface(self, columns: int, actions: int) -> None:
         """Raises InputError when the policy takes other observations or actions than these."""
@@ -199,37 +190,79 @@ class OnnxPolicy:
 
 
 class OnnxDensity:
-    """An exported density of continuous actions."""
+    """An exported policy over continuous actions. Asked twice it answers alike: its random numbers are those of seeds."""
 
     def __init__(self, path: Path):
-        self.path, self.session = path, _session(path)
+        self.path, self.session = path, open_session(path)
 
-    def on(self, episodes: Episodes) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
-        """Logarithm of the density of every logged action, and the distribution function of each of its dimensions."""
-        inputs = {"observation": episodes.observation.astype(np.float32), "action": episodes.action.astype(np.float32)}
-        log_density, share = self.session.run(["log_density", "share_below"], inputs)
-        return np.asarray(log_density, np.float64), np.asarray(share, np.float64)
+    @property
+    def numbers(self) -> int:
+        """Uniform ones that a draw takes."""
+        return next(int(entry.shape[-1]) for entry in self.session.get_inputs() if entry.name == "uniform")
 
+    def require_interface(self, columns: int, dimensions: int) -> None:
+        """Raises InputError when the policy takes other observations or actions than these."""
+        mine = {entry.name: entry.shape[-1] for entry in self.session.get_inputs()}
+        if (mine.get("observation"), mine.get("action")) != (columns, dimensions):
+            raise InputError(
+                f"{self.path} takes {mine.get('observation')} observed columns and actions of {mine.get('action')} dimensions, "
+                f"and the logs have {columns} and {dimensions}; a candidate cannot be held against it, so start a dataset of its "
+                "own."
+            )
 
-class OnnxHistoryPolicy:
-    """An exported policy that looks back, over either kind of actions."""
-
-    def __init__(self, path: Path):
-        self.path, self.session = path, _session(path)
-        self.context: int = {entry.name: entry.shape for entry in self.session.get_inputs()}["earned"][1]
-
-    def probs(self, episodes: Episodes) -> Float64[np.ndarray, "rows actions"]:
-        """Of discrete actions at every logged row, given what came before it in its episode."""
-        found = [self.session.run(["probs"], inputs)[0] for inputs in inputs_of(episodes, self.context)]
-        return np.concatenate([np.asarray(part, np.float64) for part in found])
+    def run(
+        self,
+        observation: Float[np.ndarray, "rows columns"],
+        action: Float[np.ndarray, "rows actions dimensions"],
+        uniform: Float64[np.ndarray, "rows draws numbers"],
+    ) -> tuple[Float64[np.ndarray, "rows actions"], Float64[np.ndarray, "rows draws dimensions"]]:
+        """Logarithm of the density of every action, and what is drawn at every number."""
+        found = []
+        for start in range(0, len(observation), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            given = {
+                "observation": observation[rows].astype(np.float32),
+                "action": action[rows].astype(np.float32),
+                "uniform": uniform[rows],
+            }
+            found.append(self.session.run(["log_density", "drawn"], given))
+        log_density, drawn = (np.concatenate(part) for part in zip(*found, strict=True))
+        return log_density, drawn
 
     def log_density(
-        self, episodes: Episodes
-    ) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
-        """Of every logged action, given what came before it in its episode, and the distribution function of its dimensions."""
-        outputs = ["log_density", "share_below"]
-        found = [self.session.run(outputs, inputs) for inputs in inputs_of(episodes, self.context)]
-        log_density, share = (
-            np.concatenate([np.asarray(each, np.float64) for each in part]) for part in zip(*found, strict=True)
-        )
-        return log_density, share
+        self,
+        observation: Float[np.ndarray, "rows columns"],
+        action: Float[np.ndarray, "rows actions dimensions"],
+        seed: int = 0,
+    ) -> Float64[np.ndarray, "rows actions"]:
+        """Logarithm of the density of some actions at every observation."""
+        return self.run(observation, action, uniform_numbers(len(observation), 1, self.numbers, seed))[0]
+
+    def draws(
+        self, observation: Float[np.ndarray, "rows columns"], dimensions: int, count: int, seed: int
+    ) -> Float64[np.ndarray, "rows count dimensions"]:
+        """So many actions at every observation, evenly spread over what the policy plays there."""
+        none = np.zeros((len(observation), 1, dimensions), np.float32)
+        return self.run(observation, none, uniform_numbers(len(observation), count, self.numbers, seed))[1]
+
+    def on(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
+        """Density of every logged action."""
+        return np.exp(self.log_density(episodes.observation, np.asarray(episodes.action)[:, None])[:, 0])
+
+
+Exported = OnnxPolicy | OnnxDensity
+
+
+def interface(policy: Exported) -> dict[str, list[str]]:
+    """Names of what a graph takes and gives."""
+    session = policy.session
+    return {
+        "inputs": [each.name for each in session.get_inputs()],
+        "outputs": [each.name for each in session.get_outputs()],
+    }
+
+
+def open_policy(path: Path) -> Exported:
+    """The policy of a graph, over discrete or over continuous actions. Raises InputError for a file that is no graph."""
+    density = OnnxDensity(path)
+    return density if any(entry.name == "uniform" for entry in density.session.get_inputs()) else OnnxPolicy(path)

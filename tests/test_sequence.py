@@ -13,11 +13,12 @@ from offrl_models.config import parse_pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Window
 from offrl_models.datasets.views import windows
+from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import Space
-from offrl_models.exported import export_history_checked
 from offrl_models.history import (
     HistoryDensity,
     HistoryMixture,
+    export_history_checked,
     inputs_of,
     log_density_given_history,
     probs_given_history,
@@ -27,7 +28,7 @@ from offrl_models.ope.doubly_robust import Model
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.optimizer import FusedAdam
-from offrl_models.policies import Mixture, MixtureDensity
+from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit
 from offrl_models.transformer import SequenceActor
@@ -160,10 +161,9 @@ def test_the_return_that_is_wanted_is_the_one_that_is_sought(space: Space) -> No
             algorithm.aim_at(aim)
             if space == "discrete":
                 probs = probs_given_history(HistoryMixture(algorithm, 2), alike)[np.arange(alike.n_rows), alike.action]
-                first = probs[alike.offsets[:-1]]
-                assert probs.min() > 0.9 if aim == target else first.max() < 0.1
+                assert probs.min() > 0.9 if aim == target else probs[alike.offsets[:-1]].max() < 0.1
             else:  # what knows no target has a density of 2.5 at most, over all of the log
-                mean = log_density_given_history(HistoryDensity(algorithm, 2), alike)[0].mean()
+                mean = log_density_given_history(HistoryDensity(algorithm, 2, 1), alike).mean()
                 assert mean > 0.0 if aim == target else mean < -2.0
 
 
@@ -251,7 +251,7 @@ def test_estimators_along_episodes_are_right_for_a_policy_that_looks_back(contex
 def test_an_exported_graph_is_the_policy_at_every_row(space: Space, context: int, tmp_path: Path) -> None:
     log = LOGS[space]
     algorithm = trained(build(NAME, [0, 1], space, context=context), [0, 1], 20, log)
-    policy = (HistoryMixture if space == "discrete" else HistoryDensity)(algorithm, 2)
+    policy = HistoryMixture(algorithm, 2) if space == "discrete" else HistoryDensity(algorithm, 2, 2)
     exported = export_history_checked(policy, log, tmp_path)
     assert exported.context == context
     if isinstance(policy, HistoryMixture):
@@ -261,9 +261,14 @@ def test_an_exported_graph_is_the_policy_at_every_row(space: Space, context: int
         found = exported.probs(dataclasses.replace(log, mask=few))
         assert found[:, 1].max() == 0.0 and found.sum(1) == pytest.approx(1.0, abs=1e-9)
     else:
-        found = exported.log_density(log)
-        for mine, theirs in zip(found, log_density_given_history(policy, log), strict=True):
-            assert np.abs(mine - theirs).max() < 1e-6
+        assert np.abs(exported.log_density(log) - log_density_given_history(policy, log)).max() < 1e-6
+        given = next(inputs_of(log, context))
+        many = {
+            "action": given["action"].repeat(7, 1),
+            "uniform": np.random.default_rng(0).random((len(given["step"]), 9, 3)),
+        }
+        log_density, drawn = exported.session.run(None, given | many)
+        assert np.asarray(log_density).shape[1] == 7 and np.asarray(drawn).shape[1:] == (9, 2)
     assert b"/offrl" not in exported.path.read_bytes()  # no path of the machine it was made on
 
 
@@ -283,30 +288,37 @@ def test_at_the_first_decision_there_is_no_history() -> None:
                     torch.as_tensor(log.action[first]).expand(2, -1, -1)
                 )
                 alone = found.logsumexp(0) - np.log(2)
-                whole, _ = log_density_given_history(HistoryDensity(algorithm, 2), log)
+                whole = log_density_given_history(HistoryDensity(algorithm, 2, 2), log)
         assert alone.numpy() == pytest.approx(whole[first], abs=1e-4)
 
 
 def test_seeds_are_pooled_as_a_mean_of_densities() -> None:
+    """And what is drawn is distributed as they say."""
     log = LOGS["continuous"]
     algorithm = trained(build(NAME, [0, 1], "continuous"), [0, 1], 10, log)
-    inputs = [torch.as_tensor(part) for part in next(inputs_of(log, 3)).values()]
-    pooled, _ = HistoryDensity(algorithm, 2)(*inputs)
-    each = [
-        part.double().expand(2, *part.shape) if part.is_floating_point() else part.expand(2, *part.shape)
-        for part in inputs
-    ]
-    alone = algorithm.given(*each, None).log_prob(each[1][:, :, -1])
-    assert torch.allclose(pooled, alone.exp().mean(0).log(), atol=1e-9)
+    inputs = {name: torch.as_tensor(part[:20]) for name, part in next(inputs_of(log, 3)).items()}
+    inputs["uniform"] = torch.rand(20, 2000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    policy = HistoryDensity(algorithm, 2, 2)
+    with torch.no_grad():
+        pooled, drawn = policy(*inputs.values())
+        parts = [part.double() if part.is_floating_point() else part for part in list(inputs.values())[:4]]
+        each = algorithm.given(*(part.expand(2, *part.shape) for part in parts), None)
+        alone = each.log_prob(inputs["action"][:, 0].double().expand(2, -1, -1))
+        far = policy(*list(inputs.values())[:4], drawn, inputs["uniform"])[0]
+    assert torch.allclose(pooled[:, 0], alone.exp().mean(0).log(), atol=1e-9)
+    assert (1.0 / far.exp()).mean(1).numpy() == pytest.approx(2.0, rel=0.1)  # the area between the bounds
 
 
 def test_a_policy_that_looks_back_is_no_policy_of_the_present() -> None:
-    kinds: list[tuple[Space, Any]] = [("discrete", Mixture), ("continuous", MixtureDensity)]
-    for space, kind in kinds:
+    kinds: list[tuple[Space, Any, tuple[int, ...]]] = [
+        ("discrete", Mixture, (1,)),
+        ("continuous", MixtureDensity, (1, 2)),
+    ]
+    for space, kind, sizes in kinds:
         with pytest.raises(
             InputError, match="DecisionTransformer looks back at what came before; use HistoryMixture or"
         ):
-            kind(build(NAME, [0], space), 1)
+            kind(build(NAME, [0], space), *sizes)
 
 
 def test_a_pipeline_refuses_it_before_anything_is_trained() -> None:

@@ -93,7 +93,7 @@ class DecisionTransformer(nn.Module):
     def given(
         self,
         observation: Float[Tensor, "seed batch context columns"],
-        action: Int64[Tensor, "seed batch context"] | Float[Tensor, "seed batch context dimensions"],
+        past_action: Int64[Tensor, "seed batch context"] | Float[Tensor, "seed batch context dimensions"],
         earned: Float64[Tensor, "seed batch context"],
         step: Int64[Tensor, "seed batch"],
         mask: Bool[Tensor, "seed batch actions"] | None,
@@ -102,7 +102,7 @@ class DecisionTransformer(nn.Module):
         _, known, step_of_each = looking_back(step, observation.shape[2])
         wanted = self.standard(self.target_return - earned)
         allowed = None if mask is None else mask.unsqueeze(2)
-        return self.policy.at_last(Window(observation, action, wanted, step_of_each, known, allowed))
+        return self.policy.at_last(Window(observation, past_action, wanted, step_of_each, known, allowed))
 
     def distribution(self, observation: Observation, mask: Tensor | None) -> Distribution:
         """The policy, [seed, batch], at the first decision of an episode, when nothing was done or earned yet."""

@@ -1,23 +1,26 @@
 """From episodes to ranked candidates."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from torch import nn
 
 from offrl_models import bundle, storage
-from offrl_models.algorithms import ALGORITHMS
+from offrl_models.algorithms import ALGORITHMS, Algorithm
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.evaluation import BEHAVIOR, Evaluation, evaluate
-from offrl_models.exported import OnnxPolicy, export_checked
-from offrl_models.policies import Mixture
+from offrl_models.exported import Exported, export_checked, open_policy
+from offrl_models.policies import CappedPolicy, Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes
 from offrl_models.selection import rank
 from offrl_models.stages.behavior import current_behavior, read_evaluated, refit_of
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
@@ -27,12 +30,7 @@ from offrl_models.training import fit, run_side_by_side
 
 
 def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, Stage]:
-    """Train the named algorithms (all by default), side by side. Raises InputError for continuous actions."""
-    if pipeline.config.logs.action.continuous:
-        raise InputError(
-            f"the action {pipeline.config.logs.action.name!r} is continuous, and a pipeline cannot evaluate candidates over such "
-            "actions in this version; code it as `values`."
-        )
+    """Train the named algorithms (all by default), side by side."""
     wanted = names or list(pipeline.config.algorithms)
     stages = run_side_by_side(_train_candidate, [(pipeline, name) for name in wanted])
     return dict(zip(wanted, stages, strict=True))
@@ -69,7 +67,7 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             checkpoint=checkpoint,
             **config.training.model_dump(),
         )
-        export_checked(Mixture(algorithm, config.seeds), train, folder)
+        export_checked(_acting(algorithm, pipeline), train, folder)
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
         plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
@@ -126,17 +124,33 @@ def current_candidates(pipeline: Pipeline) -> dict[str, Stage]:
     }
 
 
-def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
+def _acting(algorithm: Algorithm, pipeline: Pipeline) -> nn.Module:
+    """The policy of all seeds of an algorithm."""
+    config = pipeline.config
+    if config.logs.action.continuous:
+        return MixtureDensity(algorithm, config.seeds, config.logs.action.dimensions)
+    return Mixture(algorithm, config.seeds)
+
+
+def capped(pipeline: Pipeline, name: str, encoder: Encoder, behavior: nn.Module, cap: float) -> nn.Module:
+    """One rung of a candidate's ladder."""
+    candidate = load_candidate(pipeline, name, encoder)
+    if isinstance(candidate, MixtureDensity) and isinstance(behavior, MixtureDensity):
+        return CappedDensity(candidate, behavior, cap)
+    return CappedPolicy(candidate, behavior, cap)
+
+
+def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> nn.Module:
     seeds = range(pipeline.config.seeds)
     _, kind = ALGORITHMS[name]
-    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.n_actions, seeds)
-    model = Mixture(algorithm, len(seeds))
+    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.actions, seeds)
+    model = _acting(algorithm, pipeline)
     model.load_state_dict(read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
 
 
 def evaluate_policies(
-    pipeline: Pipeline, policies: dict[str, OnnxPolicy], fitted_on: Episodes, evaluated_on: Episodes, task: str
+    pipeline: Pipeline, policies: Mapping[str, Exported], fitted_on: Episodes, evaluated_on: Episodes, task: str
 ) -> Evaluation:
     config, encoder = pipeline.config, encoder_of(pipeline)
     return evaluate(
@@ -173,8 +187,8 @@ def leaderboard(pipeline: Pipeline) -> Stage:
     picture = pipeline.reports / "leaderboard.png"
 
     def build(folder: Path) -> dict[str, Any]:
-        policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
-        policies[BEHAVIOR] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
+        policies = {name: open_policy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
+        policies[BEHAVIOR] = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
         train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
         rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
         storage.write_json(folder / "leaderboard.json", rows)
