@@ -11,7 +11,7 @@ from offrl_models.ope.behavior import FLOOR
 from offrl_models.ope.continuous import density_ratios
 from offrl_models.ope.density import floored, uniform_density
 from offrl_models.ope.diagnostics import worst_action_z
-from offrl_models.ope.fqe import OF_ROWS, draws_of
+from offrl_models.ope.fqe import DRAWS, OF_ROWS, draws_of
 from offrl_models.ope.sequences import ratios
 from offrl_models.schema import Episodes
 
@@ -94,7 +94,7 @@ class Draws:
     def worst_z(self, ratio: Float64[np.ndarray, "rows"]) -> float:
         """The same for ranges of each dimension."""
         found = [
-            worst_action_z(self._range_of(self.episodes.action, dimension), ratio, self.shares(dimension))
+            worst_action_z(self._range_of(self.episodes.action, dimension), ratio, self.shares(dimension), DRAWS)
             for dimension in range(self.episodes.action.shape[1])
         ]
         return max(found, key=abs)

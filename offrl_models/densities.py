@@ -5,7 +5,7 @@ Such a policy maps raw observations [batch, columns], actions to be judged [batc
 and, for a capped policy, the behavior model are inside it.
 """
 
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,14 +18,6 @@ from offrl_models.schema import Episodes
 
 POINTS = 64  # at which a capped policy looks at its candidate to learn how often it is vetoed
 ROWS_AT_A_TIME = 2048
-
-
-class Density(Protocol):
-    """What exported graphs and their modules have in common."""
-
-    numbers: int  # uniform ones that a draw takes
-
-    def __call__(self, observation: Tensor, action: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def spread_points(count: int, numbers: int) -> Float64[np.ndarray, "count numbers"]:
@@ -184,7 +176,7 @@ def uniform_numbers(rows: int, draws: int, numbers: int, seed: int) -> Float64[n
     return (shift + spread_points(draws, numbers)) % 1.0
 
 
-def log_density_of(density: Density, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
+def log_density_of(density: MixtureDensity, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
     """Logarithm of the density of every logged action."""
     found = []
     uniform = uniform_numbers(episodes.n_rows, 1, density.numbers, 0)

@@ -52,7 +52,7 @@ def export_probs_checked(policy: nn.Module, episodes: Episodes, folder: Path) ->
 def export_density_checked(density: MixtureDensity | CappedDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
     """`export_checked` of a policy over continuous actions; differences are relative to what is compared, or to 1."""
     dimensions = episodes.action.shape[1]
-    middle = torch.as_tensor(episodes.action[:1]).expand(2, 3, dimensions).clone()
+    middle = torch.as_tensor(np.asarray(episodes.action[:1], np.float32)).expand(2, 3, dimensions).clone()
     example = {
         "observation": torch.zeros(2, episodes.observation.shape[1]),
         "action": middle,
@@ -63,7 +63,8 @@ def export_density_checked(density: MixtureDensity | CappedDensity, episodes: Ep
     write_tensors(folder / "policy.safetensors", weights(density))
     exported = OnnxDensity(folder / "policy.onnx")
     few = slice(0, PARITY_ROWS)
-    observation, action = np.array(episodes.observation[few]), np.array(episodes.action[few])[:, None]
+    observation, action = (np.array(each[few], np.float32) for each in (episodes.observation, episodes.action))
+    action = action[:, None]
     uniform = uniform_numbers(len(action), 2, density.numbers, 0)
     with torch.no_grad():
         meant = density(*(torch.as_tensor(each) for each in (observation, action, uniform)))

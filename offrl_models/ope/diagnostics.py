@@ -163,13 +163,17 @@ def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0
 
 
 def worst_action_z(
-    action: Int64[np.ndarray, "rows"], ratio: Float64[np.ndarray, "rows"], probs: Float64[np.ndarray, "rows actions"]
+    action: Int64[np.ndarray, "rows"],
+    ratio: Float64[np.ndarray, "rows"],
+    probs: Float64[np.ndarray, "rows actions"],
+    draws: int | None = None,
 ) -> float:
     """The mean-ratio test of each single action, or range of them: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score
     furthest from 0.
 
     The variance is the larger one of two: that of the errors, and that which is expected of an action of this ratio when the
     propensities are right. By the first alone, an action that happens to be seen too rarely looks certain to be too rare.
+    Where `probs` are shares of so many draws in each row, the variance of their sum is added, as if one more had been drawn.
     """
     typical = np.square(ratio).sum() / max(ratio.sum(), 1e-12)  # what the ratio is where the policy acts
     scores = []
@@ -178,6 +182,7 @@ def worst_action_z(
         error = seen - expected
         usual = (np.square(seen).sum() + typical) / (seen.sum() + 1.0)  # as if seen once more, with the typical ratio
         variance = max(len(error) * error.var(), usual * expected.sum() - np.square(expected).sum())
+        variance += (expected.sum() * draws + 1.0) / draws**2 if draws else 0.0
         scores.append(0.0 if abs(error.mean()) <= 1e-12 else error.sum() / np.sqrt(max(variance, 1e-24)))
     return float(max(scores, key=abs))
 

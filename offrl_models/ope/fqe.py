@@ -146,7 +146,7 @@ def _values_of_densities(fqe: FQE, policies: Sequence[OnnxDensity], episodes: Ep
         for start in range(0, len(observation), ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             seen = torch.as_tensor(np.array(observation[rows])).expand(count * members, -1, -1)
-            asked = torch.as_tensor(np.ascontiguousarray(action[:, rows])).repeat_interleave(members, 0)
+            asked = torch.as_tensor(np.array(action[:, rows])).repeat_interleave(members, 0)
             found.append(fqe.q(seen, asked)[:, 0].double().mean(-1).numpy())
         return np.concatenate(found, 1).reshape(count, members, -1)
 
