@@ -117,7 +117,9 @@ def test_the_exported_graph_gives_the_same(name: str, tmp_path: Path) -> None:
     exported = export_checked(POLICIES[name], one, tmp_path)  # raises where it does not
     assert isinstance(exported, OnnxDensity) and isinstance(open_policy(tmp_path / "policy.onnx"), OnnxDensity)
     exported.require_interface(1, 1)
-    with pytest.raises(InputError, match="takes 1 observed columns and actions of 1 dimensions, and the logs have 1 and 2"):
+    with pytest.raises(
+        InputError, match="takes 1 observed columns and actions of 1 dimensions, and the logs have 1 and 2"
+    ):
         exported.require_interface(1, 2)
     again = exported.draws(one.observation, 1, 4, 7)
     assert np.array_equal(again, exported.draws(one.observation, 1, 4, 7))
@@ -183,7 +185,10 @@ def test_estimates_of_continuous_candidates_hold_the_exact_value(released: tuple
         told = capped["estimates"][name]
         error = (told["high"] - told["low"]) / 3.92
         assert abs(told["estimate"] - exact) < 3 * error, name
-    assert capped["status"] == "PASS" and capped["measures"]["lower_bound"] < exact - 2.0 < capped["measures"]["upper_bound"]
+    assert (
+        capped["status"] == "PASS"
+        and capped["measures"]["lower_bound"] < exact - 2.0 < capped["measures"]["upper_bound"]
+    )
     assert abs(capped["measures"]["mean_ratio_z"]) < 4 and abs(capped["measures"]["worst_action_z"]) < 4
     assert alone["status"] != "PASS" and alone["measures"]["unsupported_mass"] >= 0
     assert found["behavior"]["propensities"] == "logged" and found["detail"]["gamma_star"] is None
@@ -191,11 +196,16 @@ def test_estimates_of_continuous_candidates_hold_the_exact_value(released: tuple
     assert (pipeline.reports / "evidence.html").exists() and (pipeline.reports / "shift-actions.html").exists()
 
 
-def test_what_is_released_says_what_it_takes_and_is_the_next_champion(released: tuple[Pipeline, dict[str, Any]]) -> None:
+def test_what_is_released_says_what_it_takes_and_is_the_next_champion(
+    released: tuple[Pipeline, dict[str, Any]],
+) -> None:
     pipeline, _ = released
     release = stages.release(pipeline)
     manifest = json.loads((release.folder / "manifest.json").read_text())
-    assert manifest["interface"] == {"inputs": ["observation", "action", "uniform"], "outputs": ["log_density", "drawn"]}
+    assert manifest["interface"] == {
+        "inputs": ["observation", "action", "uniform"],
+        "outputs": ["log_density", "drawn"],
+    }
     exact, fresh = exact_value(release.folder / bundle.POLICY), logged(4000, 77)
     pipeline_of(pipeline.root / "fresh", fresh)
     contract = assess.contract_of({"contract": None, "policy": release.folder})
@@ -206,4 +216,6 @@ def test_what_is_released_says_what_it_takes_and_is_the_next_champion(released: 
     for name in ("TIS", "WIS", "DR"):
         assert found["estimates"][name]["low"] - 0.05 < exact < found["estimates"][name]["high"] + 0.05, name
     assert found["answer"] == "better"
-    assert stages.evidence(pipeline).summary["champion"] == "the behavior policy"  # a second look is at what it replaced
+    assert (
+        stages.evidence(pipeline).summary["champion"] == "the behavior policy"
+    )  # a second look is at what it replaced
