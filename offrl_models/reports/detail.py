@@ -78,7 +78,9 @@ def draw(found: dict[str, Any], episodes: int, path: Path) -> None:
     place = np.arange(len(found["actions"]))
     for key, color, shift in (("champion", GRAY, -0.2), ("policy", ORANGE, 0.2)):
         fourth.bar(place + shift, [row[key] for row in found["actions"]], 0.4, color=color, label=key)
-    fourth.set_xticks(place, [str(row["action"]) for row in found["actions"]])
+    labels = [str(row["action"]) for row in found["actions"]]
+    ranges = any(len(label) > 5 for label in labels)  # of a continuous action
+    fourth.set_xticks(place, labels, rotation=25 if ranges else 0, ha="right" if ranges else "center")
     fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
     fourth.legend(fontsize=8, frameon=False)
     for axes in (first, second, third, fourth):
