@@ -328,6 +328,17 @@ def test_a_pipeline_refuses_it_before_anything_is_trained() -> None:
         parse_pipeline(attributes(5, 3, algorithms={NAME: {}}), "toy")
 
 
+def test_returns_that_are_all_alike_are_not_blown_up() -> None:
+    first = EPISODES.take(EPISODES.length == 1)
+    same = dataclasses.replace(first, reward=np.full(first.n_rows, 0.1))
+    assert 0 < same.reward_to_go.std() < 1e-9  # rounding
+    algorithm = build(NAME, [0])
+    algorithm.prepare(same)
+    assert float(algorithm.scale) == 1.0 and float(algorithm.target_return) == 0.1
+    algorithm.prepare(dataclasses.replace(same, reward=np.linspace(-3.0, 1.0, same.n_rows)))
+    assert float(algorithm.scale) == pytest.approx(4 / np.sqrt(12), rel=0.05) and float(algorithm.target_return) == 1.0
+
+
 def test_heads_share_the_numbers_of_a_token() -> None:
     with pytest.raises(
         ValueError, match="heads of decision_transformer: value error, a divisor of embedding, 128, is needed"

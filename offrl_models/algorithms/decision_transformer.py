@@ -66,8 +66,9 @@ class DecisionTransformer(nn.Module):
 
     def prepare(self, episodes: Episodes) -> None:
         """Takes the scale of returns, and the target where none was set, from the log that is trained on."""
-        self.mean.fill_(float(episodes.reward_to_go.mean()))
-        self.scale.fill_(float(episodes.reward_to_go.std()) or 1.0)
+        mean, spread = float(episodes.reward_to_go.mean()), float(episodes.reward_to_go.std())
+        self.mean.fill_(mean)
+        self.scale.fill_(spread if spread > 1e-6 * abs(mean) else 1.0)  # of equal returns there is rounding left
         best = float(episodes.reward_to_go[episodes.offsets[:-1]].max())
         self.aim_at(best if self.config.target_return is None else self.config.target_return)
 
