@@ -144,10 +144,6 @@ class CappedDensity(nn.Module):
         self.numbers = sum(self.parts)
         self.register_buffer("points", torch.as_tensor(spread_points(POINTS, each)), persistent=False)
 
-    def _log_share(self, log_pi: Tensor, log_mu: Tensor) -> Tensor:
-        """Logarithm of the probability that a proposal is accepted."""
-        return (float(np.log(self.cap - 1.0)) + log_mu - log_pi).clamp(max=0.0)
-
     def forward(
         self,
         observation: Float[Tensor, "batch columns"],
@@ -155,19 +151,19 @@ class CappedDensity(nn.Module):
         uniform: Float[Tensor, "batch draws numbers"],
     ) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch draws dimensions"]]:
         pi, mu = self.candidate.mixture(observation), self.behavior.mixture(observation)
-        each_pi, each_mu = pi.of_each, mu.of_each
-
-        def logs(at: Tensor) -> tuple[Tensor, Tensor]:
-            return self.candidate.log_density(each_pi, at), self.behavior.log_density(each_mu, at)
-
         for_proposal, for_other, for_veto, shift = uniform.double().split(self.parts, -1)
         points = self.points + shift[:, :1]
-        accepted = self._log_share(*logs(self.candidate.drawn(pi, points - points.floor()))).exp().mean(1, keepdim=True)
-        log_pi, log_mu = logs(action)
-        ratio = (log_pi - log_mu).clamp(max=float(np.log(self.cap - 1.0))).exp() + (1.0 - accepted)
-        proposed, other = self.candidate.drawn(pi, for_proposal), self.behavior.drawn(mu, for_other)
-        passes = for_veto < self._log_share(*logs(proposed)).exp().unsqueeze(-1)
-        return log_mu + ratio.log(), torch.where(passes, proposed, other)
+        # At the points, at the proposals, and at what is asked about: all at once.
+        drawn = self.candidate.drawn(pi, torch.cat([points - points.floor(), for_proposal], 1))
+        at = torch.cat([drawn, action.double()], 1)
+        log_pi, log_mu = self.candidate.log_density(pi.of_each, at), self.behavior.log_density(mu.of_each, at)
+        log_room, last = float(np.log(self.cap - 1.0)), drawn.shape[1]
+        passes = (log_room + log_mu[:, :last] - log_pi[:, :last]).clamp(max=0.0).exp()
+        accepted = passes[:, :POINTS].mean(1, keepdim=True)
+        ratio = (log_pi[:, last:] - log_mu[:, last:]).clamp(max=log_room).exp() + (1.0 - accepted)
+        plays = for_veto < passes[:, POINTS:, None]
+        other = self.behavior.drawn(mu, for_other)
+        return log_mu[:, last:] + ratio.log(), torch.where(plays, drawn[:, POINTS:], other)
 
 
 def uniform_numbers(rows: int, draws: int, numbers: int, seed: int) -> Float64[np.ndarray, "rows draws numbers"]:
