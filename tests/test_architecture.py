@@ -19,7 +19,7 @@ ROWS = [
     {"policies", "measures"},
     {"exported"},
     {"algorithms", "ope", "optimizer", "checkpoint"},
-    {"learner", "gate", "registry"},
+    {"learner", "gate", "registry", "variants"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},
     {"evaluation"},
