@@ -15,7 +15,7 @@ from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_s
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.schema import InputError
-from offrl_models.variants import Variant, expand, file_name, swept, variant_of
+from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
 
 
 class CoverageConfig(Strict):
@@ -222,4 +222,4 @@ class Pipeline:
     def candidate(self, name: str) -> Path:
         """The policy of a candidate: of a variant, or of an earlier checkpoint of it."""
         variant, steps = variant_of(name)
-        return self.variant(variant) if steps is None else self.variant(variant) / f"checkpoint-{steps}"
+        return self.variant(variant) if steps is None else self.variant(variant) / checkpoint_folder(steps)

@@ -59,6 +59,8 @@ def swept(name: str, settings: Mapping[str, Any], space: Space) -> dict[str, lis
         if isinstance(value, Sequence) and not isinstance(value, str) and _is_sweep(value, get_origin(kinds[field])):
             if not value:
                 raise ValueError(f"{field} of {name} is an empty list; give it a value at least, or leave it out")
+            if get_origin(kinds[field]) is tuple and not all(isinstance(each, (list, tuple)) for each in value):
+                raise ValueError(f"{field} of {name} is one list, or a list of lists to sweep it, and not a mixture")
             labels = [label(each) for each in value]
             twice = next((each for each in labels if labels.count(each) > 1), None)
             if twice is not None:
@@ -68,8 +70,8 @@ def swept(name: str, settings: Mapping[str, Any], space: Space) -> dict[str, lis
 
 
 def _is_sweep(value: Sequence[Any], kind: Any) -> bool:
-    """A list, or where the field is a list itself, a list of lists."""
-    return kind is not tuple or (len(value) > 0 and all(isinstance(each, (list, tuple)) for each in value))
+    """A list, or where the field is a list itself, a list with lists in it."""
+    return kind is not tuple or any(isinstance(each, (list, tuple)) for each in value)
 
 
 def label(value: Any) -> str:
@@ -104,3 +106,8 @@ def variant_of(candidate: str) -> tuple[str, int | None]:
     """The variant that a candidate is of, and its gradient steps where those are not all."""
     variant, _, steps = candidate.partition(AFTER)
     return variant, int(steps) if steps else None
+
+
+def checkpoint_folder(steps: int) -> str:
+    """Where an earlier checkpoint lies in the folder of its variant."""
+    return f"checkpoint-{steps}"

@@ -8,7 +8,7 @@ from offrl_models import bundle, registry, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, CHAMPION
 from offrl_models.exported import OnnxPolicy
-from offrl_models.stages.learning import current_leaderboard
+from offrl_models.stages.ranking import current_leaderboard
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from offrl_models.stages.behavior import (
 )
 from offrl_models.stages.champion import candidate_digest, current_champion
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
-from offrl_models.stages.learning import current_leaderboard, evaluate_policies, load_candidate
+from offrl_models.stages.learning import evaluate_policies, load_candidate
+from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 
 

@@ -10,7 +10,7 @@ from offrl_models.gate import Status
 from offrl_models.reports import checks, plots, shift
 from offrl_models.stages.data import read_episodes, read_log
 from offrl_models.stages.judging import evidence_key
-from offrl_models.stages.learning import current_leaderboard
+from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 
 
