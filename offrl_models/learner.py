@@ -61,7 +61,9 @@ class TrainingConfig(Strict):
     warmup_steps: int = Field(default=0, ge=0)  # gradient steps in which the learning rates rise to what they are
     clip_norm: float | None = Field(default=None, gt=0)  # longest gradient of a network, per seed
     precision: Literal["32", "bf16"] = "32"  # of matrix products
-    checkpoints: int = Field(default=1, ge=1, le=20)  # candidates that each training leaves, evenly spaced; 1 is the last alone
+    checkpoints: int = Field(
+        default=1, ge=1, le=20
+    )  # candidates that each training leaves, evenly spaced; 1 is the last alone
 
     @model_validator(mode="after")
     def _checkpoints_differ(self) -> "TrainingConfig":

@@ -5,7 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,37 @@ def fit_fqe(
     report: Report | None = None,
 ) -> FQEValues:
     """Fit Q functions of several policies on some episodes and evaluate them on others."""
+    return fitted_values(_fitted(config, encoder, policies, fitted_on, seed, report), policies, evaluated_on)
+
+
+def fit_shared_fqe(
+    config: FQEConfig,
+    encoder: Encoder,
+    behavior: OnnxPolicy,
+    policies: Iterable[OnnxPolicy],
+    fitted_on: Episodes,
+    evaluated_on: Episodes,
+    *,
+    seed: int,
+    report: Report | None = None,
+) -> Iterator[FQEValues]:
+    """Fit Q functions of the behavior alone, and evaluate each policy by them: v(s) = sum_a pi(a|s) Q_behavior(s, a).
+
+    One fit serves any number of policies, of which one at a time is needed.
+    """
+    found = _fitted(config, encoder, [behavior], fitted_on, seed, report)
+    for policy in policies:
+        yield fitted_values(found, [policy], evaluated_on)
+
+
+def _fitted(
+    config: FQEConfig,
+    encoder: Encoder,
+    policies: Sequence[OnnxPolicy],
+    fitted_on: Episodes,
+    seed: int,
+    report: Report | None,
+) -> FQE:
     found = [policy.distinct_probs(fitted_on.next_observation, next_mask_or_all(fitted_on)) for policy in policies]
     next_probs = NextProbs(
         probs=torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32),
@@ -114,7 +145,7 @@ def fit_fqe(
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
     how = TrainingConfig(gradient_steps=config.gradient_steps)
     train(fqe, transitions, sampler, how, report=report).require_all()
-    return fitted_values(fqe.cpu(), policies, evaluated_on)
+    return fqe.cpu()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,11 @@ def label(value: Any) -> str:
         return "x".join(map(label, value))
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return "none" if value is None else re.sub(r"[^\w.+-]+", "_", str(value).lower() if isinstance(value, bool) else str(value))
+    return (
+        "none"
+        if value is None
+        else re.sub(r"[^\w.+-]+", "_", str(value).lower() if isinstance(value, bool) else str(value))
+    )
 
 
 def _variant(algorithm: str, settings: Mapping[str, Any], values: Mapping[str, Any], space: Space) -> Variant:

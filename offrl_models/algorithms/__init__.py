@@ -93,4 +93,6 @@ def make_config(
         return config(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]} of {called or name}: {first['msg'].lower()}, not {first['input']!r}") from error
+        raise ValueError(
+            f"{first['loc'][0]} of {called or name}: {first['msg'].lower()}, not {first['input']!r}"
+        ) from error

@@ -1,18 +1,23 @@
-"""From trained candidates to a leaderboard, on the selection split."""
+"""From trained candidates to a leaderboard, on the selection split: a cheap score prunes, fitted Q evaluation ranks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
-from offrl_models.evaluation import BEHAVIOR
+from offrl_models.evaluation import BEHAVIOR, Evaluation
 from offrl_models.exported import OnnxPolicy
-from offrl_models.reports import plots
-from offrl_models.selection import rank
+from offrl_models.progress import progress
+from offrl_models.reports import leaderboard as page
+from offrl_models.schema import Episodes
+from offrl_models.selection import Selection, first_order_gain, rank, two_stage
 from offrl_models.stages.behavior import current_behavior, read_evaluated
-from offrl_models.stages.data import current_episodes, read_episodes
+from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.stages.learning import current_candidates, evaluate_policies
 from offrl_models.storage import Stage
+from offrl_models.training import fit_shared_fqe
+from offrl_models.variants import variant_of
 
 
 def _leaderboard_key(pipeline: Pipeline) -> dict[str, Any]:
@@ -22,6 +27,7 @@ def _leaderboard_key(pipeline: Pipeline) -> dict[str, Any]:
         "behavior": current_behavior(pipeline).digest,
         "candidates": current_candidates(pipeline),
         "fqe": config.fqe.model_dump(mode="json"),
+        "selection": config.selection.model_dump(),
         "bootstrap": [config.seed, config.bootstrap_samples],
     }
 
@@ -32,18 +38,77 @@ def current_leaderboard(pipeline: Pipeline) -> Stage:
 
 
 def leaderboard(pipeline: Pipeline) -> Stage:
-    """Rank the candidates on the selection split."""
-    picture = pipeline.reports / "leaderboard.png"
+    """Rank the candidates on the selection split: all by FQE, or where they are too many those that a cheap score leaves."""
+    pages = tuple(pipeline.reports / f"leaderboard.{kind}" for kind in ("png", "html"))
     key = _leaderboard_key(pipeline)
 
     def build(folder: Path) -> dict[str, Any]:
-        policies = {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in key["candidates"]}
-        policies[BEHAVIOR] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
         train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
-        rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
-        storage.write_json(folder / "leaderboard.json", rows)
-        gains = [row["score"] for row in rows]
-        plots.bars([row["candidate"] for row in rows], gains, "Least gain", "gain", picture)
-        return {"best": rows[0]["candidate"], "ranking": rows, "episodes": selection.n_episodes}
+        chosen, evaluation = _chosen(pipeline, list(key["candidates"]), train, selection)
+        rows, first = rank(evaluation), chosen.cheap
+        for row in rows:
+            row["first_order_gain"] = first.get(row["candidate"])
+        found = {
+            "best": rows[0]["candidate"],
+            "ranking": rows,
+            "pruned": [
+                {
+                    "candidate": name,
+                    "first_order_gain": gain,
+                    "reason": f"place {place} of {len(first)} by first-order gain, and {len(rows)} are ranked",
+                }
+                for place, (name, gain) in enumerate(first.items(), 1)
+                if name not in chosen.full
+            ],
+            "candidates": len(key["candidates"]),
+            "episodes": selection.n_episodes,
+        }
+        storage.write_json(folder / "leaderboard.json", found)
+        page.write(pipeline.config.dataset, found, *pages)
+        return found
 
-    return storage.build_stage(pipeline.folder / "leaderboard", key, build, (picture,))
+    return storage.build_stage(pipeline.folder / "leaderboard", key, build, pages)
+
+
+def _chosen(pipeline: Pipeline, names: list[str], train: Episodes, selection: Episodes) -> tuple[Selection, Evaluation]:
+    """Which candidates are ranked, with the scores that say so, and their evaluation."""
+    behavior = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
+    config, found = pipeline.config, dict[str, Evaluation]()
+
+    def exported(names: Sequence[str]) -> dict[str, OnnxPolicy]:
+        return {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in names}
+
+    def cheap(names: Sequence[str]) -> list[float]:
+        policies = (
+            policy for name in (None, *names) for policy in [behavior if name is None else exported([name])[name]]
+        )
+        with progress() as update:
+            values = fit_shared_fqe(
+                config.fqe,
+                encoder_of(pipeline),
+                behavior,
+                policies,
+                train,
+                selection,
+                seed=config.seed,
+                report=lambda steps, loss: update(
+                    "FQE of the behavior", steps, config.fqe.gradient_steps, f"loss {loss['q']:.4f}"
+                ),
+            )
+            base, *others = [each.v[0] for each in values]
+        return [first_order_gain(selection, v, base) for v in others]
+
+    def full(names: Sequence[str]) -> list[float]:
+        policies = {**exported(names), BEHAVIOR: behavior}
+        found[""] = evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard")
+        return [min(found[""].fqe_gains(name)) for name in names]
+
+    def algorithm(name: str) -> str:
+        return variants[variant_of(name)[0]].algorithm
+
+    variants, places = config.variants(), config.selection.finalists
+    if len(names) > places:
+        chosen = two_stage(names, cheap, full, places, algorithm)
+    else:
+        chosen = Selection({}, dict(zip(names, full(names), strict=True)))
+    return chosen, found[""]
