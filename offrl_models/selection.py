@@ -50,15 +50,15 @@ def rank(found: Evaluation) -> list[dict[str, Any]]:
 
 def first_order_gain(
     episodes: Episodes, v: Float64[np.ndarray, "rows"], behavior_v: Float64[np.ndarray, "rows"]
-) -> float:
-    """sum_t gamma^t [v(s_t) - behavior_v(s_t)] of an episode, on average; both by the behavior's Q: v(s) = sum_a pi(a|s) Q(s, a).
+) -> Float64[np.ndarray, "episodes"]:
+    """sum_t gamma^t [v(s_t) - behavior_v(s_t)] of each episode, both by the behavior's Q: v(s) = sum_a pi(a|s) Q(s, a).
 
-    What a policy gains where it decides once and the behavior goes on: the value's derivative from the behavior towards the
-    policy, Kakade & Langford (2002), "Approximately optimal approximate reinforcement learning", eq. 3. One Q serves all
+    Its mean is what a policy gains where it decides once and the behavior goes on: the value's derivative from the behavior towards
+    the policy, Kakade & Langford (2002), "Approximately optimal approximate reinforcement learning", eq. 3. One Q serves all
     candidates, and no importance weight is in it. What it leaves out is where the policy itself would lead.
     """
     gain = finite("a value", v) - finite("a value", behavior_v)
-    return float(episodes.sum_per_episode(episodes.time_discount * gain).mean())
+    return episodes.sum_per_episode(episodes.time_discount * gain)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from scipy import stats
 
 from offrl_models.ope.intervals import ensemble
 from offrl_models.ope.resampling import BootstrapSamples
+from offrl_models.ope.tabular import states_of
+from offrl_models.ope.worlds import World
 from offrl_models.schema import InputError
 from offrl_models.selection import (
     beats,
@@ -191,3 +193,18 @@ def test_the_error_of_the_episodes_is_theirs_and_what_is_in_common_cancels() -> 
     assert draws.mean(0) == pytest.approx(gains[:, 0].mean(1), abs=0.005)
     assert draws.std(0) == pytest.approx([luck.std() / 20] * 2, rel=0.05)
     assert beats(draws, 0, 1) == 1.0 and np.ptp(draws[:, 0] - draws[:, 1]) < 1e-12
+
+
+def test_the_first_order_gain_is_the_slope_of_the_value(tiny: World) -> None:
+    """All trajectories of the behavior, by their probability, against values a little on either side of it."""
+    episodes, probability = tiny.enumerate(3)
+    policy = np.random.default_rng(5).dirichlet([1.0, 1.0], size=tiny.n_states)
+    q, state = tiny.q_values(tiny.behavior), states_of(episodes)[0]
+    v, base = ((each * q).sum(1)[state] for each in (policy, tiny.behavior))
+
+    def value(share: float) -> float:
+        return tiny.value((1 - share) * tiny.behavior + share * policy)
+
+    slope = (value(1e-4) - value(-1e-4)) / 2e-4
+    assert probability @ first_order_gain(episodes, v, base) == pytest.approx(slope, abs=1e-7) and abs(slope) > 0.01
+    assert not first_order_gain(episodes, base, base).any()

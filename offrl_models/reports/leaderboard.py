@@ -19,7 +19,7 @@ table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .7
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } .l { text-align: left; } img { max-width: 100%; }
 </style></head><body>
 <h1>Leaderboard: {{ dataset }}</h1>
-<p>{{ summary(found) }}</p>
+<p>{{ found.sentence }}</p>
 <p><img src="leaderboard.png" alt="Gains over the behavior with their intervals"></p>
 <h2>Ranked by fitted Q evaluation</h2>
 <table><tr><th>rank</th><th class="l">candidate</th><th>least gain</th><th>gain</th><th>95% interval</th>
@@ -45,7 +45,7 @@ values serves all candidates. The best of every algorithm is ranked, where there
 )
 
 
-def summary(found: dict[str, Any]) -> str:
+def sentence(found: dict[str, Any]) -> str:
     """How sure the first place is, in a sentence or two."""
     first, *others = found["ranking"]
     said = f"{first['candidate']} is ranked first"
@@ -64,7 +64,7 @@ def summary(found: dict[str, Any]) -> str:
 def write(dataset: str, found: dict[str, Any], picture: Path, page: Path) -> None:
     """Draw the ranking and write the page around it."""
     draw(found, picture)
-    text = PAGE.render(dataset=dataset, found=found, summary=summary, gain=_gain, share=_share)
+    text = PAGE.render(dataset=dataset, found=found, gain=_gain, share=_share)
     storage.write_bytes(page, text.encode())
 
 

@@ -1,5 +1,6 @@
 """From trained candidates to a leaderboard, on the selection split: a cheap score prunes, fitted Q evaluation ranks."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def leaderboard(pipeline: Pipeline) -> Stage:
             "candidates": len(key["candidates"]),
             "episodes": selection.n_episodes,
         }
+        found["sentence"] = page.sentence(found)
         storage.write_json(folder / "leaderboard.json", found)
         page.write(pipeline.config.dataset, found, *pages)
         return found
@@ -73,15 +75,13 @@ def leaderboard(pipeline: Pipeline) -> Stage:
 def _chosen(pipeline: Pipeline, names: list[str], train: Episodes, selection: Episodes) -> tuple[Selection, Evaluation]:
     """Which candidates are ranked, with the scores that say so, and their evaluation."""
     behavior = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
-    config, found = pipeline.config, dict[str, Evaluation]()
+    config, found = pipeline.config, list[Evaluation]()
 
-    def exported(names: Sequence[str]) -> dict[str, OnnxPolicy]:
-        return {name: OnnxPolicy(pipeline.candidate(name) / bundle.POLICY) for name in names}
+    def opened(name: str) -> OnnxPolicy:
+        return OnnxPolicy(pipeline.candidate(name) / bundle.POLICY)
 
     def cheap(names: Sequence[str]) -> list[float]:
-        policies = (
-            policy for name in (None, *names) for policy in [behavior if name is None else exported([name])[name]]
-        )
+        policies = itertools.chain([behavior], map(opened, names))
         with progress() as update:
             values = fit_shared_fqe(
                 config.fqe,
@@ -96,12 +96,12 @@ def _chosen(pipeline: Pipeline, names: list[str], train: Episodes, selection: Ep
                 ),
             )
             base, *others = [each.v[0] for each in values]
-        return [first_order_gain(selection, v, base) for v in others]
+        return [float(first_order_gain(selection, v, base).mean()) for v in others]
 
     def full(names: Sequence[str]) -> list[float]:
-        policies = {**exported(names), BEHAVIOR: behavior}
-        found[""] = evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard")
-        return [min(found[""].fqe_gains(name)) for name in names]
+        policies = {**{name: opened(name) for name in names}, BEHAVIOR: behavior}
+        found.append(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
+        return [min(found[0].fqe_gains(name)) for name in names]
 
     def algorithm(name: str) -> str:
         return variants[variant_of(name)[0]].algorithm
@@ -111,4 +111,4 @@ def _chosen(pipeline: Pipeline, names: list[str], train: Episodes, selection: Ep
         chosen = two_stage(names, cheap, full, places, algorithm)
     else:
         chosen = Selection({}, dict(zip(names, full(names), strict=True)))
-    return chosen, found[""]
+    return chosen, found[0]

@@ -89,6 +89,7 @@ def release(pipeline: Pipeline) -> bundle.Release:
         lineage={
             "dataset": config.dataset,
             "algorithm": judged.summary["algorithm"],
+            "candidate_name": judged.summary["candidate_name"],
             "cap": judged.summary["cap"],
             "compared_with": found["champion"]["name"],
             "champion_version": judged.summary["champion_version"],
