@@ -279,4 +279,4 @@ def train(
             torch.set_flush_denormal(False)
     if checkpoint:
         learner.save(checkpoint)  # what follows may be cut short, too
-    return Trained(learner.history, learner.stopped, learner.kept)
+    return Trained(learner.history, learner.stopped, dict(sorted(learner.kept.items())))

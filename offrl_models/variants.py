@@ -52,10 +52,11 @@ def expand(algorithms: Mapping[str, Mapping[str, Any]], space: Space) -> dict[st
 
 
 def swept(name: str, settings: Mapping[str, Any], space: Space) -> dict[str, list[Any]]:
-    """The fields of an algorithm that are swept, with their values. Raises ValueError where there is none, or one twice."""
-    kinds = get_type_hints(config_of(name, space))
-    found = {}
-    for field, value in settings.items():
+    """The fields of an algorithm that are swept, in the order of its config, with their values. Raises ValueError where there is none, or one twice."""
+    config, found = config_of(name, space), {}
+    kinds = get_type_hints(config)
+    for field in (each.name for each in dataclasses.fields(config) if each.name in settings):
+        value = settings[field]
         if isinstance(value, Sequence) and not isinstance(value, str) and _is_sweep(value, get_origin(kinds[field])):
             if not value:
                 raise ValueError(f"{field} of {name} is an empty list; give it a value at least, or leave it out")
