@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, get_origin, get_type_hints
 
@@ -63,7 +64,7 @@ def swept(name: str, settings: Mapping[str, Any], space: Space) -> dict[str, lis
             if get_origin(kinds[field]) is tuple and not all(isinstance(each, (list, tuple)) for each in value):
                 raise ValueError(f"{field} of {name} is one list, or a list of lists to sweep it, and not a mixture")
             labels = [label(each) for each in value]
-            twice = next((each for each in labels if labels.count(each) > 1), None)
+            twice = next((each for each, count in Counter(labels).items() if count > 1), None)
             if twice is not None:
                 raise ValueError(f"{field} of {name} lists {twice} twice; list every value once")
             found[field] = list(value)

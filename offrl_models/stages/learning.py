@@ -77,7 +77,7 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         policy = Mixture(algorithm, config.seeds)
         export_checked(policy, train, folder)
         for steps, kept in went.kept.items():
-            algorithm.load_state_dict(kept, strict=False)  # what is not trained has stayed what it is
+            algorithm.load_state_dict({**algorithm.state_dict(), **kept})  # what is not trained has stayed what it is
             export_checked(policy, train, folder / checkpoint_folder(steps))
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
