@@ -53,7 +53,10 @@ def expand(algorithms: Mapping[str, Mapping[str, Any]], space: Space) -> dict[st
 
 
 def swept(name: str, settings: Mapping[str, Any], space: Space) -> dict[str, list[Any]]:
-    """The fields of an algorithm that are swept, in the order of its config, with their values. Raises ValueError where there is none, or one twice."""
+    """The fields of an algorithm that are swept, in the order of its config, with their values.
+
+    Raises ValueError where a list is empty, names a value twice, or mixes values and lists.
+    """
     config, found = config_of(name, space), {}
     kinds = get_type_hints(config)
     for field in (each.name for each in dataclasses.fields(config) if each.name in settings):
