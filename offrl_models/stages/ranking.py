@@ -47,6 +47,7 @@ def leaderboard(pipeline: Pipeline) -> Stage:
         train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
         chosen, evaluation = _chosen(pipeline, list(key["candidates"]), train, selection)
         rows, first = rank(evaluation), chosen.cheap
+        heads = ", the best of each algorithm among them" if len(pipeline.config.algorithms) <= len(rows) else ""
         for row in rows:
             row["first_order_gain"] = first.get(row["candidate"])
         found = {
@@ -56,7 +57,7 @@ def leaderboard(pipeline: Pipeline) -> Stage:
                 {
                     "candidate": name,
                     "first_order_gain": gain,
-                    "reason": f"place {place} of {len(first)} by first-order gain, and {len(rows)} are ranked",
+                    "reason": f"place {place} of {len(first)} by first-order gain, and {len(rows)} are ranked{heads}",
                 }
                 for place, (name, gain) in enumerate(first.items(), 1)
                 if name not in chosen.full
