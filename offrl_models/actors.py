@@ -62,6 +62,10 @@ class Critic(nn.Module):
             self.net = JointMLP(each, name, encoder, hidden, len(actions), 1, layer_norm=layer_norm)
             self.box = Box(actions)
 
+    def last_bias(self) -> Tensor:
+        """What is added to every value, [seed * members, 1, actions]; of continuous actions, [seed * members, 1, 1]."""
+        return self.net.last_bias() if isinstance(self.net, MLP) else self.net.seen.last_bias()
+
     def _encoded(self, observation: Observation) -> Encoded:
         """The observation once for each member of each seed."""
         encoded = observation if isinstance(observation, Encoded) else self.encode(observation)

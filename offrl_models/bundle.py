@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offrl_models import registry, storage
+from offrl_models.exported import interface, open_policy
 from offrl_models.gate import GateConfig, Status, Verdict, judge, verdict_from_json
 from offrl_models.schema import InputError
 
@@ -79,7 +80,7 @@ def release(
         "policy": passed.policy,
         "verdict": passed.status,
         "lower_bound": passed.measures.lower_bound,
-        "interface": {"inputs": ["observation", "mask"], "outputs": ["probs"]},
+        "interface": interface(open_policy(draft / POLICY)),
         **lineage,
         "files": storage.list_files(draft),
     }

@@ -130,6 +130,12 @@ class PipelineConfig(Strict):
         return value
 
     @model_validator(mode="after")
+    def _a_known_world_has_states(self) -> "PipelineConfig":
+        if self.known_world and self.logs.tabular_states is None:
+            raise ValueError("known_world is for logs of one observed category and discrete actions; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _comparisons_can_be_made(self) -> "PipelineConfig":
         for comparison in self.compare_with:
             comparison.contract(self.logs)

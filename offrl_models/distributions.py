@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from offrl_models.nets import masked_log_softmax, take
 
 COMPONENTS = 5  # of a mixture density
+PARTS, ROUNDS = 16, 8  # of the interval from 0 to 1, until 2e-10 of it is left
 NARROWEST, WIDEST = -7.0, 2.0  # logarithm of a component's scale, where the action runs from 0 to 1
 
 Space = Literal["discrete", "continuous"]
@@ -20,6 +21,11 @@ Actions = int | Float64[np.ndarray, "dimensions 2"]  # number of discrete action
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), in operations that an exported graph has in double precision."""
     return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+
+
+def _log_of_sum(x: Tensor, y: Tensor) -> Tensor:
+    """log(exp(x) + exp(y)), which in an exported graph would underflow if it were written as that."""
+    return torch.maximum(x, y) + torch.log1p(torch.exp(-(x - y).abs()))
 
 
 class Categorical(NamedTuple):
@@ -70,9 +76,19 @@ class LogisticMixture(NamedTuple):
         self, unit: Float[Tensor, "*batch 1 dimensions"]
     ) -> Float[Tensor, "*batch components dimensions"]:
         """Of each component in each dimension, where the action runs from 0 to 1."""
-        scale = self.log_scale.exp()
-        z = ((unit - self.center) / scale).abs()
-        return -z - 2.0 * torch.log1p(torch.exp(-z)) - self.log_scale - self._log_mass(self.center, self.log_scale)
+        return self._log_density(unit, self.center, self.log_scale)
+
+    @classmethod
+    def _log_density(cls, unit: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
+        z = ((unit - center) / log_scale.exp()).abs()
+        return -z - 2.0 * torch.log1p(torch.exp(-z)) - log_scale - cls._log_mass(center, log_scale)
+
+    @staticmethod
+    def _share_below(unit: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
+        """The distribution function of a single component."""
+        scale = log_scale.exp()
+        z, above = (unit - center) / scale, (1.0 - center) / scale
+        return torch.exp(_softplus(-above) - _softplus(-z)) * torch.expm1(-unit / scale) / torch.expm1(-1.0 / scale)
 
     @staticmethod
     def _log_mass(center: Tensor, log_scale: Tensor) -> Tensor:
@@ -103,10 +119,32 @@ class LogisticMixture(NamedTuple):
         before = up_to - each
         total = torch.logsumexp(before, -2)
         log_density = torch.logsumexp(up_to, -2) - total - self.width.log()
-        scale = self.log_scale.exp()
-        z, above = (unit - self.center) / scale, (1.0 - self.center) / scale
-        inside = torch.exp(_softplus(-above) - _softplus(-z)) * torch.expm1(-unit / scale) / torch.expm1(-1.0 / scale)
+        inside = self._share_below(unit, self.center, self.log_scale)
         return log_density, ((before - total.unsqueeze(-2)).exp() * inside).sum(-2)
+
+    def at_shares(self, share: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch dimensions"]:
+        """Actions at which the distribution function of each dimension, given those before it, has these values: one dimension
+        after the other, each by cutting the interval that holds it into PARTS, ROUNDS times."""
+        log_weight, found = self.log_weight, []
+        for dimension in range(share.shape[-1]):
+            center, log_scale = self.center[..., dimension], self.log_scale[..., dimension]
+            weight, asked = log_weight.softmax(-1).unsqueeze(-2), share[..., dimension : dimension + 1]
+            unit, size = torch.zeros_like(asked), 1.0
+            for _ in range(ROUNDS):
+                size /= PARTS
+                edges = (unit + size * torch.arange(1, PARTS, device=asked.device)).unsqueeze(-1)
+                below = self._share_below(edges, center.unsqueeze(-2), log_scale.unsqueeze(-2))
+                unit = unit + size * ((weight * below).sum(-1) < asked).sum(-1, keepdim=True)
+            unit = unit + size / 2
+            log_weight = log_weight + self._log_density(unit, center, log_scale)
+            found.append(unit)
+        return self.low + self.width * torch.cat(found, -1)
+
+    @property
+    def of_each(self) -> "LogisticMixture":
+        """The same for each of several actions of an observation, whose axis comes before that of the dimensions."""
+        parts = self.log_weight.unsqueeze(-2), self.center.unsqueeze(-3), self.log_scale.unsqueeze(-3)
+        return LogisticMixture(*parts, self.low, self.width)
 
     def draws(self, uniform: Float[Tensor, "*batch draws numbers"]) -> Float[Tensor, "*batch draws dimensions"]:
         """Actions drawn by the inverse of the distribution function, at numbers uniform on [0, 1): the first one chooses the
@@ -117,8 +155,8 @@ class LogisticMixture(NamedTuple):
         center, log_scale = self.center.gather(-2, place), self.log_scale.gather(-2, place)
         scale, log_mass = log_scale.exp(), self._log_mass(center, log_scale)
         inside = uniform[..., 1:].clamp(1e-6, 1.0 - 1e-6)
-        log_below = torch.logaddexp(-_softplus(center / scale), inside.log() + log_mass)
-        log_above = torch.logaddexp(-_softplus((1.0 - center) / scale), torch.log1p(-inside) + log_mass)
+        log_below = _log_of_sum(-_softplus(center / scale), inside.log() + log_mass)
+        log_above = _log_of_sum(-_softplus((1.0 - center) / scale), torch.log1p(-inside) + log_mass)
         unit = (center + scale * (log_below - log_above)).clamp(0.0, 1.0)
         return self.low + self.width * unit
 
@@ -127,8 +165,7 @@ class LogisticMixture(NamedTuple):
     ) -> tuple[Float[Tensor, "*batch draws dimensions"], Float[Tensor, "*batch draws"]]:
         """`draws`, and the logarithm of the density of each of them where every dimension of the action runs from -1 to 1."""
         action = self.draws(uniform)
-        parts = self.log_weight.unsqueeze(-2), self.center.unsqueeze(-3), self.log_scale.unsqueeze(-3)
-        return action, LogisticMixture(*parts, self.low, self.width).log_prob(action) + (self.width / 2.0).log().sum()
+        return action, self.of_each.log_prob(action) + (self.width / 2.0).log().sum()
 
     @property
     def greedy(self) -> Float[Tensor, "*batch dimensions"]:

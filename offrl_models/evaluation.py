@@ -7,15 +7,15 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from offrl_models import legs
+from offrl_models.choices import Choices, Probabilities, choices_of, rare_mass
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
     largest_share,
     mean_ratio_z,
-    worst_action_z,
 )
 from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitted
 from offrl_models.ope.fqe import FQEConfig, FQEValues
@@ -38,10 +38,10 @@ class Evaluation:
     """What was found about some policies; `behavior` is one of them."""
 
     names: list[str]
-    policies: dict[str, OnnxPolicy]
+    policies: dict[str, Exported]
     fitted_on: Episodes
     episodes: Episodes
-    probs: dict[str, Float64[np.ndarray, "rows actions"]]
+    choices: dict[str, Choices]
     ratio: dict[str, Float64[np.ndarray, "rows"]]
     fqe: FQEValues
     samples: BootstrapSamples
@@ -51,7 +51,8 @@ class Evaluation:
         """What the legs of the gate need of one policy."""
         place = self.names.index(name)
         values = (part[place] for part in (self.fqe.q, self.fqe.v, self.fqe.next_v))
-        return legs.Side(self.policies[name].on(self.fitted_on), self.probs[name], self.ratio[name], *values)
+        fitted = choices_of(self.policies[name], self.fitted_on)
+        return legs.Side(fitted, self.choices[name], self.ratio[name], *values)
 
     @property
     def logged_returns(self) -> Float64[np.ndarray, "episodes"]:
@@ -78,7 +79,7 @@ class Evaluation:
 
 
 def evaluate(
-    policies: dict[str, OnnxPolicy],
+    policies: Mapping[str, Exported],
     fitted_on: Episodes,
     episodes: Episodes,
     encoder: Encoder,
@@ -104,11 +105,11 @@ def evaluate(
             report=lambda steps, loss: update(task, steps, fqe_config.gradient_steps, f"loss {loss['q']:.4f}"),
         )
     drawn = BootstrapSamples(episodes.n_episodes, samples, seed)
-    probs = {name: policy.on(episodes) for name, policy in policies.items()}
-    ratio = {name: ratios(episodes, probs[name]) for name in policies}
+    choices = {name: choices_of(policy, episodes) for name, policy in policies.items()}
+    ratio = {name: made.ratio() for name, made in choices.items()}
     found = estimate(episodes, list(ratio.values()), fqe, drawn, refit)
     estimates = dict(zip(policies, found, strict=True))
-    return Evaluation(list(policies), policies, fitted_on, episodes, probs, ratio, fqe, drawn, estimates)
+    return Evaluation(list(policies), dict(policies), fitted_on, episodes, choices, ratio, fqe, drawn, estimates)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _measure(
     betting = (
         trajectories and asked.champion == BEHAVIOR and asked.return_range is not None and not gate.truncated.any()
     )
-    probs, behavior = found.probs[name], found.probs[BEHAVIOR]
+    choices = found.choices[name]
     return Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
@@ -179,8 +180,8 @@ def _measure(
         effective_transitions=effective_sample_size(mine.weight),
         effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),
         mean_ratio_z=mean_ratio_z(side.ratio),
-        worst_action_z=worst_action_z(gate, side.ratio, probs),
-        unsupported_mass=float((probs * (behavior < thresholds.rare_prob)).sum(1).mean()),
+        worst_action_z=choices.worst_z(side.ratio),
+        unsupported_mass=rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob),
         few_visits_mass=_few_visits_mass(found, name, asked.states, thresholds.few_visits),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),
         ratio_max=float(mine.weight.max()),
@@ -212,13 +213,14 @@ def _cost_rise(
 
 def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> float:
     """The share of a policy's mass in state-action cells with fewer rows than `few` in all the log; 0 without such cells."""
-    if states is None:
+    choices = found.choices[name]
+    if states is None or not isinstance(choices, Probabilities):
         return 0.0
     visits = np.zeros((states, found.episodes.n_actions))
     for episodes in (found.fitted_on, found.episodes):
         np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
     rare = visits[found.episodes.observation[:, 0].astype(np.int64)] < few
-    return float((found.probs[name] * rare).sum(1).mean())
+    return float((choices.probs * rare).sum(1).mean())
 
 
 def visit_frequencies(

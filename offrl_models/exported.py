@@ -1,7 +1,7 @@
 """ONNX graphs that act and are evaluated, and proof that they equal what was trained.
 
-A policy's graph maps raw observations and masks to probabilities; that of a density maps raw observations and actions to the
-logarithm of their density and to the distribution function of each dimension.
+Over discrete actions a graph maps raw observations and masks to probabilities. Over continuous ones it maps raw observations,
+actions and random numbers to the logarithm of the density of each action and to an action drawn at each number.
 """
 
 import contextlib
@@ -20,18 +20,28 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from torch import Tensor, nn
 
 from offrl_models import storage
-from offrl_models.policies import MixtureDensity, log_density_of, probs_of
+from offrl_models.densities import ROWS_AT_A_TIME, CappedDensity, MixtureDensity, uniform_numbers
+from offrl_models.policies import probs_of
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import write_tensors
 
+PARITY_ROWS = 20_000  # at which a density is held against its module
 PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
 
 
-def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
-    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on every observation given.
+def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Exported":
+    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on the observations given.
 
-    Raises RuntimeError when a probability differs by more than PARITY.
+    Raises RuntimeError when a probability differs by more than PARITY; over continuous actions, when the logarithm of a density or
+    a drawn action does.
     """
+    if isinstance(policy, MixtureDensity | CappedDensity):
+        return export_density_checked(policy, episodes, folder)
+    return export_probs_checked(policy, episodes, folder)
+
+
+def export_probs_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
+    """`export_checked` of a policy over discrete actions."""
     export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
     write_tensors(folder / "policy.safetensors", weights(policy))
     exported = OnnxPolicy(folder / "policy.onnx")
@@ -39,23 +49,30 @@ def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Onnx
     return exported
 
 
-def export_density_checked(density: MixtureDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
-    """`export_checked` for continuous actions: every logged action's density and distribution function are compared.
-
-    Raises RuntimeError when a logarithm of a density differs by more than PARITY of itself or of 1, or a share by more than
-    PARITY.
-    """
+def export_density_checked(density: MixtureDensity | CappedDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
+    """`export_checked` of a policy over continuous actions; differences are relative to what is compared, or to 1."""
+    dimensions = episodes.action.shape[1]
+    middle = torch.as_tensor(np.asarray(episodes.action[:1], np.float32)).expand(2, 3, dimensions).clone()
     example = {
         "observation": torch.zeros(2, episodes.observation.shape[1]),
-        "action": torch.as_tensor(np.array(episodes.action[:1])).repeat(2, 1),
+        "action": middle,
+        "uniform": torch.full((2, 5, density.numbers), 0.5, dtype=torch.float64),
     }
-    _write_graph(density, example, ["log_density", "share_below"], folder / "policy.onnx")
+    dynamic = {"observation": (), "action": ("actions",), "uniform": ("draws",)}
+    _write_graph(density, example, ["log_density", "drawn"], folder / "policy.onnx", dynamic)
     write_tensors(folder / "policy.safetensors", weights(density))
     exported = OnnxDensity(folder / "policy.onnx")
-    (found, found_share), (meant, share) = exported.on(episodes), log_density_of(density, episodes)
-    size = np.maximum(np.abs(meant), 1.0)
-    _require_parity(exported.path, found / size, meant / size, "logarithm of a density")
-    _require_parity(exported.path, found_share, share, "distribution function")
+    few = slice(0, PARITY_ROWS)
+    observation, action = (np.array(each[few], np.float32) for each in (episodes.observation, episodes.action))
+    action = action[:, None]
+    uniform = uniform_numbers(len(action), 2, density.numbers, 0)
+    with torch.no_grad():
+        meant = density(*(torch.as_tensor(each) for each in (observation, action, uniform)))
+    for of, one, other in zip(
+        ("density", "drawn action"), exported.run(observation, action, uniform), meant, strict=True
+    ):
+        size = np.maximum(np.abs(other.numpy()), 1.0)
+        _require_parity(exported.path, one / size, other.numpy() / size, of)
     return exported
 
 
@@ -77,12 +94,19 @@ def weights(policy: nn.Module) -> dict[str, Tensor]:
 def export(policy: nn.Module, columns: int, actions: int, path: Path) -> None:
     """Write a policy as an ONNX graph with inputs `observation` and `mask` and output `probs`."""
     example = {"observation": torch.zeros(2, columns), "mask": torch.ones(2, actions, dtype=torch.bool)}
-    _write_graph(policy, example, ["probs"], path)
+    _write_graph(policy, example, ["probs"], path, {"observation": (), "mask": ()})
 
 
-def _write_graph(policy: nn.Module, example: dict[str, Tensor], outputs: list[str], path: Path) -> None:
-    """The file depends on the weights alone: traces of source lines are left out."""
+def _write_graph(
+    policy: nn.Module, example: dict[str, Tensor], outputs: list[str], path: Path, dynamic: dict[str, tuple[str, ...]]
+) -> None:
+    """The file depends on the weights alone: traces of source lines are left out. `dynamic` are the axes of each input, after
+    the batch, whose length is left open."""
     batch = torch.export.Dim("batch")
+    shapes = {
+        name: {0: batch, **{1 + axis: torch.export.Dim(each) for axis, each in enumerate(axes)}}
+        for name, axes in dynamic.items()
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, in its exporter
@@ -96,7 +120,7 @@ def _write_graph(policy: nn.Module, example: dict[str, Tensor], outputs: list[st
                 verbose=False,
                 input_names=list(example),
                 output_names=outputs,
-                dynamic_shapes={name: {0: batch} for name in example},
+                dynamic_shapes=shapes,
             ),
         )
     model = program.model_proto
@@ -165,13 +189,79 @@ class OnnxPolicy:
 
 
 class OnnxDensity:
-    """An exported density of continuous actions."""
+    """An exported policy over continuous actions. Asked twice it answers alike: its random numbers are those of seeds."""
 
     def __init__(self, path: Path):
         self.path, self.session = path, _session(path)
 
-    def on(self, episodes: Episodes) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
-        """Logarithm of the density of every logged action, and the distribution function of each of its dimensions."""
-        inputs = {"observation": episodes.observation.astype(np.float32), "action": episodes.action.astype(np.float32)}
-        log_density, share = self.session.run(["log_density", "share_below"], inputs)
-        return np.asarray(log_density, np.float64), np.asarray(share, np.float64)
+    @property
+    def numbers(self) -> int:
+        """Uniform ones that a draw takes."""
+        return next(int(entry.shape[-1]) for entry in self.session.get_inputs() if entry.name == "uniform")
+
+    def require_interface(self, columns: int, dimensions: int) -> None:
+        """Raises InputError when the policy takes other observations or actions than these."""
+        mine = {entry.name: entry.shape[-1] for entry in self.session.get_inputs()}
+        if (mine.get("observation"), mine.get("action")) != (columns, dimensions):
+            raise InputError(
+                f"{self.path} takes {mine.get('observation')} observed columns and actions of {mine.get('action')} dimensions, "
+                f"and the logs have {columns} and {dimensions}; a candidate cannot be held against it, so start a dataset of its "
+                "own."
+            )
+
+    def run(
+        self,
+        observation: Float[np.ndarray, "rows columns"],
+        action: Float[np.ndarray, "rows actions dimensions"],
+        uniform: Float64[np.ndarray, "rows draws numbers"],
+    ) -> tuple[Float64[np.ndarray, "rows actions"], Float64[np.ndarray, "rows draws dimensions"]]:
+        """Logarithm of the density of every action, and what is drawn at every number."""
+        found = []
+        for start in range(0, len(observation), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            given = {
+                "observation": observation[rows].astype(np.float32),
+                "action": action[rows].astype(np.float32),
+                "uniform": uniform[rows],
+            }
+            found.append(self.session.run(["log_density", "drawn"], given))
+        log_density, drawn = (np.concatenate(part) for part in zip(*found, strict=True))
+        return log_density, drawn
+
+    def log_density(
+        self,
+        observation: Float[np.ndarray, "rows columns"],
+        action: Float[np.ndarray, "rows actions dimensions"],
+        seed: int = 0,
+    ) -> Float64[np.ndarray, "rows actions"]:
+        """Logarithm of the density of some actions at every observation."""
+        return self.run(observation, action, uniform_numbers(len(observation), 1, self.numbers, seed))[0]
+
+    def draws(
+        self, observation: Float[np.ndarray, "rows columns"], dimensions: int, count: int, seed: int
+    ) -> Float64[np.ndarray, "rows count dimensions"]:
+        """So many actions at every observation, evenly spread over what the policy plays there."""
+        none = np.zeros((len(observation), 1, dimensions), np.float32)
+        return self.run(observation, none, uniform_numbers(len(observation), count, self.numbers, seed))[1]
+
+    def on(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
+        """Density of every logged action."""
+        return np.exp(self.log_density(episodes.observation, np.asarray(episodes.action)[:, None])[:, 0])
+
+
+Exported = OnnxPolicy | OnnxDensity
+
+
+def interface(policy: Exported) -> dict[str, list[str]]:
+    """Names of what a graph takes and gives."""
+    session = policy.session
+    return {
+        "inputs": [each.name for each in session.get_inputs()],
+        "outputs": [each.name for each in session.get_outputs()],
+    }
+
+
+def open_policy(path: Path) -> Exported:
+    """The policy of a graph, over discrete or over continuous actions. Raises InputError for a file that is no graph."""
+    density = OnnxDensity(path)
+    return density if any(entry.name == "uniform" for entry in density.session.get_inputs()) else OnnxPolicy(path)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64
 
+from offrl_models.choices import Choices, Probabilities
 from offrl_models.measures import Contrast
-from offrl_models.ope.behavior import FLOOR
 from offrl_models.ope.diagnostics import without_most_influential
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.eprocess import e_value
@@ -32,8 +32,8 @@ GATE_PER_FITTED = 2.0  # with more gate episodes the interval shrinks below the 
 class Side:
     """One policy on the gate episodes and on those that its nuisances were fitted on."""
 
-    fitted_probs: Float64[np.ndarray, "fitted_rows actions"]
-    probs: Float64[np.ndarray, "rows actions"]
+    fitted: Choices
+    judged: Choices
     ratio: Float64[np.ndarray, "rows"]
     q: Float64[np.ndarray, "rows"]  # of the logged action, by FQE
     v: Float64[np.ndarray, "rows"]
@@ -62,7 +62,7 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
         )
     if model is None:
         return _fitted(side, behavior, fitted_on, gate)
-    table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))
+    table = _table(side, len(model.initial))
     if table is None:
         return "the policy depends on more than the state, such as a mask, so that the state alone is not Markov for it"
     found = paired_differences(model, table, gate, side.ratio)
@@ -71,18 +71,25 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     return Paired(*found, "marginalised doubly robust paired difference")
 
 
+def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
+    """The policy by state; None where it depends on more than that."""
+    parts = [(part.episodes, part.probs) for part in (side.fitted, side.judged) if isinstance(part, Probabilities)]
+    return policy_table(parts, states) if len(parts) == 2 else None
+
+
 def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> Paired | str:
     """Leg A where the observation is not one category: visit ratios that are fitted, and trusted only when they balance."""
-    rows = np.arange(fitted_on.n_rows)
     logged = fitted_on.action_prob
-    modelled = np.maximum(behavior.fitted_probs[rows, fitted_on.action], FLOOR)
-    ratio = side.fitted_probs[rows, fitted_on.action] / np.where(np.isfinite(logged), logged, modelled)
+    known = np.isfinite(logged)
+    ratio = side.fitted.taken / (logged if known.all() else np.where(known, logged, behavior.fitted.floored))
     found = fit_ratios(Flow.by_state(fitted_on, ratio)).weights(Flow.by_state(gate, side.ratio))
     if isinstance(found, Refusal):
         return found.reason.rstrip(".")
     behavior_weight = np.ones(gate.n_rows)
     if gate.truncated.any():
-        base = fit_ratios(Flow.by_state(fitted_on, np.ones(len(rows)))).weights(Flow.by_state(gate, behavior_weight))
+        base = fit_ratios(Flow.by_state(fitted_on, np.ones(fitted_on.n_rows))).weights(
+            Flow.by_state(gate, behavior_weight)
+        )
         if isinstance(base, Refusal):
             return f"what truncations cut off cannot be made up for: {base.reason.rstrip('.')}"
         behavior_weight = base.weight
@@ -130,7 +137,7 @@ def cost_outcome(
     if isinstance(leg, str):
         return pdis(paid, side.ratio).numerator.sum(1) - paid.return_
     if model is not None:
-        table = policy_table([(fitted_on, side.fitted_probs), (gate, side.probs)], len(model.initial))
+        table = _table(side, len(model.initial))
         found = None if table is None else paired_differences(model, table, paid, side.ratio)
         if found is not None:
             return found[0]
@@ -144,6 +151,8 @@ def influence(outcome: Float64[np.ndarray, "episodes"]) -> float:
 
 def sure_share(gate: Episodes) -> float:
     """The share of the rows with a choice in which the logged action was as good as certain (C18)."""
+    if not gate.n_actions:  # a density may be as high as it likes
+        return 0.0
     choice = gate.mask.sum(1) > 1
     return float((gate.action_prob[choice] > CERTAIN).mean()) if choice.any() else 1.0
 

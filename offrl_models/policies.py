@@ -1,4 +1,4 @@
-"""Policies as distributions over actions, and densities over continuous ones.
+"""Policies over discrete actions.
 
 A policy maps raw observations [batch, columns] and masks [batch, actions] to probabilities [batch, actions]: the encoder, the
 mask and, for a capped policy, the behavior model and the projection are inside it.
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from offrl_models.distributions import Categorical, Distribution, LogisticMixture
+from offrl_models.distributions import Categorical, Distribution
 from offrl_models.schema import Episodes
 
 BEHAVIOR_SHARE = 1e-6  # of the behavior policy in a capped policy, so that the cap can always be met
@@ -40,64 +40,6 @@ class Mixture(nn.Module):
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
     ) -> Float[Tensor, "batch actions"]:
         return self.per_seed(observation, mask).mean(0)
-
-
-class MixtureDensity(nn.Module):
-    """The density of continuous actions of several seeds: the mean of theirs, made wider or narrower, then bent.
-
-    `spread` multiplies the scale of every component. `curves` bend the distribution function of each dimension given those
-    before it: level i is what the value i / (levels - 1) becomes, straight in between. Without them nothing is changed.
-    """
-
-    spread: Tensor
-    curves: Tensor
-
-    def __init__(
-        self,
-        algorithm: nn.Module,
-        seeds: int,
-        spread: float = 1.0,
-        curves: Float64[np.ndarray, "dimensions levels"] | None = None,
-    ):
-        super().__init__()
-        self.algorithm, self.seeds = algorithm.double(), seeds
-        straight = np.linspace(0.0, 1.0, 2)[None]  # of every dimension
-        self.register_buffer("spread", torch.tensor(spread, dtype=torch.float64))
-        self.register_buffer("curves", torch.as_tensor(straight if curves is None else curves, dtype=torch.float64))
-
-    def mixture(self, observation: Float[Tensor, "batch columns"]) -> LogisticMixture:
-        """All components of all seeds, before the curves."""
-        each = cast(HasDistribution, self.algorithm).distribution(observation.double().expand(self.seeds, -1, -1), None)
-        assert isinstance(each, LogisticMixture)
-        log_weight = each.log_weight.transpose(0, 1).flatten(1, 2) - float(np.log(self.seeds))
-        center, log_scale = (part.transpose(0, 1).flatten(1, 2) for part in (each.center, each.log_scale))
-        return LogisticMixture(log_weight, center, log_scale + self.spread.log(), each.low, each.width)
-
-    def bend(
-        self, share: Float[Tensor, "*batch dimensions"]
-    ) -> tuple[Float[Tensor, "*batch dimensions"], Float[Tensor, "*batch dimensions"]]:
-        """What the curves make of values of the distribution function, and their slopes there."""
-        pieces = self.curves.shape[1] - 1
-        at = share.clamp(0.0, 1.0) * pieces
-        piece = at.floor().clamp(max=pieces - 1)
-        first = torch.arange(len(self.curves), device=share.device) * (pieces + 1)  # of each dimension's levels
-        levels, place = self.curves.flatten(), piece.long() + first
-        level, slope = levels[place], (levels[place + 1] - levels[place])
-        return level + (at - piece) * slope, slope * pieces
-
-    def of(
-        self, mixture: LogisticMixture, action: Float[Tensor, "batch dimensions"]
-    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch dimensions"]]:
-        """`forward` of a mixture that was found before."""
-        log_density, share = mixture.conditionals(action.double())
-        level, slope = self.bend(share)
-        return (log_density + slope.log()).sum(-1), level
-
-    def forward(
-        self, observation: Float[Tensor, "batch columns"], action: Float[Tensor, "batch dimensions"]
-    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch dimensions"]]:
-        """Logarithm of the density of each action, and the distribution function of each dimension given those before it."""
-        return self.of(self.mixture(observation), action)
 
 
 class BehaviorTable(nn.Module):
@@ -166,22 +108,6 @@ def probs_of(policy: nn.Module, episodes: Episodes) -> Float64[np.ndarray, "rows
             mask = torch.as_tensor(np.array(episodes.mask[rows]))
             found.append(policy(torch.as_tensor(np.array(episodes.observation[rows])), mask).double().numpy())
     return np.concatenate(found)
-
-
-def log_density_of(
-    density: MixtureDensity, episodes: Episodes
-) -> tuple[Float64[np.ndarray, "rows"], Float64[np.ndarray, "rows dimensions"]]:
-    """Logarithm of the density of every logged action, and the distribution function of each of its dimensions."""
-    found = []
-    with torch.no_grad():
-        for start in range(0, episodes.n_rows, ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            action = torch.as_tensor(np.array(episodes.action[rows]))
-            found.append(
-                [part.numpy() for part in density(torch.as_tensor(np.array(episodes.observation[rows])), action)]
-            )
-    log_density, share = (np.concatenate(part) for part in zip(*found, strict=True))
-    return log_density, share
 
 
 def next_mask_or_all(episodes: Episodes) -> Bool[np.ndarray, "rows actions"]:

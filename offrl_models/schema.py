@@ -70,8 +70,11 @@ class Episodes:
 
         Raises InputError for continuous actions without bounds.
         """
-        if self.action.ndim == 1:
-            return self.n_actions
+        return self.n_actions if self.action.ndim == 1 else self.known_bounds
+
+    @property
+    def known_bounds(self) -> Float64[np.ndarray, "dimensions 2"]:
+        """`bounds`. Raises InputError where there are none."""
         if self.bounds is None:
             raise InputError(
                 "the actions are continuous and have no bounds; give the least and the greatest value of each."

@@ -14,11 +14,11 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_space
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.transitions import NextProbs, Sampler, Transitions
+from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions
 from offrl_models.distributions import Space, space_of
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy
 from offrl_models.learner import Report, Trainable, Trained, TrainingConfig, train
-from offrl_models.ope.fqe import FQE, FQEConfig, FQEValues, bootstrap_rows, fitted_values
+from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
 from offrl_models.schema import Episodes, InputError
@@ -93,7 +93,7 @@ def sampler_of(
 def fit_fqe(
     config: FQEConfig,
     encoder: Encoder,
-    policies: Sequence[OnnxPolicy],
+    policies: Sequence[Exported],
     fitted_on: Episodes,
     evaluated_on: Episodes,
     *,
@@ -107,8 +107,8 @@ def fit_fqe(
 def fit_shared_fqe(
     config: FQEConfig,
     encoder: Encoder,
-    behavior: OnnxPolicy,
-    policies: Iterable[OnnxPolicy],
+    behavior: Exported,
+    policies: Iterable[Exported],
     fitted_on: Episodes,
     evaluated_on: Episodes,
     *,
@@ -127,25 +127,34 @@ def fit_shared_fqe(
 def _fitted(
     config: FQEConfig,
     encoder: Encoder,
-    policies: Sequence[OnnxPolicy],
+    policies: Sequence[Exported],
     fitted_on: Episodes,
     seed: int,
     report: Report | None,
 ) -> FQE:
-    found = [policy.distinct_probs(fitted_on.next_observation, next_mask_or_all(fitted_on)) for policy in policies]
-    next_probs = NextProbs(
-        probs=torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32),
-        distinct_of_row=torch.as_tensor(found[0][1]),
-        policy_of_seed=torch.arange(len(policies)).repeat_interleave(config.members),
-    )
-    transitions = Transitions(fitted_on, encoder, device(), next_probs)
-    fqe = FQE(config, encoder, len(policies), fitted_on.n_actions, float(fitted_on.return_to_go.mean()))
+    transitions = Transitions(fitted_on, encoder, device(), _next_policy(policies, fitted_on, config.members, seed))
+    fqe = FQE(config, encoder, len(policies), fitted_on.actions, float(fitted_on.return_to_go.mean()))
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
     how = TrainingConfig(gradient_steps=config.gradient_steps)
     train(fqe, transitions, sampler, how, report=report).require_all()
     return fqe.cpu()
+
+
+def _next_policy(policies: Sequence[Exported], episodes: Episodes, members: int, seed: int) -> NextProbs | NextDraws:
+    """What the policies do at the next observation of every row; each is evaluated by so many members."""
+    policy_of_seed = torch.arange(len(policies)).repeat_interleave(members)
+    over_densities = [policy for policy in policies if isinstance(policy, OnnxDensity)]
+    if over_densities:
+        drawn = draws_of(over_densities, episodes.next_observation, episodes.action.shape[1], OF_NEXT)
+        return NextDraws(torch.as_tensor(drawn), policy_of_seed, torch.Generator().manual_seed(seed))
+    mask = next_mask_or_all(episodes)
+    found = [
+        policy.distinct_probs(episodes.next_observation, mask) for policy in policies if isinstance(policy, OnnxPolicy)
+    ]
+    probs = torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32)
+    return NextProbs(probs, torch.as_tensor(found[0][1]), policy_of_seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from offrl_models import assess, cli, registry, storage
 from offrl_models.assess import answer, log, options, target, values
 from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.assess.values import Effort
+from offrl_models.choices import Probabilities
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.importance import Terms
@@ -130,7 +131,8 @@ def test_values_come_from_the_other_fold(tmp_path: Path) -> None:
     episodes = world.simulate(600, 1)
     table = better(world)
     probs = table[episodes.observation[:, 0].astype(int)]
-    known = target.Target({}, probs[np.arange(episodes.n_rows), episodes.action], probs, None)
+    choices = Probabilities(episodes, probs)
+    known = target.Target({}, choices.taken, choices, None)
     first = values.first_fold(episodes)[episodes.episode_of_row]
     shifted = Episodes(**{**vars_of(episodes), "reward": episodes.reward + first})
     before, after = (values.tabular_values(e, known, known.ratio(e), world.n_states) for e in (episodes, shifted))
@@ -545,8 +547,11 @@ def test_continuous_actions_ask_for_densities(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="continuous; give --policy-column"):
         assess.assess(paths, log.make_contract(contract, "here"), ways, FEW_STEPS)
     del contract["action_prob"]
-    with pytest.raises(InputError, match="density was not logged"):
-        assess.assess(paths, log.make_contract(contract, "here"), assess.target_of({"policy_column": "pi"}), FEW_STEPS)
+    found = assess.assess(
+        paths, log.make_contract(contract, "here"), assess.target_of({"policy_column": "pi"}), FEW_STEPS
+    )
+    assert found["behavior"]["color"] == "AMBER" and found["behavior"]["ece"] < 0.05
+    assert found["estimates"]["SNIPW"]["estimate"] == pytest.approx(exact, abs=0.03)
 
 
 # Parts
@@ -632,7 +637,7 @@ def test_a_state_that_is_only_ever_reached_is_worth_the_mean_return() -> None:
         reward=rng.normal(size=n), terminated=np.zeros(n, bool), truncated=np.ones(n, bool), action_prob=np.full(n, 0.5),
         gamma=0.9,
     )  # fmt: skip
-    known = target.Target({}, np.full(n, 0.5), np.full((n, 2), 0.5), None)
+    known = target.Target({}, np.full(n, 0.5), Probabilities(episodes, np.full((n, 2), 0.5)), None)
     found = values.tabular_values(episodes, known, np.ones(n), 2)
     assert found is not None
     first = values.first_fold(episodes)

@@ -47,7 +47,7 @@ def test_a_prefix_measures_what_a_shorter_log_would() -> None:
     (by_look,) = measured(found, asked(world.n_states), [600])["better"]
     shorter = on_a_log(world, {"better": small.better(world, 0.02)}, 1, 800, 900)
     gate = shorter.episodes.take(np.arange(900) < 600)
-    assert early.episodes.n_episodes == 600 and early.probs["better"].shape[0] == gate.n_rows
+    assert early.episodes.n_episodes == 600 and early.ratio["better"].shape[0] == gate.n_rows
     (whole,) = measured(found, asked(world.n_states))["better"]
     assert by_look.episodes == 600 and whole.episodes == 900 and by_look.fqe_differences != whole.fqe_differences
     outcome = found.paired("better", model)

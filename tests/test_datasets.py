@@ -258,7 +258,7 @@ def test_batches_hold_the_rows_of_the_log_however_they_are_gathered(
     encoder = Encoder.fit(episodes)
     policy_of_seed = torch.tensor([1, 0, 1])
     given = NextProbs(torch.rand(2, episodes.n_rows, 3), torch.arange(episodes.n_rows).flip(0), policy_of_seed)
-    transitions = Transitions(episodes, encoder, next_probs=given)
+    transitions = Transitions(episodes, encoder, next_policy=given)
     row = Sampler([transitions.rows] * 3, 5, [0, 1, 2]).draw(7)
     assert np.isin(row, episodes.offsets[1:] - 1).any()  # last rows of episodes, too
     for gathered in (2**24, 1):

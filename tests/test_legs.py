@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from offrl_models import legs
+from offrl_models.choices import Probabilities
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
 from offrl_models.ope.eprocess import e_value
@@ -32,7 +33,14 @@ def side_of(log: Episodes, state: np.ndarray, seed: int) -> legs.Side:
     q = np.random.default_rng(seed).normal(size=POLICY.shape)
     probs = POLICY[state]
     zeros = np.zeros(log.n_rows)
-    return legs.Side(probs, probs, ratios(log, probs), q[state, log.action], (POLICY * q).sum(1)[state], zeros)
+    return legs.Side(
+        Probabilities(log, probs),
+        Probabilities(log, probs),
+        ratios(log, probs),
+        q[state, log.action],
+        (POLICY * q).sum(1)[state],
+        zeros,
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -53,7 +61,9 @@ def test_nuisances_from_few_episodes_judge_no_more_than_twice_as_many(fitted: in
     table = random_policy(world, 3)
     probs, before = (table[world.states(log.observation)] for log in (gate, fitted_on))
     zeros = np.zeros(gate.n_rows)
-    side = legs.Side(before, probs, ratios(gate, probs), zeros, zeros, zeros)
+    side = legs.Side(
+        Probabilities(fitted_on, before), Probabilities(gate, probs), ratios(gate, probs), zeros, zeros, zeros
+    )
     found = legs.paired(side, side, fitted_on, gate, legs.TabularModel.fit(fitted_on, world.n_states))
     if judged == 600:
         assert isinstance(found, legs.Paired)
@@ -81,7 +91,9 @@ def test_the_rise_of_a_cost_over_several_steps() -> None:
     table = random_policy(world, 3)
     probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
     zeros = np.zeros(gate.n_rows)
-    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
+    side = legs.Side(
+        Probabilities(fitted_on, fitted), Probabilities(gate, probs), ratios(gate, probs), zeros, zeros, zeros
+    )
     model = legs.TabularModel.fit(fitted_on, world.n_states)
     found = legs.paired(side, side, fitted_on, gate, model)
     assert isinstance(found, legs.Paired)
@@ -128,7 +140,9 @@ def test_weights_that_do_not_balance_are_no_evidence() -> None:
     )
     probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
     zeros = np.zeros(gate.n_rows)
-    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
+    side = legs.Side(
+        Probabilities(fitted_on, fitted), Probabilities(gate, probs), ratios(gate, probs), zeros, zeros, zeros
+    )
     found = legs.paired(side, side, fitted_on, gate, None)
     assert isinstance(found, str) and "weights" in found
 
@@ -162,8 +176,17 @@ def test_a_log_that_stops_early_is_compared_by_what_was_cut_off_too(tabular: boo
     table = random_policy(world, 1)
     probs, fitted = (table[world.states(log.observation)] for log in (gate, fitted_on))
     zeros = np.zeros(gate.n_rows)
-    side = legs.Side(fitted, probs, ratios(gate, probs), zeros, zeros, zeros)
-    base = legs.Side(world.behavior[world.states(fitted_on.observation)], probs, zeros + 1, zeros, zeros, zeros)
+    side = legs.Side(
+        Probabilities(fitted_on, fitted), Probabilities(gate, probs), ratios(gate, probs), zeros, zeros, zeros
+    )
+    base = legs.Side(
+        Probabilities(fitted_on, world.behavior[world.states(fitted_on.observation)]),
+        Probabilities(gate, probs),
+        zeros + 1,
+        zeros,
+        zeros,
+        zeros,
+    )
     model = legs.TabularModel.fit(fitted_on, world.n_states) if tabular else None
     wrong = dataclasses.replace(model, reward=np.ones((3, 2))) if model is not None else None
     found = legs.paired(side, base, fitted_on, gate, wrong)
@@ -181,7 +204,7 @@ def test_a_cost_without_leg_a_is_weighed_by_decisions() -> None:
     log = dataclasses.replace(log, costs={"paid": log.reward})
     table = random_policy(world, 3)
     probs, zeros = table[world.states(log.observation)], np.zeros(log.n_rows)
-    side = legs.Side(probs, probs, ratios(log, probs), zeros, zeros, zeros)
+    side = legs.Side(Probabilities(log, probs), Probabilities(log, probs), ratios(log, probs), zeros, zeros, zeros)
     rise = probability @ legs.cost_outcome("paid", side, "no weights", log, log, world.n_states)
     assert rise == pytest.approx(world.value(table) - world.value(world.behavior), abs=1e-9)
 

@@ -86,6 +86,7 @@ def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Epi
     mask[:, 0] = True
     with torch.no_grad():
         wanted = policy(torch.as_tensor(states), torch.as_tensor(mask)).numpy()
+    assert isinstance(exported, OnnxPolicy)
     found = exported.probs(states, mask)
     assert np.abs(found - wanted).max() <= 1e-6
     assert found.sum(1) == pytest.approx(np.ones(world.n_states), abs=1e-9)

@@ -12,10 +12,10 @@ from offrl_models.actors import Actor, Critic, decided_q, frozen, shares, smooth
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Transitions
+from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import Categorical, LogisticMixture, PointHead, Space
 from offrl_models.exported import export_density_checked
 from offrl_models.nets import MLP
-from offrl_models.policies import MixtureDensity
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit, sampler_of
 from tests.conftest import codes
@@ -256,7 +256,7 @@ def test_a_layer_norm_takes_out_the_scale_of_a_layer() -> None:
 
 def test_a_deterministic_policy_is_exported_as_it_is_trained(tmp_path: Path) -> None:
     algorithm = trained(build("td3_bc", [0, 1], "continuous"), [0, 1], 20, LOGS["continuous"])
-    density = MixtureDensity(algorithm.cpu(), 2)
+    density = MixtureDensity(algorithm.cpu(), 2, 2)
     mixture = density.mixture(torch.as_tensor(HELD_OUT.observation))
     assert isinstance(mixture, LogisticMixture) and mixture.center.shape == (400, 2, 2)
     export_density_checked(density, HELD_OUT, tmp_path)

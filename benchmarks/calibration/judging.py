@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offrl_models.choices import choices_of
 from offrl_models.evaluation import BEHAVIOR, Evaluation, Question, measure_rungs
 from offrl_models.exported import OnnxPolicy
 from offrl_models.gate import GateConfig, Status, Verdict, judge
@@ -20,7 +21,6 @@ from offrl_models.ope.behavior import fit_table
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.nulls import FAMILIES, ExactWorld, Family, policies
 from offrl_models.ope.resampling import BootstrapSamples
-from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
 from offrl_models.schema import Episodes
@@ -114,10 +114,10 @@ def evaluation(
 
 
 def with_values(policies: Mapping[str, OnnxPolicy], fitted_on: Episodes, gate: Episodes, fqe: FQEValues) -> Evaluation:
-    probs = {name: policy.on(gate) for name, policy in policies.items()}
-    ratio = {name: ratios(gate, of_rows) for name, of_rows in probs.items()}
+    choices = {name: choices_of(policy, gate) for name, policy in policies.items()}
+    ratio = {name: made.ratio() for name, made in choices.items()}
     none = BootstrapSamples(gate.n_episodes, 0, 0)
-    return Evaluation(list(policies), dict(policies), fitted_on, gate, probs, ratio, fqe, none, {})
+    return Evaluation(list(policies), dict(policies), fitted_on, gate, choices, ratio, fqe, none, {})
 
 
 def on_a_log(world: World, tables: Mapping[str, Table], seed: int, fitted_on: int, judged_on: int) -> Evaluation:
@@ -162,10 +162,10 @@ def first(found: Evaluation, n: int, known: Mapping[str, Paired | str]) -> Prefi
     gate = found.episodes.take(np.arange(found.episodes.n_episodes) < n)
     rows, fqe = gate.n_rows, found.fqe
     values = FQEValues(fqe.q[:, :rows], fqe.v[:, :rows], fqe.next_v[:, :rows], fqe.initial[..., :n])
-    probs = {name: each[:rows] for name, each in found.probs.items()}
+    choices = {name: choices_of(policy, gate) for name, policy in found.policies.items()}
     ratio = {name: each[:rows] for name, each in found.ratio.items()}
     return Prefix(
-        found.names, found.policies, found.fitted_on, gate, probs, ratio, values, BootstrapSamples(n, 0, 0), {}, known
+        found.names, found.policies, found.fitted_on, gate, choices, ratio, values, BootstrapSamples(n, 0, 0), {}, known
     )
 
 

@@ -17,12 +17,13 @@ from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.behavior import version_shares
+from offrl_models.ope.density import require_density
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import finite
 from offrl_models.progress import Update, progress
 from offrl_models.reports.evidence import LOGGED, STATEMENT
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes
 
 ESTIMATED = "estimated"
 NOTICE = "This is an estimate and not a release."
@@ -78,13 +79,10 @@ def _with_propensities(
 ) -> tuple[Episodes, str, float | None]:
     """The episodes, where their propensities come from, and the calibration error of those that were estimated."""
     episodes, contract = given.episodes, given.contract
-    if contract.action.continuous and target.probs is None and contract.action_prob is None:
-        raise InputError(
-            f"{given.log.batches[0].path}: the action {contract.action.name!r} is continuous and its density was not logged in "
-            f"any of {episodes.n_rows} rows, and it cannot be estimated; log it and name it as action_prob, of: density."
-        )
     if contract.action_prob:
         return episodes, LOGGED, None
+    if contract.action.continuous:
+        require_density(episodes, contract.action.dimension_names)
     estimated, ece = with_propensities(episodes, contract.tabular_states, effort, update)
     return estimated, ESTIMATED, ece
 

@@ -20,7 +20,6 @@ from offrl_models.ope.diagnostics import (
     pareto_k,
     pareto_k_limit,
     without_most_influential,
-    worst_action_z,
 )
 from offrl_models.ope.doubly_robust import Model
 from offrl_models.ope.estimates import LEVEL, all_terms, refitted
@@ -177,8 +176,8 @@ def _ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray,
         _check("mean ratio", abs(z) < limit, z, asked,
                f"the mean importance ratio is {mean:.3f} (z = {z:.1f} against 1): {lost if z < 0 else wrong}", grave=True)
     ]  # fmt: skip
-    if target.probs is not None:
-        worst = worst_action_z(episodes, ratio, target.probs)
+    if target.choices is not None:
+        worst = target.choices.worst_z(ratio)
         said.append(
             _check("mean ratio per action", abs(worst) < limit, worst, asked,
                    f"the mean ratio of one action has z = {worst:.1f}: the log never shows it where the policy plays it, or its "

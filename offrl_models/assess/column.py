@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 
 from offrl_models.assess.log import Assessed
 from offrl_models.assess.target import ALIKE, Function, FunctionPolicy, Target, require_distributions
+from offrl_models.choices import Probabilities
 from offrl_models.logs import formats
 from offrl_models.logs.read import CHUNK, Log
 from offrl_models.schema import Episodes, InputError
@@ -39,7 +40,8 @@ def of_column(name: str, given: Assessed) -> Target:
         require_distributions(probs, np.array(episodes.mask), f"column {name!r}", "decisions")
         function, why = _looked_up(episodes, probs)
         policy = FunctionPolicy(function, name) if function else None
-        return Target(card, probs[np.arange(episodes.n_rows), episodes.action], probs, policy, why)
+        choices = Probabilities(episodes, probs)
+        return Target(card, choices.taken, choices, policy, why)
     why = "the column gives the probability of the logged action alone, so no model of the values can be made"
     return Target(card, found.to_numpy(), None, None, why)
 

@@ -13,7 +13,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from offrl_models import bundle, registry, storage
 from offrl_models.assess.log import Assessed, make_contract
-from offrl_models.exported import OnnxPolicy
+from offrl_models.choices import Choices, Draws, Probabilities
+from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy, open_policy
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.sequences import ratios
 from offrl_models.policies import ROWS_AT_A_TIME
@@ -75,9 +76,14 @@ class Target:
 
     card: dict[str, Any]  # what it is, as plain JSON
     taken: Float64[np.ndarray, "rows"]  # probability (or density) of the logged action
-    probs: Float64[np.ndarray, "rows actions"] | None  # of all actions; None where only `taken` is known
-    policy: OnnxPolicy | None  # None where the probabilities at other observations are not known
+    choices: Choices | None  # of all actions; None where only `taken` is known
+    policy: Exported | None  # None where the probabilities at other observations are not known
     without: str = ""  # why no model of the values can be made, where it cannot
+
+    @property
+    def probs(self) -> Float64[np.ndarray, "rows actions"] | None:
+        """Of all discrete actions, where they are known."""
+        return self.choices.probs if isinstance(self.choices, Probabilities) else None
 
     def ratio(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
         return self.taken / episodes.action_prob if self.probs is None else ratios(episodes, self.probs)
@@ -110,40 +116,60 @@ def contract_of_bundle(path: Path) -> Contract | None:
 
 def of_graph(path: Path, given: Assessed) -> Target:
     """Raises InputError for a graph that takes other observations or actions than the log's, and one that cannot be run."""
-    _require_discrete(given)
     trained_under, graph = contract_of_bundle(path), graph_of(path)
     if trained_under is not None and _meaning(trained_under) != _meaning(given.contract):
         raise InputError(
             f"{path} was trained under a contract whose observations or actions are coded otherwise; leave --contract out to "
             "use its own, or correct the categories."
         )
-    policy = OnnxPolicy(graph)
-    wanted = {"observation": len(given.contract.features), "mask": given.episodes.n_actions}
+    policy = open_policy(graph)
+    _require_interface(policy, given)
+    card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
+    try:
+        known = policy.on(given.episodes)
+    except (Fail, InvalidArgument, RuntimeException) as error:
+        raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
+    if isinstance(policy, OnnxDensity):
+        unusable = ~(np.isfinite(known) & (known >= 0))
+        if unusable.any():
+            raise InputError(
+                f"{graph} gives a density that is NaN, infinite or negative in {int(unusable.sum())} of {len(known)} rows; "
+                "export it again."
+            )
+        return Target(card, known, Draws(given.episodes, policy), policy)
+    return _of_probs(policy, known, given.episodes, card)
+
+
+def _require_interface(policy: Exported, given: Assessed) -> None:
+    """Raises InputError for a graph of other inputs and outputs than those of a policy over the actions of the log."""
+    wanted, asked = {"observation": len(given.contract.features)}, "gives probs"
+    if given.contract.action.continuous:
+        wanted |= {"action": given.contract.action.dimensions}
+        names, asked = {*wanted, "uniform"}, "gives log_density and drawn"
+    else:
+        wanted |= {"mask": given.episodes.n_actions}
+        names = set(wanted)
     found = {entry.name: entry.shape[-1] for entry in policy.session.get_inputs()}
     outputs = [entry.name for entry in policy.session.get_outputs()]
-    if set(found) != set(wanted) or "probs" not in outputs:
+    if set(found) != names or not set(asked.removeprefix("gives ").split(" and ")) <= set(outputs):
         raise InputError(
-            f"{graph} has inputs {', '.join(found)} and outputs {', '.join(outputs)}; a policy has observation and mask, and "
-            "gives probs."
+            f"{policy.path} has inputs {', '.join(found)} and outputs {', '.join(outputs)}; a policy over "
+            f"{given.contract.action.space} actions has {' and '.join(sorted(names))}, and {asked}."
         )
     for name, size in wanted.items():
         if isinstance(found[name], int) and found[name] != size:
-            what = "observed columns" if name == "observation" else "actions"
+            what = {"observation": "observed columns", "mask": "actions", "action": "dimensions of the action"}[name]
             raise InputError(
-                f"{graph} takes {found[name]} {what} and the log has {size}; name those that it was trained on, in their order."
+                f"{policy.path} takes {found[name]} {what} and the log has {size}; name those that it was trained on, in their "
+                "order."
             )
-    try:
-        probs = policy.on(given.episodes)
-    except (Fail, InvalidArgument, RuntimeException) as error:
-        raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
-    card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
-    return _of_probs(policy, probs, given.episodes, card)
 
 
 def _require_discrete(given: Assessed) -> None:
     if given.contract.action.continuous:
         raise InputError(
-            f"the action {given.contract.action.name!r} is continuous; give --policy-column with the policy's density at it."
+            f"the action {given.contract.action.name!r} is continuous; give --policy-column with the policy's density at it, or "
+            "--policy with an exported graph."
         )
 
 
@@ -183,7 +209,8 @@ def _of_probs(
     policy: OnnxPolicy, probs: Float64[np.ndarray, "rows actions"], episodes: Episodes, card: dict[str, Any]
 ) -> Target:
     require_distributions(probs, np.array(episodes.mask), str(card["name"]), "rows")
-    return Target(card, probs[np.arange(episodes.n_rows), episodes.action], probs, policy)
+    choices = Probabilities(episodes, probs)
+    return Target(card, choices.taken, choices, policy)
 
 
 def require_distributions(

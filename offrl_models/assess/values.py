@@ -5,6 +5,7 @@ The log is all there is, so it is cut into two folds by entity, and what is used
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from offrl_models.assess.log import SALT
 from offrl_models.assess.target import FunctionPolicy, Target
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import buckets
-from offrl_models.exported import OnnxPolicy
-from offrl_models.ope import behavior
+from offrl_models.densities import MixtureDensity, log_density_of
+from offrl_models.exported import Exported, OnnxDensity
+from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import LEVEL
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.importance import Terms
@@ -91,19 +93,25 @@ def with_propensities(episodes: Episodes, states: int | None, effort: Effort, up
     """
     found, errors = np.empty(episodes.n_rows), []
     for fold in _folds(episodes):
-        if states is not None:
-            model = behavior.estimate_table(fold.others, states, fold.held)
-        else:
-            model = behavior.calibrated(_clone(fold, effort, update), fold.held, "temperature")
+        clone = (
+            _clone(fold, effort, update) if states is None else behavior.estimate_table(fold.others, states, fold.held)
+        )
+        if isinstance(clone, MixtureDensity):
+            spread = density.calibrated(clone, fold.held, "temperature")
+            errors.append(density.calibration(fold.held, spread)["ece"])
+            found[fold.rows] = np.exp(log_density_of(spread, fold.held))
+            continue
+        model = behavior.calibrated(clone, fold.held, "temperature") if states is None else clone
         probs = probs_of(model, fold.held)
         errors.append(behavior.calibration(fold.held, probs)["ece"])
         found[fold.rows] = probs[np.arange(fold.held.n_rows), fold.held.action]
     if states is not None:
         found = behavior.estimate_propensities(episodes, states)
-    return replace(episodes, action_prob=np.maximum(found, behavior.FLOOR)), float(np.mean(errors))
+    least = behavior.FLOOR * (1.0 if episodes.n_actions else density.uniform_density(episodes.known_bounds))
+    return replace(episodes, action_prob=np.maximum(found, least)), float(np.mean(errors))
 
 
-def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture:
+def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture | MixtureDensity:
     """The policy that wrote the log, cloned from the other fold."""
     task, seeds = f"behavior clone, fold {fold.number} of 2", range(effort.seed, effort.seed + CLONES)
     cloned, went = fit(
@@ -111,7 +119,9 @@ def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture:
         batch_size=256, report=lambda step, loss: update(task, step, effort.steps, f"loss {loss['policy']:.4f}"),
     )  # fmt: skip
     went.require_all()
-    return Mixture(cloned, CLONES)
+    if fold.others.n_actions:
+        return Mixture(cloned, CLONES)
+    return MixtureDensity(cloned, CLONES, fold.others.action.shape[1])
 
 
 def tabular_values(
@@ -143,12 +153,12 @@ def tabular_values(
     return Values(q, v, next_v, logged, direct, "counting transitions and rewards by state and action", gains, weight)
 
 
-def fitted_values(episodes: Episodes, policy: OnnxPolicy, effort: Effort, update: Update) -> Values:
+def fitted_values(episodes: Episodes, policy: Exported, effort: Effort, update: Update) -> Values:
     """Values by fitted Q evaluation on the other fold; those of the policy that wrote the log as well where episodes are cut."""
     q, v, next_v, logged = (np.zeros(episodes.n_rows) for _ in range(4))
     initial = np.zeros((MEMBERS, episodes.n_episodes))
     for fold in _folds(episodes):
-        policies = [policy]
+        policies: list[Exported] = [policy]
         if episodes.truncated.any():
             policies.append(_as_policy(_clone(fold, effort, update)))
         task = f"FQE, fold {fold.number} of 2"
@@ -165,7 +175,29 @@ def fitted_values(episodes: Episodes, policy: OnnxPolicy, effort: Effort, update
     )
 
 
-def _as_policy(clone: Mixture) -> FunctionPolicy:
+class _CloneDensity(OnnxDensity):
+    """A clone over continuous actions where a graph is expected."""
+
+    def __init__(self, clone: MixtureDensity):
+        self.path, self.clone = Path("behavior clone"), clone
+
+    @property
+    def numbers(self) -> int:
+        return self.clone.numbers
+
+    @torch.no_grad()
+    def run(
+        self, observation: np.ndarray, action: np.ndarray, uniform: np.ndarray
+    ) -> tuple[Float64[np.ndarray, "rows actions"], Float64[np.ndarray, "rows draws dimensions"]]:
+        found = self.clone(*(torch.as_tensor(each) for each in (observation, action, uniform)))
+        log_density, drawn = (each.numpy() for each in found)
+        return log_density, drawn
+
+
+def _as_policy(clone: Mixture | MixtureDensity) -> Exported:
+    if isinstance(clone, MixtureDensity):
+        return _CloneDensity(clone)
+
     def function(observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return clone(torch.as_tensor(observation), torch.as_tensor(mask)).numpy()

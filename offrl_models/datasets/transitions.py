@@ -31,6 +31,22 @@ class NextProbs(NamedTuple):
         return F.embedding(self.distinct_of_row[row] + first, self.probs.flatten(0, 1))
 
 
+class NextDraws(NamedTuple):
+    """The same for continuous actions: some that evaluated policies draw at the next observation of every row."""
+
+    actions: Float[Tensor, "policies rows draws dimensions"]
+    policy_of_seed: Int64[Tensor, "seed"]
+    generator: torch.Generator  # of which draw is used when; all policies use the same
+
+    def at(self, row: Int64[Tensor, "*steps seed batch"]) -> Float[Tensor, "*steps seed batch dimensions"]:
+        """One of the draws of each row, another one each time."""
+        _, rows, draws, _ = self.actions.shape
+        shape = (*row.shape[:-2], 1, row.shape[-1])
+        draw = torch.randint(draws, shape, generator=self.generator).to(row.device)
+        place = (self.policy_of_seed[:, None] * rows + row) * draws + draw
+        return F.embedding(place, self.actions.flatten(0, 2))
+
+
 class TransitionBatch(NamedTuple):
     """Transitions for all seeds at once; the seed axis always leads, but for one of gradient steps while they are gathered."""
 
@@ -44,6 +60,9 @@ class TransitionBatch(NamedTuple):
     next_mask: Bool[Tensor, "*steps seed batch actions"]
     row: Int64[Tensor, "*steps seed batch"]  # where in the split it came from
     next_probs: Float[Tensor, "*steps seed batch actions"] | None = None  # of the policy that is evaluated, if one is
+    next_draw: Float[Tensor, "*steps seed batch dimensions"] | None = (
+        None  # an action of it, where actions are continuous
+    )
     uniform: Float[Tensor, "*steps seed batch draws numbers"] | None = (
         None  # random, on [0, 1): for what is drawn per row
     )
@@ -81,7 +100,7 @@ class Transitions:
         episodes: Episodes,
         encoder: Encoder,
         device: torch.device | str = "cpu",
-        next_probs: NextProbs | None = None,
+        next_policy: NextProbs | NextDraws | None = None,
         extras: Collection[Extra] = (),
     ):
         usable = np.flatnonzero(episodes.bootstrappable)
@@ -91,7 +110,12 @@ class Transitions:
             )
         self.rows = torch.as_tensor(usable, device=device)
         self.n_rows, self.encoder = episodes.n_rows, encoder.to(device)
-        self.next_probs = next_probs and NextProbs(*(part.to(device) for part in next_probs))
+        match next_policy:
+            case NextProbs():
+                next_policy = NextProbs(*(part.to(device) for part in next_policy))
+            case NextDraws(actions, policy_of_seed, generator):
+                next_policy = NextDraws(actions.to(device), policy_of_seed.to(device), generator)
+        self.next_policy = next_policy
 
         def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             if array.ndim and 0 in array.strides:  # one value for all rows
@@ -128,7 +152,8 @@ class Transitions:
             # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
             next_mask=_at(self.mask, next_row) | ~inside,
             row=row,
-            next_probs=self.next_probs and self.next_probs.at(row),
+            next_probs=self.next_policy.at(row) if isinstance(self.next_policy, NextProbs) else None,
+            next_draw=self.next_policy.at(row) if isinstance(self.next_policy, NextDraws) else None,
             next_action=_at(self.action, next_row) if self.with_next_action else None,
             return_to_go=None if self.return_to_go is None else self.return_to_go[row],
         )

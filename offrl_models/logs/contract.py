@@ -170,8 +170,8 @@ class Contract(Strict):
 
     @property
     def tabular_states(self) -> int | None:
-        """Number of states when the observation is one categorical column, else None."""
-        return self.features[0].categories if len(self.features) == 1 else None
+        """Number of states when the observation is one categorical column and actions are discrete, else None."""
+        return self.features[0].categories if len(self.features) == 1 and not self.action.continuous else None
 
     def observed(self) -> list[tuple[str, ObservationColumn]]:
         """Every column that holds an observation, the next ones included."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from offrl_models.logs.strict import Strict
@@ -201,6 +202,11 @@ class ActionColumns(Strict):
             return bound if isinstance(bound, tuple) else (bound or 0.0,) * self.dimensions
 
         return spread(self.low), spread(self.high)
+
+    @property
+    def actions(self) -> int | np.ndarray:
+        """What there is to choose from: the number of discrete actions, or the bounds [dimensions, 2] of continuous ones."""
+        return np.array(self.bounds).T if self.continuous else self.n_actions
 
     @property
     def choices(self) -> tuple[ActionComponent, ...]:

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Float64
 from scipy import optimize
 
+from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import LogisticMixture
 from offrl_models.ope.behavior import COLDEST, FLOOR, HOTTEST, MOST_KNOTS, expected_calibration
-from offrl_models.policies import MixtureDensity
 from offrl_models.schema import Episodes, InputError
 
 MOST_ROWS = 32_768  # that calibration looks at, evenly spread over the log
@@ -78,8 +78,9 @@ def calibrated(density: MixtureDensity, tuned_on: Episodes, method: str) -> Mixt
     mixture = density.mixture(observation)
     if method == "isotonic":
         curves = fit_curves(density.of(mixture, action)[1].numpy())
-        return MixtureDensity(density.algorithm, density.seeds, curves=curves)
-    return MixtureDensity(density.algorithm, density.seeds, spread=fit_spread(mixture, action.double()))
+        return MixtureDensity(density.algorithm, density.seeds, density.dimensions, curves=curves)
+    spread = fit_spread(mixture, action.double())
+    return MixtureDensity(density.algorithm, density.seeds, density.dimensions, spread=spread)
 
 
 @torch.no_grad()
@@ -103,7 +104,12 @@ def calibration(episodes: Episodes, density: MixtureDensity) -> dict[str, Any]:
 
 
 def floored(
-    log_density: Float64[np.ndarray, "rows"], bounds: Float64[np.ndarray, "dimensions 2"]
+    density: Float64[np.ndarray, "rows"], bounds: Float64[np.ndarray, "dimensions 2"]
 ) -> Float64[np.ndarray, "rows"]:
     """Densities, at least FLOOR times that which is the same everywhere: no single row may weigh more than the log can tell."""
-    return np.maximum(np.exp(log_density), FLOOR / np.diff(bounds).prod())
+    return np.maximum(density, FLOOR * uniform_density(bounds))
+
+
+def uniform_density(bounds: Float64[np.ndarray, "dimensions 2"]) -> float:
+    """That which is the same everywhere between the bounds."""
+    return float(1.0 / np.diff(bounds).prod())

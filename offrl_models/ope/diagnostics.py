@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64, Int64, Shaped
 from scipy import optimize, special, stats
 
 from offrl_models.logs.tally import zero_mean_z
@@ -163,20 +163,26 @@ def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0
 
 
 def worst_action_z(
-    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], probs: Float64[np.ndarray, "rows actions"]
+    action: Int64[np.ndarray, "rows"],
+    ratio: Float64[np.ndarray, "rows"],
+    probs: Float64[np.ndarray, "rows actions"],
+    draws: int | None = None,
 ) -> float:
-    """The mean-ratio test of each single action: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score furthest from 0.
+    """The mean-ratio test of each single action, or range of them: 1(a_t = a) ratio - pi(a|s_t) has mean 0. The z-score
+    furthest from 0.
 
     The variance is the larger one of two: that of the errors, and that which is expected of an action of this ratio when the
     propensities are right. By the first alone, an action that happens to be seen too rarely looks certain to be too rare.
+    Where `probs` are shares of so many draws in each row, the variance of their sum is added, as if one more had been drawn.
     """
     typical = np.square(ratio).sum() / max(ratio.sum(), 1e-12)  # what the ratio is where the policy acts
     scores = []
-    for action in range(episodes.n_actions):
-        seen, expected = np.where(episodes.action == action, ratio, 0.0), probs[:, action]
+    for each in range(probs.shape[1]):
+        seen, expected = np.where(action == each, ratio, 0.0), probs[:, each]
         error = seen - expected
         usual = (np.square(seen).sum() + typical) / (seen.sum() + 1.0)  # as if seen once more, with the typical ratio
         variance = max(len(error) * error.var(), usual * expected.sum() - np.square(expected).sum())
+        variance += (expected.sum() * draws + 1.0) / draws**2 if draws else 0.0
         scores.append(0.0 if abs(error.mean()) <= 1e-12 else error.sum() / np.sqrt(max(variance, 1e-24)))
     return float(max(scores, key=abs))
 

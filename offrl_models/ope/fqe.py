@@ -14,14 +14,19 @@ from jaxtyping import Float64
 from pydantic import Field
 from torch import Tensor, nn
 
+from offrl_models.actors import Critic
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch, Transitions
-from offrl_models.exported import OnnxPolicy
+from offrl_models.distributions import Actions
+from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy
 from offrl_models.logs.contract import Strict
 from offrl_models.losses import squared_error, td_target
-from offrl_models.nets import MLP, take
 from offrl_models.policies import next_mask_or_all
 from offrl_models.schema import Episodes
+
+DRAWS = 16  # of a policy over continuous actions, at every observation
+ROWS_AT_A_TIME = 8192
+OF_NEXT, OF_ROWS = 1, 2  # seeds of draws
 
 
 class FQEConfig(Strict):
@@ -41,7 +46,7 @@ class FQE(nn.Module):
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
     draws = 0
 
-    def __init__(self, config: FQEConfig, encoder: Encoder, policies: int, actions: int, start: float):
+    def __init__(self, config: FQEConfig, encoder: Encoder, policies: int, actions: Actions, start: float):
         """The seeds are the members of the first policy, then those of the second, and so on.
 
         Every value starts near `start`, the mean return still to come in the log: the regression then corrects a sensible
@@ -50,8 +55,8 @@ class FQE(nn.Module):
         super().__init__()
         self.config = config
         seeds = list(range(config.members)) * policies
-        self.q = MLP(seeds, "q", encoder, config.hidden, actions)
-        self.target_q = MLP(seeds, "q", encoder, config.hidden, actions)
+        self.q = Critic(seeds, "q", encoder, config.hidden, actions, 1)
+        self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, 1)
         self.target_update = (config.polyak, 1)
         with torch.no_grad():
             self.q.last_bias().add_(start)
@@ -61,11 +66,14 @@ class FQE(nn.Module):
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per policy and member."""
-        assert batch.next_probs is not None
         with torch.no_grad():
-            next_value = (batch.next_probs * self.target_q(batch.next_observation)).sum(-1)
+            if batch.next_probs is not None:
+                next_value = (batch.next_probs * self.target_q.each(batch.next_observation)[:, 0]).sum(-1)
+            else:
+                assert batch.next_draw is not None
+                next_value = self.target_q(batch.next_observation, batch.next_draw)[:, 0]
         target = td_target(batch.reward, batch.discount, next_value)
-        return {"q": squared_error(take(self.q(batch.observation), batch.action), target)}
+        return {"q": squared_error(self.q(batch.observation, batch.action)[:, 0], target)}
 
 
 @dataclass(frozen=True)
@@ -90,15 +98,23 @@ def bootstrap_rows(episodes: Episodes, transitions: Transitions, seed: int) -> T
     return transitions.rows.repeat_interleave(copies[transitions.rows])
 
 
+def fitted_values(fqe: FQE, policies: Sequence[Exported], episodes: Episodes) -> FQEValues:
+    """Values of policies, all over the same kind of actions, by the networks that were fitted to them."""
+    over_densities = [policy for policy in policies if isinstance(policy, OnnxDensity)]
+    if over_densities:
+        return _values_of_densities(fqe, over_densities, episodes)
+    return _values_of_probs(fqe, [policy for policy in policies if isinstance(policy, OnnxPolicy)], episodes)
+
+
 @torch.no_grad()
-def fitted_values(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episodes) -> FQEValues:
+def _values_of_probs(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episodes) -> FQEValues:
     rows, members = episodes.n_rows, fqe.config.members
     shape = (len(policies), members, -1, episodes.n_actions)
 
     def q_at(observation: np.ndarray) -> np.ndarray:
         distinct, inverse = np.unique(observation, axis=0, return_inverse=True)
         batch = torch.as_tensor(distinct).expand(len(policies) * members, -1, -1)
-        return fqe.q(batch).reshape(shape).double().numpy()[:, :, inverse.ravel()]
+        return fqe.q.each(batch).reshape(shape).double().numpy()[:, :, inverse.ravel()]
 
     probs = np.stack([policy.on(episodes) for policy in policies])
     every = q_at(episodes.observation)
@@ -110,4 +126,38 @@ def fitted_values(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episodes) 
         next_probs = np.stack([policy.probs(episodes.next_observation[cut], next_mask) for policy in policies])
         next_v[:, cut] = np.einsum("pra,pmra->pr", next_probs, q_at(episodes.next_observation[cut])) / members
     q = every.mean(1)[:, np.arange(rows), episodes.action]
+    return FQEValues(q, v.mean(1), next_v, v[:, :, episodes.offsets[:-1]])
+
+
+def draws_of(policies: Sequence[OnnxDensity], observation: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
+    """DRAWS actions [policies, rows, draws, dimensions] of every policy at every observation, by the same random numbers."""
+    drawn = [policy.draws(observation, dimensions, DRAWS, seed).astype(np.float32) for policy in policies]
+    return np.stack(drawn)
+
+
+@torch.no_grad()
+def _values_of_densities(fqe: FQE, policies: Sequence[OnnxDensity], episodes: Episodes) -> FQEValues:
+    """V is the mean of Q over DRAWS actions: an unbiased estimate of the mean over the policy, in every row by other draws."""
+    count, members, dimensions = len(policies), fqe.config.members, episodes.action.shape[1]
+
+    def q_at(observation: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """[policies, members, rows] of actions [policies, rows, draws, dimensions], mean over the draws."""
+        found = []
+        for start in range(0, len(observation), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            seen = torch.as_tensor(np.array(observation[rows])).expand(count * members, -1, -1)
+            asked = torch.as_tensor(np.array(action[:, rows])).repeat_interleave(members, 0)
+            found.append(fqe.q(seen, asked)[:, 0].double().mean(-1).numpy())
+        return np.concatenate(found, 1).reshape(count, members, -1)
+
+    drawn = draws_of(policies, episodes.observation, dimensions, OF_ROWS)
+    logged = np.broadcast_to(
+        np.asarray(episodes.action, np.float32)[None, :, None], (count, episodes.n_rows, 1, dimensions)
+    )
+    q, v = q_at(episodes.observation, logged).mean(1), q_at(episodes.observation, drawn)
+    next_v = np.zeros((count, episodes.n_rows))
+    if episodes.truncated.any():
+        cut = episodes.truncated
+        following = episodes.next_observation[cut]
+        next_v[:, cut] = q_at(following, draws_of(policies, following, dimensions, OF_NEXT)).mean(1)
     return FQEValues(q, v.mean(1), next_v, v[:, :, episodes.offsets[:-1]])

@@ -1,12 +1,14 @@
 """What stands behind a verdict: how the weights are spread, what carries it, where the policy differs, and what would settle it."""
 
 import bisect
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from offrl_models.choices import apart, shares
 from offrl_models.evaluation import BEHAVIOR, Evaluation
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
@@ -40,20 +42,18 @@ def detail(found: Evaluation, name: str, champion: str, measures: Measures, conf
     gate, ratio = found.episodes, found.ratio[name]
     weight = trajectory_weights(gate, ratio)
     pull = np.sort(np.abs(found.pseudo_outcome(name)))[::-1]
-    mine, theirs = (found.probs[policy].mean(0) for policy in (name, champion))
-    most = np.argsort(-np.abs(mine - theirs), kind="stable")[:SHOWN]
-    differs = 0.5 * np.abs(found.probs[name] - found.probs[champion]).sum(1)
-    overlaps = champion == BEHAVIOR and bool(weight.any())
+    mine, theirs = found.choices[name], found.choices[champion]
+    confounded = champion == BEHAVIOR and bool(weight.any()) and gate.n_actions > 0  # a density has no odds
     return {
         "episodes_needed": episodes_needed(measures, config),
         "pareto_k": _plain(pareto_k(weight)),
         "pareto_k_limit": pareto_k_limit(gate.n_episodes),
-        "gamma_star": _plain(gamma_star(gate, ratio, float(gate.return_.mean()))) if overlaps else None,
+        "gamma_star": _plain(gamma_star(gate, ratio, float(gate.return_.mean()))) if confounded else None,
         "effective_episodes_by_step": [float(size) for size in effective_sample_size_by_step(gate, ratio)],
         "weights": [float(value) for value in np.quantile(weight, np.linspace(0, 1, 101))],
         "influence": [float(value) for value in (pull.cumsum() / max(pull.sum(), 1e-300))[: max(len(pull) // 20, 1)]],
-        "differs": float(differs.mean()),
-        "actions": [{"action": int(a), "policy": float(mine[a]), "champion": float(theirs[a])} for a in most],
+        "differs": apart(mine, theirs),
+        "actions": [asdict(share) for share in shares(mine, theirs, SHOWN)],
     }
 
 
@@ -78,7 +78,9 @@ def draw(found: dict[str, Any], episodes: int, path: Path) -> None:
     place = np.arange(len(found["actions"]))
     for key, color, shift in (("champion", GRAY, -0.2), ("policy", ORANGE, 0.2)):
         fourth.bar(place + shift, [row[key] for row in found["actions"]], 0.4, color=color, label=key)
-    fourth.set_xticks(place, [str(row["action"]) for row in found["actions"]])
+    labels = [str(row["action"]) for row in found["actions"]]
+    ranges = any(len(label) > 5 for label in labels)  # of a continuous action
+    fourth.set_xticks(place, labels, rotation=25 if ranges else 0, ha="right" if ranges else "center")
     fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
     fourth.legend(fontsize=8, frameon=False)
     for axes in (first, second, third, fourth):

@@ -1,6 +1,7 @@
 """The evidence as people see it: a table in the terminal, a JSON file, and one HTML page."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from offrl_models import storage
 from offrl_models.evaluation import BEHAVIOR, STATED
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import Exported, OnnxPolicy
 from offrl_models.gate import Status
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
@@ -98,8 +99,8 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 )
 
 
-def exact_values(world: str, policies: dict[str, OnnxPolicy], gamma: float) -> dict[str, float]:
-    """Exact value of each policy in a known world, for the marked column only.
+def exact_values(world: str, policies: Mapping[str, Exported], gamma: float) -> dict[str, float]:
+    """Exact value of each policy over discrete actions in a known world, for the marked column only.
 
     Raises InputError for an unknown world.
     """
@@ -107,7 +108,8 @@ def exact_values(world: str, policies: dict[str, OnnxPolicy], gamma: float) -> d
         raise InputError(f"known_world {world!r} is none of {', '.join(WORLDS)}; leave it out for real logs.")
     known = WORLDS[world](gamma)
     states = np.arange(known.n_states, dtype=np.float32)[:, None]
-    return {name: known.value(policy.probs(states, known.mask)) for name, policy in policies.items()}
+    tables = {name: policy for name, policy in policies.items() if isinstance(policy, OnnxPolicy)}
+    return {name: known.value(policy.probs(states, known.mask)) for name, policy in tables.items()}
 
 
 def certificate(evidence: dict[str, Any]) -> dict[str, str]:

@@ -8,15 +8,17 @@ import os
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float64
+from jaxtyping import Float
 
 from offrl_models import storage
+from offrl_models.exported import Exported, OnnxDensity
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import BATCH, Log
@@ -139,14 +141,29 @@ def _side_by_side(columns: dict[str, pl.Series]) -> pl.DataFrame:
 
 
 def action_shift(
-    episodes: Episodes, probs: Float64[np.ndarray, "rows actions"], seed: int
+    episodes: Episodes, candidate: Exported, names: Sequence[str], seed: int
 ) -> tuple[float, pl.DataFrame, pl.DataFrame]:
-    """Index of the candidate's actions, drawn at the logged observations, against the logged actions, and both frames."""
-    rng = np.random.default_rng(seed)
+    """Index of the candidate's actions, drawn at the logged observations, against the logged actions, and both frames.
+
+    Of continuous actions, whose dimensions have `names`, the index is that of the dimension that differs most.
+    """
+    if isinstance(candidate, OnnxDensity):
+        played = candidate.draws(episodes.observation, len(names), 1, seed)[:, 0]
+        return _dimensions_shift(np.asarray(episodes.action), played, names)
+    probs, rng = candidate.on(episodes), np.random.default_rng(seed)
     drawn = (probs.cumsum(1) < rng.random(len(probs))[:, None]).sum(1).clip(max=probs.shape[1] - 1)
-    logged, candidate = pl.Series("action", episodes.action), pl.Series("action", drawn)
-    before, after = grouped(logged, candidate, categorical=True)
+    before, after = grouped(pl.Series("action", episodes.action), pl.Series("action", drawn), categorical=True)
     return stability_index(before, after), before.to_frame(), after.to_frame()
+
+
+def _dimensions_shift(
+    logged: Float[np.ndarray, "rows dimensions"], played: Float[np.ndarray, "rows dimensions"], names: Sequence[str]
+) -> tuple[float, pl.DataFrame, pl.DataFrame]:
+    before, after = (
+        pl.DataFrame(dict(zip(names, each.T.astype(np.float64), strict=True))) for each in (logged, played)
+    )
+    groups = [grouped(before[name], after[name], categorical=False) for name in names]
+    return max(stability_index(*group) for group in groups), before, after
 
 
 def write_report(reference: pl.DataFrame, current: pl.DataFrame, page: Path, seed: int) -> None:

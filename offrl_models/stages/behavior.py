@@ -12,11 +12,12 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import BC, Algorithm, BCConfig
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.densities import MixtureDensity, log_density_of
 from offrl_models.exported import export_checked, export_density_checked
 from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import Refit
-from offrl_models.policies import BehaviorTable, Mixture, MixtureDensity, log_density_of, probs_of
+from offrl_models.policies import BehaviorTable, Mixture, probs_of
 from offrl_models.reports import checks, plots
 from offrl_models.schema import Episodes
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, require_unblocked
@@ -120,15 +121,15 @@ def _density(
 ) -> dict[str, Any]:
     """The same over continuous actions."""
     density.require_density(train, pipeline.config.logs.action.dimension_names)
-    model = MixtureDensity(_cloned(pipeline, train), pipeline.config.seeds)
+    model = MixtureDensity(_cloned(pipeline, train), pipeline.config.seeds, train.action.shape[1])
     if tuned_on is not None:
         model = density.calibrated(model, tuned_on, pipeline.config.behavior.calibration)
-    log_density, _ = export_density_checked(model, train, folder).on(held_out)
+    logged = export_density_checked(model, train, folder).on(held_out)
     found = density.calibration(held_out, model)
     if tuned_on is not None:
         return found
     several = len(behavior.version_shares(train, pipeline.config.logs.policy_version)) > 1
-    return found | behavior.held_against_logged(np.exp(log_density) / held_out.action_prob, several=several)
+    return found | behavior.held_against_logged(logged / held_out.action_prob, several=several)
 
 
 def _cloned(pipeline: Pipeline, episodes: Episodes) -> Algorithm:
@@ -164,7 +165,7 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
     """By counting where the observation is one category; else by two behavior clones, each calibrated and used on the half
     of the episodes that the other one was trained on."""
     states, method = pipeline.config.logs.tabular_states, pipeline.config.behavior.calibration
-    if states is not None and not pipeline.config.logs.action.continuous:
+    if states is not None:
         return behavior.estimate_propensities(episodes, states)
     found = np.empty(episodes.n_rows)
     even = np.arange(episodes.n_episodes) % 2 == 0
@@ -172,8 +173,9 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
         fitted_on, other = episodes.take(~mine), episodes.take(mine)
         clone, rows = _cloned(pipeline, fitted_on), mine[episodes.episode_of_row]
         if other.bounds is not None:
-            model = density.calibrated(MixtureDensity(clone, pipeline.config.seeds), other, method)
-            found[rows] = density.floored(log_density_of(model, other)[0], other.bounds)
+            model = MixtureDensity(clone, pipeline.config.seeds, len(other.bounds))
+            model = density.calibrated(model, other, method)
+            found[rows] = density.floored(np.exp(log_density_of(model, other)), other.bounds)
         else:
             probs = probs_of(behavior.calibrated(Mixture(clone, pipeline.config.seeds), other, method), other)
             found[rows] = np.maximum(probs[np.arange(other.n_rows), other.action], behavior.FLOOR)
@@ -202,7 +204,13 @@ def read_evaluated(pipeline: Pipeline, split: str) -> Episodes:
 
 def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:
     """The behavior policy as it was exported."""
-    tensors = read_tensors(pipeline.folder / "behavior" / bundle.WEIGHTS)
+    tensors, config = read_tensors(pipeline.folder / "behavior" / bundle.WEIGHTS), pipeline.config
+    if config.logs.action.continuous:
+        clone = BC(_clone_config(pipeline), encoder, config.logs.action.actions, range(config.seeds))
+        curves = tensors["curves"].double().numpy()
+        found = MixtureDensity(clone, config.seeds, len(curves), curves=curves)
+        found.load_state_dict(tensors)
+        return found
     estimated = not pipeline.config.logs.action_prob
     prefix = "policy." if estimated else ""
     if f"{prefix}known" in tensors:

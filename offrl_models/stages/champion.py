@@ -7,7 +7,8 @@ from pathlib import Path
 from offrl_models import bundle, registry, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, CHAMPION
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import OnnxDensity, open_policy
+from offrl_models.schema import InputError
 from offrl_models.stages.ranking import current_leaderboard
 
 
@@ -56,5 +57,11 @@ def current_champion(pipeline: Pipeline) -> Champion:
         f"version {version}", version, policies / str(version) / bundle.POLICY, math.inf if cap is None else cap
     )
     contract = pipeline.config.logs
-    OnnxPolicy(champion.policy).require_interface(len(contract.features), contract.action.n_actions)
+    released, columns, action = open_policy(champion.policy), len(contract.features), contract.action
+    if isinstance(released, OnnxDensity) is not action.continuous:
+        raise InputError(
+            f"{champion.policy} is not over {action.space} actions, as the logs are; a candidate cannot be held against it, so "
+            "start a dataset of its own."
+        )
+    released.require_interface(columns, action.dimensions if action.continuous else action.n_actions)
     return champion

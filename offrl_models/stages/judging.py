@@ -18,13 +18,12 @@ from offrl_models.evaluation import (
     measure_rungs,
     visit_frequencies,
 )
-from offrl_models.exported import OnnxPolicy, export_checked
+from offrl_models.exported import Exported, export_checked, open_policy
 from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
 from offrl_models.logs import values
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
 from offrl_models.ope.importance import Samples
-from offrl_models.policies import CappedPolicy
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import detail
@@ -39,7 +38,7 @@ from offrl_models.stages.behavior import (
 )
 from offrl_models.stages.champion import candidate_digest, current_champion
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
-from offrl_models.stages.learning import evaluate_policies, load_candidate
+from offrl_models.stages.learning import capped, evaluate_policies
 from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 from offrl_models.variants import variant_of
@@ -159,12 +158,12 @@ class _Look:
         climbing = [row["candidate"] for row in self.board.summary["ranking"]][: self.config.gate.ladders]
         self.steps = [(candidate, cap) for candidate in climbing for cap in self.caps]
         self.fitted_on, self.gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
-        policies = {row["candidate"]: OnnxPolicy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
+        policies = {row["candidate"]: open_policy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
         self.rungs = self._export(folder, policies)
         self.names = list(self.rungs)
-        policies[BEHAVIOR] = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
-        policies[self.champion.key] = OnnxPolicy(self.champion.policy)
+        policies[BEHAVIOR] = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
+        policies[self.champion.key] = open_policy(self.champion.policy)
         self.policies = policies
         self.found: Evaluation = evaluate_policies(pipeline, policies, self.fitted_on, self.gate, "FQE for the gate")
         self.digests = [storage.sha256_file(rung / bundle.POLICY) for rung in self.rungs.values()]
@@ -174,7 +173,7 @@ class _Look:
         caps = self.config.gate.caps
         return tuple(cap for cap in caps if cap is None or cap >= self.champion.cap) or caps[-1:]
 
-    def _export(self, folder: Path, policies: dict[str, OnnxPolicy]) -> dict[str, Path]:
+    def _export(self, folder: Path, policies: dict[str, Exported]) -> dict[str, Path]:
         """Every rung as the graph that would act; the uncapped one is the candidate's own."""
         encoder, rungs = encoder_of(self.pipeline), {}
         behavior = load_behavior(self.pipeline, encoder)
@@ -183,10 +182,11 @@ class _Look:
             if cap is None:
                 for file in (bundle.POLICY, bundle.WEIGHTS):
                     storage.write_bytes(rung / file, (self.pipeline.candidate(climbing) / file).read_bytes())
-                policies[name] = OnnxPolicy(rung / bundle.POLICY)
+                policies[name] = open_policy(rung / bundle.POLICY)
             else:
-                candidate = load_candidate(self.pipeline, climbing, encoder)
-                policies[name] = export_checked(CappedPolicy(candidate, behavior, cap), self.fitted_on, rung)
+                policies[name] = export_checked(
+                    capped(self.pipeline, climbing, encoder, behavior, cap), self.fitted_on, rung
+                )
             rungs[name] = rung
         return rungs
 

@@ -1,23 +1,26 @@
 """From episodes to ranked candidates."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from torch import nn
 
 from offrl_models import bundle, storage
-from offrl_models.algorithms import ALGORITHMS
+from offrl_models.algorithms import ALGORITHMS, Algorithm
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline, plain_config
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.evaluation import Evaluation, evaluate
-from offrl_models.exported import OnnxPolicy, export_checked
-from offrl_models.policies import Mixture
+from offrl_models.exported import Exported, export_checked
+from offrl_models.policies import CappedPolicy, Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes
 from offrl_models.stages.behavior import refit_of
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
@@ -27,15 +30,7 @@ from offrl_models.variants import candidate_name, checkpoint_folder, file_name, 
 
 
 def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, dict[str, Stage]]:
-    """Train every variant of the named algorithms (of all by default), side by side. Returns algorithm -> variant -> stage.
-
-    Raises InputError for continuous actions.
-    """
-    if pipeline.config.logs.action.continuous:
-        raise InputError(
-            f"the action {pipeline.config.logs.action.name!r} is continuous, and a pipeline cannot evaluate candidates over such "
-            "actions in this version; code it as `values`."
-        )
+    """Train every variant of the named algorithms (of all by default), side by side. Returns algorithm -> variant -> stage."""
     wanted = names or list(pipeline.config.algorithms)
     variants = {algorithm: pipeline.config.variants_of(algorithm) for algorithm in wanted}
     every = [name for found in variants.values() for name in found]
@@ -74,7 +69,7 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             checkpoint=checkpoint,
             **config.training.model_dump(),
         )
-        policy = Mixture(algorithm, config.seeds)
+        policy = _acting(algorithm, pipeline)
         export_checked(policy, train, folder)
         for steps, kept in went.kept.items():
             algorithm.load_state_dict({**algorithm.state_dict(), **kept})  # what is not trained has stayed what it is
@@ -142,18 +137,34 @@ def current_candidates(pipeline: Pipeline) -> dict[str, str]:
     return found
 
 
-def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> Mixture:
+def _acting(algorithm: Algorithm, pipeline: Pipeline) -> nn.Module:
+    """The policy of all seeds of an algorithm."""
+    config = pipeline.config
+    if config.logs.action.continuous:
+        return MixtureDensity(algorithm, config.seeds, config.logs.action.dimensions)
+    return Mixture(algorithm, config.seeds)
+
+
+def capped(pipeline: Pipeline, name: str, encoder: Encoder, behavior: nn.Module, cap: float) -> nn.Module:
+    """One rung of a candidate's ladder."""
+    candidate = load_candidate(pipeline, name, encoder)
+    if isinstance(candidate, MixtureDensity) and isinstance(behavior, MixtureDensity):
+        return CappedDensity(candidate, behavior, cap)
+    return CappedPolicy(candidate, behavior, cap)
+
+
+def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> nn.Module:
     seeds = range(pipeline.config.seeds)
     variant = pipeline.config.variants()[variant_of(name)[0]]
     _, kind = ALGORITHMS[variant.algorithm]
-    algorithm = kind(variant.config, encoder, pipeline.config.logs.action.n_actions, seeds)
-    model = Mixture(algorithm, len(seeds))
+    algorithm = kind(variant.config, encoder, pipeline.config.logs.action.actions, seeds)
+    model = _acting(algorithm, pipeline)
     model.load_state_dict(read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
 
 
 def evaluate_policies(
-    pipeline: Pipeline, policies: dict[str, OnnxPolicy], fitted_on: Episodes, evaluated_on: Episodes, task: str
+    pipeline: Pipeline, policies: Mapping[str, Exported], fitted_on: Episodes, evaluated_on: Episodes, task: str
 ) -> Evaluation:
     config, encoder = pipeline.config, encoder_of(pipeline)
     return evaluate(

@@ -8,7 +8,7 @@ from typing import Any
 from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, Evaluation
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import Exported, open_policy
 from offrl_models.progress import progress
 from offrl_models.reports import leaderboard as page
 from offrl_models.schema import Episodes
@@ -75,11 +75,11 @@ def leaderboard(pipeline: Pipeline) -> Stage:
 
 def _chosen(pipeline: Pipeline, names: list[str], train: Episodes, selection: Episodes) -> tuple[Selection, Evaluation]:
     """Which candidates are ranked, with the scores that say so, and their evaluation."""
-    behavior = OnnxPolicy(pipeline.folder / "behavior" / bundle.POLICY)
+    behavior = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
     config, found = pipeline.config, list[Evaluation]()
 
-    def opened(name: str) -> OnnxPolicy:
-        return OnnxPolicy(pipeline.candidate(name) / bundle.POLICY)
+    def opened(name: str) -> Exported:
+        return open_policy(pipeline.candidate(name) / bundle.POLICY)
 
     def cheap(names: Sequence[str]) -> list[float]:
         policies = itertools.chain([behavior], map(opened, names))

@@ -5,7 +5,7 @@ from typing import Any
 
 from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
-from offrl_models.exported import OnnxPolicy
+from offrl_models.exported import open_policy
 from offrl_models.gate import Status
 from offrl_models.reports import checks, plots, shift
 from offrl_models.stages.data import read_episodes, read_log
@@ -29,8 +29,8 @@ def shift_report(pipeline: Pipeline) -> Stage:
                 pages[0], b"<!doctype html><p>One batch only: there is nothing to compare it with yet.</p>"
             )
         selection = read_episodes(pipeline, "selection")
-        probs = OnnxPolicy(pipeline.candidate(best) / bundle.POLICY).on(selection)
-        index, logged, drawn = shift.action_shift(selection, probs, config.seed)
+        candidate, names = open_policy(pipeline.candidate(best) / bundle.POLICY), config.logs.action.dimension_names
+        index, logged, drawn = shift.action_shift(selection, candidate, names, config.seed)
         shift.write_report(logged, drawn, pages[1], config.seed)
         names = [*(row["column"] for row in rows), f"actions of {best}"]
         heights = [*(row["index"] for row in rows), index]
