@@ -54,7 +54,7 @@ def first_order_gain(
     """sum_t gamma^t [v(s_t) - behavior_v(s_t)] of each episode, both by the behavior's Q: v(s) = sum_a pi(a|s) Q(s, a).
 
     Its mean is what a policy gains where it decides once and the behavior goes on: the value's derivative from the behavior towards
-    the policy, Kakade & Langford (2002), "Approximately optimal approximate reinforcement learning", eq. 3. One Q serves all
+    the policy, Kakade & Langford (2002), "Approximately optimal approximate reinforcement learning". One Q serves all
     candidates, and no importance weight is in it. What it leaves out is where the policy itself would lead.
     """
     gain = finite("a value", v) - finite("a value", behavior_v)
