@@ -8,13 +8,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from offrl_models.algorithms import AlgorithmConfig, make_config, require_gateable
+from offrl_models.algorithms import AlgorithmConfig, require_gateable
 from offrl_models.gate import GateConfig
 from offrl_models.learner import TrainingConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.schema import InputError
+from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
 
 
 class CoverageConfig(Strict):
@@ -49,6 +50,12 @@ class BehaviorConfig(Strict):
     """How propensities that were not logged are estimated."""
 
     calibration: Literal["temperature", "isotonic"] = "temperature"
+
+
+class SelectionConfig(Strict):
+    """How candidates are ranked on the selection split."""
+
+    finalists: int = Field(default=6, ge=1)  # that are ranked by fitted Q evaluation; a cheap score prunes the others
 
 
 class RetrainConfig(Strict):
@@ -101,6 +108,7 @@ class PipelineConfig(Strict):
     behavior: BehaviorConfig = BehaviorConfig()
     training: TrainingConfig = TrainingConfig()
     fqe: FQEConfig = FQEConfig()
+    selection: SelectionConfig = SelectionConfig()
     bootstrap_samples: int = Field(default=1000, ge=100)
     coverage: CoverageConfig = CoverageConfig()
     drift: DriftConfig = DriftConfig()
@@ -118,8 +126,8 @@ class PipelineConfig(Strict):
     @classmethod
     def _algorithms_are_known(cls, value: dict[str, dict[str, Any]], info: Any) -> dict[str, dict[str, Any]]:
         if "logs" in info.data:  # else they are wrong themselves, and that is said
-            for name, settings in value.items():
-                make_config(name, settings, info.data["logs"].action.space)
+            expand(value, info.data["logs"].action.space)
+            for name in value:
                 require_gateable(name)
         return value
 
@@ -135,19 +143,36 @@ class PipelineConfig(Strict):
             comparison.contract(self.logs)
         return self
 
+    def variants(self) -> dict[str, Variant]:
+        """Every algorithm that is trained, a variant for each combination of the values that a sweep lists; by name."""
+        return expand(self.algorithms, self.logs.action.space)
+
+    def variants_of(self, algorithm: str) -> list[str]:
+        """Names of the variants of one algorithm."""
+        return [name for name, variant in self.variants().items() if variant.algorithm == algorithm]
+
     def algorithm(self, name: str) -> AlgorithmConfig:
-        return make_config(name, self.algorithms[name], self.logs.action.space)
+        """The config of an algorithm; of a sweep, that of its first variant."""
+        return self.variants()[self.variants_of(name)[0]].config
 
     def resolved(self) -> dict[str, Any]:
-        """Everything, defaults included, as plain JSON; it travels with the policy."""
+        """Everything, defaults included, as plain JSON; it travels with the policy. Sweeps stay lists."""
         plain = self.model_dump(mode="json")
-        plain["algorithms"] = {name: self.resolved_algorithm(name) for name in self.algorithms}
+        space = self.logs.action.space
+        plain["algorithms"] = {
+            name: self.resolved_algorithm(name) | swept(name, settings, space)
+            for name, settings in self.algorithms.items()
+        }
         return plain
 
     def resolved_algorithm(self, name: str) -> dict[str, Any]:
-        """The config of one algorithm, defaults included, as plain JSON."""
-        config = self.algorithm(name)
-        return TypeAdapter(type(config)).dump_python(config, mode="json")
+        """The config of one algorithm, defaults included, as plain JSON; of a sweep, that of its first variant."""
+        return plain_config(self.algorithm(name))
+
+
+def plain_config(config: AlgorithmConfig) -> dict[str, Any]:
+    """Every setting of an algorithm as plain JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def parse_pipeline(attributes: Any, where: str) -> PipelineConfig:
@@ -198,5 +223,11 @@ class Pipeline:
         """Pages for people."""
         return self.folder / "reports"
 
-    def candidate(self, algorithm: str) -> Path:
-        return self.folder / "candidates" / algorithm
+    def variant(self, name: str) -> Path:
+        """What the training of a variant leaves."""
+        return self.folder / "candidates" / file_name(name)
+
+    def candidate(self, name: str) -> Path:
+        """The policy of a candidate: of a variant, or of an earlier checkpoint of it."""
+        variant, steps = variant_of(name)
+        return self.variant(variant) if steps is None else self.variant(variant) / checkpoint_folder(steps)

@@ -4,12 +4,13 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import lightning as L
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -40,10 +41,12 @@ class NonFiniteLossError(InputError):
 
 
 class _Chunks(IterableDataset[int]):
-    """The number of gradient steps of each chunk."""
+    """The number of gradient steps of each chunk. A chunk ends where weights are kept, and the next one starts there."""
 
-    def __init__(self, done: int, gradient_steps: int, chunk: int):
-        self.sizes = [min(chunk, gradient_steps - start) for start in range(done, gradient_steps, chunk)]
+    def __init__(self, done: int, kept_after: list[int], chunk: int):
+        starts = [0, *kept_after]
+        ends = [end for a, b in pairwise(starts) for end in (*range(a + chunk, b, chunk), b)]
+        self.sizes = [end - start for start, end in pairwise([0, *ends]) if start >= done]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sizes)
@@ -58,6 +61,20 @@ class TrainingConfig(Strict):
     warmup_steps: int = Field(default=0, ge=0)  # gradient steps in which the learning rates rise to what they are
     clip_norm: float | None = Field(default=None, gt=0)  # longest gradient of a network, per seed
     precision: Literal["32", "bf16"] = "32"  # of matrix products
+    checkpoints: int = Field(
+        default=1, ge=1, le=20
+    )  # candidates that each training leaves, evenly spaced; 1 is the last alone
+
+    @model_validator(mode="after")
+    def _checkpoints_differ(self) -> "TrainingConfig":
+        if self.checkpoints > self.gradient_steps:
+            raise ValueError(f"{self.checkpoints} checkpoints need as many gradient_steps, not {self.gradient_steps}")
+        return self
+
+    @property
+    def kept_after(self) -> list[int]:
+        """Gradient steps after which weights are kept; the last are all of them."""
+        return [self.gradient_steps * place // self.checkpoints for place in range(1, self.checkpoints + 1)]
 
 
 class Learner(L.LightningModule):
@@ -84,6 +101,7 @@ class Learner(L.LightningModule):
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
         self.stopped: dict[int, str] = {}  # seeds, by place, and why
+        self.kept: dict[int, dict[str, Tensor]] = {}  # weights by gradient steps, but for the last ones
         self.slow: list[Tensor] = []
         self.fast: list[Tensor] = []
         for slow, fast in self.algorithm.targets.items():
@@ -142,6 +160,9 @@ class Learner(L.LightningModule):
             self.report(
                 self.gradient_steps, {name: sum(v[i] for i in alive) / len(alive) for name, v in per_seed.items()}
             )
+        if self.gradient_steps in self.config.kept_after[:-1]:
+            weights = self.algorithm.named_parameters()
+            self.kept[self.gradient_steps] = {name: each.detach().cpu().clone() for name, each in weights}
         if self.checkpoint and self.gradient_steps % self.checkpoint.every < batch:
             self.save(self.checkpoint)
 
@@ -178,7 +199,8 @@ class Learner(L.LightningModule):
         streams = {f"rows.{i}": each.get_state() for i, each in enumerate(self.sampler.generators)}
         streams |= {f"chances.{i}": each.get_state() for i, each in enumerate(self.sampler.chances)}
         weights = {f"algorithm.{name}": each for name, each in self.algorithm.named_parameters()}
-        return {**streams, **weights, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
+        kept = {f"kept.{steps}.{name}": each for steps, found in self.kept.items() for name, each in found.items()}
+        return {**streams, **weights, **kept, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
 
     def save(self, checkpoint: Checkpoint) -> None:
         stopped = {str(seed): why for seed, why in self.stopped.items()}
@@ -192,6 +214,10 @@ class Learner(L.LightningModule):
         if saved is None:
             return
         tensors, facts = saved
+        for name in tensors:
+            if name.startswith("kept."):
+                _, steps, weight = name.split(".", 2)
+                self.kept.setdefault(int(steps), {})[weight] = tensors[name]
         for name, each in self._tensors().items():
             if not name.startswith(("rows.", "chances.")):
                 each.copy_(tensors[name])
@@ -205,10 +231,12 @@ class Learner(L.LightningModule):
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went: mean losses per chunk, network and seed (None of a seed that was stopped), and what stopped seeds."""
+    """How a training went: mean losses per chunk, network and seed (None of a seed that was stopped), what stopped seeds, and the
+    weights of earlier checkpoints by gradient steps."""
 
     history: list[dict[str, Any]]
     stopped: dict[int, str]
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def require_all(self) -> None:
         """Raises NonFiniteLossError when a seed was stopped: what is made of all seeds needs each of them to be finished."""
@@ -251,10 +279,10 @@ def train(
         # Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at.
         torch.set_flush_denormal(True)
         try:
-            chunks = _Chunks(learner.gradient_steps, config.gradient_steps, chunk)
+            chunks = _Chunks(learner.gradient_steps, config.kept_after, chunk)
             trainer.fit(learner, DataLoader(chunks, batch_size=None))
         finally:
             torch.set_flush_denormal(False)
     if checkpoint:
         learner.save(checkpoint)  # what follows may be cut short, too
-    return Trained(learner.history, learner.stopped)
+    return Trained(learner.history, learner.stopped, dict(sorted(learner.kept.items())))

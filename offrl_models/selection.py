@@ -10,9 +10,12 @@ from jaxtyping import Bool, Float64, Int64
 from scipy import stats
 
 from offrl_models.evaluation import BEHAVIOR, Evaluation
+from offrl_models.ope.estimates import LEVEL
+from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import finite
-from offrl_models.schema import InputError
+from offrl_models.schema import Episodes, InputError
 
+ROUNDING = 1e-6  # of the largest gain: smaller differences are none
 Scorer = Callable[[Sequence[str]], Sequence[float]]  # names of candidates in, one score each out, higher is better
 
 
@@ -21,19 +24,41 @@ def rank(found: Evaluation) -> list[dict[str, Any]]:
 
     A member compares both policies on the same resample, so what it gets wrong of both cancels. Ranking by FQE follows
     Paine et al. (2020), https://arxiv.org/abs/2007.09055; the least of the members instead of their mean is pessimism.
+    How sure the order is comes with it: `beats_next` is the probability that a candidate is better than the one after it.
     """
-    rows = [
+    names = [name for name in found.names if name != BEHAVIOR]
+    names.sort(key=lambda name: (-min(found.fqe_gains(name)), name))
+    initial = found.fqe.initial[[found.names.index(name) for name in (*names, BEHAVIOR)]]
+    draws = draw_gains(initial[:-1] - initial[-1], found.samples)
+    sure, ends = order(draws), np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return [
         {
+            "rank": place + 1,
             "candidate": name,
             "score": min(found.fqe_gains(name)),
             "gain_by_member": found.fqe_gains(name),
+            "gain": float(np.mean(found.fqe_gains(name))),
+            "gain_interval": [float(end) for end in ends[:, place]],
+            "probability_best": float(sure.best[place]),
+            "rank_interval": [int(sure.low_rank[place]), int(sure.high_rank[place])],
+            "beats_next": beats(draws, place, place + 1) if place + 1 < len(names) else None,
             **found.estimates[name].to_json(),
         }
-        for name in found.names
-        if name != BEHAVIOR
+        for place, name in enumerate(names)
     ]
-    rows.sort(key=lambda row: (-row["score"], row["candidate"]))
-    return [{"rank": place, **row} for place, row in enumerate(rows, 1)]
+
+
+def first_order_gain(
+    episodes: Episodes, v: Float64[np.ndarray, "rows"], behavior_v: Float64[np.ndarray, "rows"]
+) -> Float64[np.ndarray, "episodes"]:
+    """sum_t gamma^t [v(s_t) - behavior_v(s_t)] of each episode, both by the behavior's Q: v(s) = sum_a pi(a|s) Q(s, a).
+
+    Its mean is what a policy gains where it decides once and the behavior goes on: the value's derivative from the behavior towards
+    the policy, Kakade & Langford (2002), "Approximately optimal approximate reinforcement learning". One Q serves all
+    candidates, and no importance weight is in it. What it leaves out is where the policy itself would lead.
+    """
+    gain = finite("a value", v) - finite("a value", behavior_v)
+    return episodes.sum_per_episode(episodes.time_discount * gain)
 
 
 @dataclass(frozen=True)
@@ -44,10 +69,19 @@ class Selection:
     full: dict[str, float]  # of those that were kept
 
 
-def two_stage(candidates: Sequence[str], cheap: Scorer, full: Scorer, keep: int) -> Selection:
+def two_stage(
+    candidates: Sequence[str],
+    cheap: Scorer,
+    full: Scorer,
+    keep: int,
+    family: Callable[[str], str] = lambda name: "",
+) -> Selection:
     """Keep the best few by a score that costs little, then rank these by one that costs much.
 
-    The first may be WPDIS, or FQE of few steps; the second is FQE in full. Tang & Wiens (2021), "Model selection for offline
+    The best of every `family` is kept, where there are no more families than places: what a cheap score gets wrong may be wrong
+    of a whole algorithm. The other places are those of the best of all.
+
+    The first may be `first_order_gain`, the second is FQE. Tang & Wiens (2021), "Model selection for offline
     reinforcement learning: practical considerations for healthcare settings", https://arxiv.org/abs/2107.11003. Equal scores
     are ranked by name. Raises InputError for scores that are no numbers, for a name that occurs twice, and for a `keep` that
     keeps none or too many.
@@ -57,7 +91,10 @@ def two_stage(candidates: Sequence[str], cheap: Scorer, full: Scorer, keep: int)
             f"{keep} of {len(candidates)} candidates cannot be kept; name each once, and keep at least 1 and at most all."
         )
     first = _ranked(candidates, cheap)
-    return Selection(first, _ranked(list(first)[:keep], full))
+    heads = list({family(name): name for name in reversed(first)}.values())
+    sure = set(heads if len(heads) <= keep else ())
+    others = [name for name in first if name not in sure][: keep - len(sure)]
+    return Selection(first, _ranked([name for name in first if name in sure.union(others)], full))
 
 
 def _ranked(candidates: Sequence[str], scorer: Scorer) -> dict[str, float]:
@@ -66,6 +103,65 @@ def _ranked(candidates: Sequence[str], scorer: Scorer) -> dict[str, float]:
     if unknown:
         raise InputError(f"{len(unknown)} candidates have no score that is a number: {', '.join(sorted(unknown)[:5])}.")
     return {name: float(scores[name]) for name in sorted(scores, key=lambda name: (-scores[name], name))}
+
+
+@dataclass(frozen=True)
+class Order:
+    """How sure an order of candidates is."""
+
+    best: Float64[np.ndarray, "candidates"]  # probability of being the best; those that are equal share it
+    low_rank: Int64[np.ndarray, "candidates"]
+    high_rank: Int64[np.ndarray, "candidates"]
+
+
+def draw_gains(
+    gains: Float64[np.ndarray, "candidates members episodes"], samples: BootstrapSamples
+) -> Float64[np.ndarray, "samples candidates"]:
+    """Gains that might be the true ones, all candidates together, so that what they have in common stays in common.
+
+    `gains` are values of first observations by each member of an FQE ensemble less the champion's. A draw is the mean gain of a
+    bootstrap sample of the episodes, plus the error of the fits: a combination of the members' deviations at random, whose
+    distribution is Student's t with a degree of freedom less than there are members. That is the interval of
+    `ope.intervals.ensemble`, of all candidates at once. Raises InputError for fewer than two members.
+    """
+    members = gains.shape[1]
+    if members < 2:
+        raise InputError(f"the spread of an ensemble needs at least 2 members, not {members}.")
+    finite("a gain", gains)
+    rng = np.random.default_rng([samples.seed, samples.number])
+    normal = rng.normal(size=(samples.number, members))
+    student = normal * np.sqrt((members - 1) / rng.chisquare(members - 1, size=(samples.number, 1)))
+    fits, episodes = gains.mean(2), gains.mean(1)
+    spread = (fits - fits.mean(1, keepdims=True)) * np.sqrt((1 + 1 / members) / (members - 1))
+    resampled = np.stack([episodes @ count for block in samples for count in block]) / samples.episodes
+    return resampled + student @ spread.T
+
+
+def order(draws: Float64[np.ndarray, "draws candidates"], level: float = LEVEL) -> Order:
+    """How sure the order of some candidates is, by what their gains might be.
+
+    The rank interval of a candidate holds the middle `level` of its ranks; equal gains take all the ranks between them. It is that
+    of one candidate, as Goldstein & Spiegelhalter (1996) draw league tables, and not of all at once. Raises InputError for NaN.
+    """
+    value = _equalled(finite("a gain", draws))
+    top = value == value.max(1, keepdims=True)
+    lowest, highest = (stats.rankdata(-value, method=method, axis=1) for method in ("min", "max"))
+    low = np.quantile(lowest, (1 - level) / 2, axis=0, method="inverted_cdf")
+    high = np.quantile(highest, (1 + level) / 2, axis=0, method="inverted_cdf")
+    return Order((top / top.sum(1, keepdims=True)).mean(0), low.astype(np.int64), high.astype(np.int64))
+
+
+def beats(draws: Float64[np.ndarray, "draws candidates"], first: int, second: int) -> float:
+    """The probability that one candidate is better than another; half of it where they are equal."""
+    value = _equalled(finite("a gain", draws))
+    above = value[:, first] - value[:, second]
+    return float(((above > 0) + 0.5 * (above == 0)).mean())
+
+
+def _equalled(draws: Float64[np.ndarray, "draws candidates"]) -> Float64[np.ndarray, "draws candidates"]:
+    """Numbers that differ by rounding alone, as those of policies that do the same, made equal."""
+    unit = ROUNDING * max(float(np.abs(draws).max()), np.finfo(float).tiny)
+    return np.round(draws / unit)
 
 
 def spearman(estimate: Float64[np.ndarray, "policies"], value: Float64[np.ndarray, "policies"]) -> float:

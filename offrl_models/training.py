@@ -5,7 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -104,6 +104,37 @@ def fit_fqe(
     report: Report | None = None,
 ) -> FQEValues:
     """Fit Q functions of several policies on some episodes and evaluate them on others."""
+    return fitted_values(_fitted(config, encoder, policies, fitted_on, seed, report), policies, evaluated_on)
+
+
+def fit_shared_fqe(
+    config: FQEConfig,
+    encoder: Encoder,
+    behavior: Exported,
+    policies: Iterable[Exported],
+    fitted_on: Episodes,
+    evaluated_on: Episodes,
+    *,
+    seed: int,
+    report: Report | None = None,
+) -> Iterator[FQEValues]:
+    """Fit Q functions of the behavior alone, and evaluate each policy by them: v(s) = sum_a pi(a|s) Q_behavior(s, a).
+
+    One fit serves any number of policies, of which one at a time is needed.
+    """
+    found = _fitted(config, encoder, [behavior], fitted_on, seed, report)
+    for policy in policies:
+        yield fitted_values(found, [policy], evaluated_on)
+
+
+def _fitted(
+    config: FQEConfig,
+    encoder: Encoder,
+    policies: Sequence[Exported],
+    fitted_on: Episodes,
+    seed: int,
+    report: Report | None,
+) -> FQE:
     transitions = Transitions(fitted_on, encoder, device(), _next_policy(policies, fitted_on, config.members, seed))
     fqe = FQE(config, encoder, len(policies), fitted_on.actions, float(fitted_on.return_to_go.mean()))
     members = range(seed, seed + config.members)
@@ -111,7 +142,7 @@ def fit_fqe(
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
     how = TrainingConfig(gradient_steps=config.gradient_steps)
     train(fqe, transitions, sampler, how, report=report).require_all()
-    return fitted_values(fqe.cpu(), policies, evaluated_on)
+    return fqe.cpu()
 
 
 def _next_policy(policies: Sequence[Exported], episodes: Episodes, members: int, seed: int) -> NextProbs | NextDraws:

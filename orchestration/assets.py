@@ -85,7 +85,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
                 owners=list(config.owners),
                 kinds={"pytorch", "lightning", "onnx"},
                 skippable=True,
-                description=f"{name}: {config.seeds} seeds trained at once, acting as one policy.",
+                description=f"{name}: {config.seeds} seeds trained at once, acting as one policy; every variant of a sweep.",
             )
             for name, asset_key in algorithms.items()
         ],
@@ -95,34 +95,54 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         wanted = [name for name, asset_key in algorithms.items() if asset_key in context.selected_asset_keys]
         with one_sentence():
             trained = stages.candidates(pipeline, wanted)
-        for name, stage in trained.items():
-            shown: dict[str, Any] = {f"{network} loss": value for network, value in stage.summary["loss"].items()}
-            shown |= {"gradient steps": stage.summary["gradient_steps"], "seeds": stage.summary["seeds"]}
-            shown |= {f"seed {seed} stopped": why for seed, why in stage.summary["stopped"].items()}
-            shown |= {"evidence": page(pipeline, "evidence.html")}
-            curve = plot(pipeline, f"candidate-{name}.png")
-            yield materialized(
-                stage, rows=stage.summary["rows"], metadata={**shown, "curves": curve}, key=algorithms[name]
-            )
+        for name, variants in trained.items():
+            first = next(iter(variants.values()))
+            lines = ["| variant | last losses | stopped |", "|---|---|---|"]
+            for variant, stage in variants.items():
+                losses = ", ".join(f"{network} {loss:.4g}" for network, loss in stage.summary["loss"].items())
+                stopped = "; ".join(f"seed {seed}: {why}" for seed, why in stage.summary["stopped"].items())
+                lines.append(f"| {variant} | {losses} | {stopped or 'no seed'} |")
+            shown = {
+                "gradient steps": first.summary["gradient_steps"],
+                "seeds": first.summary["seeds"],
+                "checkpoints": config.training.checkpoints,
+                "variants": dg.MetadataValue.md("\n".join(lines)),
+                "ranking": page(pipeline, "leaderboard.html"),
+                "curves": plot(pipeline, *(stage.summary["curve"] for stage in variants.values())),
+            }
+            yield materialized(*variants.values(), rows=first.summary["rows"], metadata=shown, key=algorithms[name])
 
     @asset(
         deps=[*algorithms.values(), behavior_policy],
         kinds={"python"},
-        description="Candidates ranked on the selection split, by pessimistic fitted Q evaluation.",
+        description="Candidates ranked on the selection split, by pessimistic fitted Q evaluation, and how sure the order is.",
     )
     def leaderboard() -> dg.MaterializeResult:
         with one_sentence():
             stage = stages.leaderboard(pipeline)
-        lines = ["| rank | candidate | least gain by FQE |", "|---|---|---|"]
-        lines += [f"| {row['rank']} | {row['candidate']} | {row['score']:+.4f} |" for row in stage.summary["ranking"]]
+        lines = [
+            "| rank | candidate | least gain by FQE | is the best | beats the next | 95% of ranks |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in stage.summary["ranking"]:
+            (low, high), following = row["rank_interval"], row["beats_next"]
+            chances = f"{row['probability_best']:.0%} | {'' if following is None else f'{following:.0%}'}"
+            lines.append(f"| {row['rank']} | {row['candidate']} | {row['score']:+.4f} | {chances} | {low} to {high} |")
+        pruned = ["| pruned | first-order gain | why |", "|---|---|---|"]
+        pruned += [
+            f"| {row['candidate']} | {row['first_order_gain']:+.4f} | {row['reason']} |"
+            for row in stage.summary["pruned"]
+        ]
         return materialized(
             stage,
             rows=len(stage.summary["ranking"]),
             metadata={
                 "best": stage.summary["best"],
                 "selection episodes": stage.summary["episodes"],
+                "how sure": stage.summary["sentence"],
                 "ranking": dg.MetadataValue.md("\n".join(lines)),
-                "evidence": page(pipeline, "evidence.html"),
+                "pruned": dg.MetadataValue.md("\n".join(pruned)) if stage.summary["pruned"] else "none",
+                "page": page(pipeline, "leaderboard.html"),
                 "picture": plot(pipeline, "leaderboard.png"),
             },
         )

@@ -9,7 +9,7 @@ import dagster as dg
 
 from offrl_models.config import Pipeline
 from offrl_models.schema import InputError
-from offrl_models.storage import Stage
+from offrl_models.storage import Stage, digest
 
 REPORTS_URL = os.environ.get("OFFRL_REPORTS_URL", "/reports")
 
@@ -28,22 +28,25 @@ def page(pipeline: Pipeline, file: str) -> dg.MetadataValue:
     return dg.MetadataValue.url(f"{REPORTS_URL}/{pipeline.config.dataset}/{file}")
 
 
-def plot(pipeline: Pipeline, file: str) -> dg.MetadataValue:
-    """An image shown in place."""
-    return dg.MetadataValue.md(f"![{file}]({REPORTS_URL}/{pipeline.config.dataset}/{file})")
+def plot(pipeline: Pipeline, *files: str) -> dg.MetadataValue:
+    """Images shown in place."""
+    return dg.MetadataValue.md(
+        "\n\n".join(f"![{file}]({REPORTS_URL}/{pipeline.config.dataset}/{file})" for file in files)
+    )
 
 
 def materialized(
-    stage: Stage, *, rows: int, metadata: Mapping[str, Any], key: dg.AssetKey | None = None
+    *stages: Stage, rows: int, metadata: Mapping[str, Any], key: dg.AssetKey | None = None
 ) -> dg.MaterializeResult:
-    """A finished stage; its content digest is the data version."""
+    """Finished stages; the digest of their contents is the data version."""
+    first = stages[0]
     return dg.MaterializeResult(
         asset_key=key,
-        data_version=dg.DataVersion(stage.digest),
+        data_version=dg.DataVersion(first.digest if len(stages) == 1 else digest([stage.digest for stage in stages])),
         metadata={
             "dagster/row_count": rows,
-            "folder": dg.MetadataValue.path(str(stage.folder)),
-            "reused": stage.reused,
+            "folder": dg.MetadataValue.path(str(first.folder if len(stages) == 1 else first.folder.parent)),
+            "reused": all(stage.reused for stage in stages),
             **metadata,
         },
     )

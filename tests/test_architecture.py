@@ -21,7 +21,7 @@ ROWS = [
     {"exported"},
     {"history"},
     {"algorithms", "ope", "optimizer", "checkpoint"},
-    {"learner", "gate", "registry", "choices"},
+    {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},
     {"evaluation"},

@@ -1,6 +1,7 @@
 """Policies over continuous actions: draws and densities belong together, caps hold, and what a pipeline says of them is true."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy import stats
 from offrl_models import assess, bundle, stages
 from offrl_models.assess.values import Effort
 from offrl_models.choices import BINS, Draws, apart, choices_of, rare_mass, shares
-from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.config import Pipeline, SelectionConfig, parse_pipeline
 from offrl_models.densities import CappedDensity, MixtureDensity, spread_points, uniform_numbers
 from offrl_models.exported import OnnxDensity, export_checked, open_policy
 from offrl_models.ope import density
@@ -194,6 +195,18 @@ def test_estimates_of_continuous_candidates_hold_the_exact_value(released: tuple
     assert found["behavior"]["propensities"] == "logged" and found["detail"]["gamma_star"] is None
     assert all(row["action"].startswith("[1] ") for row in found["detail"]["actions"])
     assert (pipeline.reports / "evidence.html").exists() and (pipeline.reports / "shift-actions.html").exists()
+
+
+def test_the_cheap_score_prunes_densities_as_well(released: tuple[Pipeline, dict[str, Any]], tmp_path: Path) -> None:
+    pipeline, _ = released
+    shutil.copytree(
+        pipeline.folder, tmp_path / "data" / "toy", ignore=shutil.ignore_patterns("leaderboard", "policies")
+    )
+    one = pipeline.config.model_copy(update={"selection": SelectionConfig(finalists=1)})
+    board = stages.leaderboard(Pipeline(one, tmp_path)).summary
+    (first,), (second,) = board["ranking"], board["pruned"]
+    assert board["best"] == first["candidate"] == "td3_bc" and second["candidate"] == "bc"
+    assert first["first_order_gain"] > max(second["first_order_gain"], 0.05) and first["gain"] > 0
 
 
 def test_what_is_released_says_what_it_takes_and_is_the_next_champion(

@@ -28,7 +28,7 @@ class CutShortError(Exception):
 
 
 def run(algorithm: Any, seeds: list[int], steps: int, space: Space = "discrete", **how: Any) -> Any:
-    settings = {name: how.pop(name) for name in ("schedule", "warmup_steps", "clip_norm", "precision") if name in how}
+    settings = {name: how.pop(name) for name in TrainingConfig.model_fields if name in how}
     config = TrainingConfig(gradient_steps=steps, **settings)
     return train(algorithm, *sampled(algorithm, seeds, LOGS[space]), config, chunk=5, **how)
 
@@ -50,18 +50,31 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(("name", "space"), SPACES)
 def test_a_training_that_was_cut_short_goes_on_bit_for_bit(name: str, space: Space, tmp_path: Path) -> None:
     whole = build(name, [0, 1], space)
-    wanted = run(whole, [0, 1], 40, space, schedule="cosine", warmup_steps=7, clip_norm=1.0)
+    wanted = run(whole, [0, 1], 40, space, schedule="cosine", warmup_steps=7, clip_norm=1.0, checkpoints=3)
+    assert list(wanted.kept) == [13, 26]
     for step in (5, 20, 35):
         saved = Checkpoint(tmp_path / f"{step}", "this", every=10)
         for stop in (step, 10**6):  # killed once, and again started
             again = build(name, [0, 1], space)
             try:
-                went = run(again, [0, 1], 40, space, schedule="cosine", warmup_steps=7, clip_norm=1.0,
+                went = run(again, [0, 1], 40, space, schedule="cosine", warmup_steps=7, clip_norm=1.0, checkpoints=3,
                            checkpoint=saved, report=cut_at(stop))  # fmt: skip
             except CutShortError:
                 assert not same(whole, again)
                 continue
             assert same(whole, again) and went.history == wanted.history, step
+            assert list(went.kept) == [13, 26]
+            for steps, weights in wanted.kept.items():
+                assert all(torch.equal(each, went.kept[steps][part]) for part, each in weights.items()), (step, steps)
+
+
+def test_weights_that_were_kept_are_those_of_a_shorter_training() -> None:
+    for longer, shorter in ((40, 20), (30, 15)):
+        whole, short = build("iql", [0, 1]), build("iql", [0, 1])
+        kept = run(whole, [0, 1], longer, checkpoints=2).kept[shorter]
+        run(short, [0, 1], shorter)
+        assert not same(whole, short) and kept.keys() == dict(short.named_parameters()).keys()
+        assert all(torch.equal(each, kept[name]) for name, each in short.named_parameters())
 
 
 def test_a_checkpoint_of_another_training_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -9,8 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from offrl_models.ope.intervals import ensemble
+from offrl_models.ope.resampling import BootstrapSamples
+from offrl_models.ope.tabular import states_of
+from offrl_models.ope.worlds import World
 from offrl_models.schema import InputError
-from offrl_models.selection import error_rates, regret_at_k, sharpe_ratio_at_k, spearman, two_stage
+from offrl_models.selection import (
+    beats,
+    draw_gains,
+    error_rates,
+    first_order_gain,
+    order,
+    regret_at_k,
+    sharpe_ratio_at_k,
+    spearman,
+    two_stage,
+)
 
 VALUE = np.array([1.0, 4.0, 2.0, 3.0])
 ESTIMATE = np.array([9.0, 2.0, 8.0, 7.0])  # the best policy is thought to be the worst
@@ -103,3 +117,94 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
             two_stage(["a", "b"], good, good, keep=keep)
     with pytest.raises(InputError, match="name each once"):
         two_stage(["a", "a"], good, good, keep=1)
+
+
+def test_the_best_of_every_family_is_kept_while_there_are_places() -> None:
+    """By the cheap score c1 and b1 are the last; each is all that its family has."""
+    names = ["a1", "a2", "a3", "b1", "c1"]
+    cheap = scorer({"a1": 5.0, "a2": 4.0, "a3": 3.0, "b1": 2.0, "c1": 1.0}, [])
+    full = scorer(dict(zip(names, [1.0, 2.0, 3.0, 4.0, 5.0], strict=True)), [])
+
+    def kept(keep: int) -> list[str]:
+        return list(two_stage(names, cheap, full, keep, family=lambda name: name[0]).full)
+
+    assert kept(3) == ["c1", "b1", "a1"] and kept(4) == ["c1", "b1", "a2", "a1"]
+    assert kept(2) == ["a2", "a1"]  # three families and two places: by the score alone
+
+
+def test_an_order_by_hand() -> None:
+    """Four draws of three candidates; in the last one the first two are equal."""
+    draws = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 2.0, 1.0]])
+    found = order(draws, level=0.0)  # the median rank
+    assert found.best == pytest.approx([2.5 / 4, 0.5 / 4, 1 / 4])
+    assert beats(draws, 0, 1) == 2.5 / 4 and beats(draws, 1, 0) == 1.5 / 4
+    assert found.low_rank.tolist() == [1, 2, 3] and found.high_rank.tolist() == [1, 2, 3]
+    whole = order(draws, level=1.0 - 1e-9)
+    assert whole.low_rank.tolist() == [1, 1, 1] and whole.high_rank.tolist() == [3, 2, 3]
+    with pytest.raises(InputError, match="NaN"):
+        order(np.array([[1.0, np.nan]]))
+
+
+def test_two_independent_normals_have_the_order_that_is_known() -> None:
+    """A ~ N(1, 1) and B ~ N(0, 4), on the grid of all pairs of their quantiles: P(A > B) = Phi(1 / sqrt(5))."""
+    at = stats.norm.ppf((np.arange(400) + 0.5) / 400)
+    first, second = np.meshgrid(1.0 + at, 2.0 * at)
+    draws = np.stack([first.ravel(), second.ravel()], 1)
+    exact = stats.norm.cdf(1 / np.sqrt(5.0))
+    assert beats(draws, 0, 1) == pytest.approx(exact, abs=1e-3)
+    assert order(draws).best == pytest.approx([exact, 1 - exact], abs=1e-3)
+
+
+@given(st.integers(2, 5))
+def test_candidates_that_are_the_same_share_everything(n: int) -> None:
+    one = np.random.default_rng(n).normal(size=(50, 1))
+    draws = np.repeat(one, n, axis=1) * (1 + 1e-12 * np.arange(n))  # rounding tells nothing apart
+    found = order(draws)
+    assert found.best == pytest.approx([1 / n] * n) and beats(draws, 0, n - 1) == 0.5
+    assert found.low_rank.tolist() == [1] * n and found.high_rank.tolist() == [n] * n
+
+
+def test_what_is_far_apart_is_surely_in_order() -> None:
+    draws = np.random.default_rng(0).uniform(size=(200, 3)) + np.array([4.0, 2.0, 0.0])
+    found = order(draws)
+    assert found.best.tolist() == [1.0, 0.0, 0.0] and beats(draws, 0, 1) == 1.0
+    assert found.low_rank.tolist() == found.high_rank.tolist() == [1, 2, 3]
+
+
+def test_the_error_of_the_fits_is_that_of_a_t_distribution() -> None:
+    """No spread over episodes: P(gain > 0) = T(mean / (s sqrt(1 + 1/3))) with 2 degrees of freedom, and its interval is that
+    of the ensemble."""
+    members = np.array([0.1, 0.3, 0.7])
+    gains = np.repeat(np.stack([members, np.zeros(3)])[:, :, None], 5, axis=2)
+    draws = draw_gains(gains, BootstrapSamples(5, 40_000, seed=1))
+    scale = members.std(ddof=1) * np.sqrt(1 + 1 / 3)
+    assert beats(draws, 0, 1) == pytest.approx(stats.t.cdf(members.mean() / scale, 2), abs=0.01)
+    interval = ensemble(members.tolist(), np.full(5, 0.7), 0.5)
+    assert np.quantile(draws[:, 0], [0.25, 0.75]) == pytest.approx([interval.low, interval.high], abs=0.01)
+    with pytest.raises(InputError, match="at least 2 members"):
+        draw_gains(gains[:, :1], BootstrapSamples(5, 100, seed=1))
+
+
+def test_the_error_of_the_episodes_is_theirs_and_what_is_in_common_cancels() -> None:
+    """Members agree, so that only episodes vary: the standard error is sd / sqrt(n), and a constant lead is never lost."""
+    luck = np.random.default_rng(2).normal(size=400)
+    gains = np.repeat(np.stack([luck + 0.01, luck])[:, None, :], 3, axis=1)
+    draws = draw_gains(gains, BootstrapSamples(400, 4_000, seed=3))
+    assert draws.mean(0) == pytest.approx(gains[:, 0].mean(1), abs=0.005)
+    assert draws.std(0) == pytest.approx([luck.std() / 20] * 2, rel=0.05)
+    assert beats(draws, 0, 1) == 1.0 and np.ptp(draws[:, 0] - draws[:, 1]) < 1e-12
+
+
+def test_the_first_order_gain_is_the_slope_of_the_value(tiny: World) -> None:
+    """All trajectories of the behavior, by their probability, against values a little on either side of it."""
+    episodes, probability = tiny.enumerate(3)
+    policy = np.random.default_rng(5).dirichlet([1.0, 1.0], size=tiny.n_states)
+    q, state = tiny.q_values(tiny.behavior), states_of(episodes)[0]
+    v, base = ((each * q).sum(1)[state] for each in (policy, tiny.behavior))
+
+    def value(share: float) -> float:
+        return tiny.value((1 - share) * tiny.behavior + share * policy)
+
+    slope = (value(1e-4) - value(-1e-4)) / 2e-4
+    assert probability @ first_order_gain(episodes, v, base) == pytest.approx(slope, abs=1e-7) and abs(slope) > 0.01
+    assert not first_order_gain(episodes, base, base).any()

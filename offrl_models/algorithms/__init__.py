@@ -1,6 +1,7 @@
 """One file per algorithm: a frozen config with the paper's defaults, and a module whose `losses()` is the algorithm."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,21 +82,30 @@ def require_gateable(name: str) -> None:
         )
 
 
-def make_config(name: str, settings: dict[str, Any], space: Space = "discrete") -> AlgorithmConfig:
-    """The config of an algorithm over such actions with some fields set.
-
-    Raises ValueError naming the key and the nearest known one, and InputError for an algorithm that is not for such actions.
-    """
+def require_keys(name: str, settings: Iterable[str], space: Space) -> None:
+    """Raises ValueError for an unknown algorithm or key, naming the nearest, and InputError where it is not for such actions."""
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: {nearest_key_hint(name, list(ALGORITHMS))}")
     require_space(name, space)
-    config = config_of(name, space)
-    known = [field.name for field in dataclasses.fields(config)]
+    known = [field.name for field in dataclasses.fields(config_of(name, space))]
     for key in settings:
         if key not in known:
             raise ValueError(f"unknown key {key!r} of {name}: {nearest_key_hint(key, known)}")
+
+
+def make_config(
+    name: str, settings: Mapping[str, Any], space: Space = "discrete", called: str | None = None
+) -> AlgorithmConfig:
+    """The config of an algorithm over such actions with some fields set; `called` is what errors call it.
+
+    Raises ValueError naming the key and the nearest known one, and InputError for an algorithm that is not for such actions.
+    """
+    require_keys(name, settings, space)
+    config = config_of(name, space)
     try:
         return config(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]} of {name}: {first['msg'].lower()}, not {first['input']!r}") from error
+        raise ValueError(
+            f"{first['loc'][0]} of {called or name}: {first['msg'].lower()}, not {first['input']!r}"
+        ) from error

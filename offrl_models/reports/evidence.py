@@ -40,7 +40,7 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } td:first-child, .l { text-align: left; }
-small { color: #718096; display: block; } small, td:first-child { white-space: nowrap; }
+small { color: #718096; display: block; } small { white-space: nowrap; } td:first-child { min-width: 8rem; }
 img { max-width: 100%; } .exact { background: #fffaf0; }
 .verdict { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .PASS { border-color: #2f855a; } .INCONCLUSIVE { border-color: #b7791f; } .FAIL, .INVALID { border-color: #c53030; }
@@ -209,7 +209,7 @@ def tables(shown: dict[str, Any]) -> list[Table]:
 def _estimates_table(shown: dict[str, Any], digits: int) -> Table:
     exact = (shown["exact"] or {}).get("values", {})
     table = Table(title="Value of each policy on the gate split, with 95% intervals", title_justify="left")
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy")
     for name in (*ESTIMATORS, "ESS"):
         table.add_column(name, justify="right", no_wrap=True)
     if exact:

@@ -1,6 +1,7 @@
 """Plots as PNG files. Every figure is drawn off screen and written whole or not at all."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def weighted_histogram(
 def bars(labels: Sequence[str], values: Sequence[float], title: str, label: str, path: Path) -> None:
     figure, axes = _axes(title)
     axes.bar(range(len(values)), values, color=BLUE)
-    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    wrapped = [textwrap.fill(each, 18, break_long_words=False) for each in labels]
+    axes.set_xticks(range(len(labels)), wrapped, fontsize=7)
     axes.set_ylabel(label)
     save(figure, path)
 
@@ -140,7 +142,7 @@ def forest(
         axes.axvline(reference, color=GRAY, linestyle="--", linewidth=1)
         if row["policy"] in exact:
             axes.axvline(exact[row["policy"]], color=ORANGE, linewidth=1.2)
-        axes.set_title(row["policy"], fontsize=9)
+        axes.set_title(textwrap.fill(row["policy"], 24), fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(estimators)), estimators)

@@ -10,7 +10,8 @@ from offrl_models.gate import Status
 from offrl_models.stages.behavior import behavior_policy
 from offrl_models.stages.data import check_results, coverage, episodes, ingest
 from offrl_models.stages.judging import evidence
-from offrl_models.stages.learning import candidates, leaderboard
+from offrl_models.stages.learning import candidates
+from offrl_models.stages.ranking import leaderboard
 from offrl_models.stages.releasing import release, shift_report
 from offrl_models.storage import Stage
 

@@ -36,7 +36,7 @@ def _behavior_key(pipeline: Pipeline, made: Stage) -> dict[str, Any]:
     config = pipeline.config
     return {
         "episodes": made.digest,
-        "training": None if config.logs.tabular_states else config.training.model_dump(),
+        "training": None if config.logs.tabular_states else _clone_training(pipeline),
         "seeds": [config.seed, config.seeds],
         "thresholds": config.coverage.model_dump(),
         "calibration": config.behavior.calibration,
@@ -135,15 +135,19 @@ def _density(
 def _cloned(pipeline: Pipeline, episodes: Episodes) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
-    cloned, went = fit(
-        "bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **config.training.model_dump()
-    )
+    how = _clone_training(pipeline)
+    cloned, went = fit("bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **how)
     went.require_all()
     return cloned
 
 
+def _clone_training(pipeline: Pipeline) -> dict[str, Any]:
+    """As candidates are trained; only the last weights of a clone are wanted."""
+    return pipeline.config.training.model_dump(exclude={"checkpoints"})
+
+
 def _clone_config(pipeline: Pipeline) -> BCConfig:
-    """That of the candidate bc, where it is one."""
+    """That of the candidate bc, where it is one; of a sweep over bc, that of the first variant."""
     config = pipeline.config.algorithm("bc") if "bc" in pipeline.config.algorithms else None
     return config if isinstance(config, BCConfig) else BCConfig()
 

@@ -9,7 +9,7 @@ from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, CHAMPION
 from offrl_models.exported import OnnxDensity, open_policy
 from offrl_models.schema import InputError
-from offrl_models.stages.learning import current_leaderboard
+from offrl_models.stages.ranking import current_leaderboard
 
 
 @dataclass(frozen=True)

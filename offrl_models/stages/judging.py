@@ -38,8 +38,10 @@ from offrl_models.stages.behavior import (
 )
 from offrl_models.stages.champion import candidate_digest, current_champion
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
-from offrl_models.stages.learning import capped, current_leaderboard, evaluate_policies
+from offrl_models.stages.learning import capped, evaluate_policies
+from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
+from offrl_models.variants import variant_of
 
 
 def _rung_name(candidate: str, cap: float | None) -> str:
@@ -126,7 +128,8 @@ def evidence(pipeline: Pipeline) -> Stage:
             "decided_by": verdict.decided_by,
             "policy_name": look.names[final],
             "rung": str(look.rungs[look.names[final]].relative_to(folder)),
-            "algorithm": look.steps[final][0],
+            "algorithm": pipeline.config.variants()[variant_of(look.steps[final][0])[0]].algorithm,
+            "candidate_name": look.steps[final][0],
             "cap": look.steps[final][1],
             "lower_bound": verdict.measures.lower_bound,
             "alpha": verdict.measures.alpha,

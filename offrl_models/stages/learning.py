@@ -12,35 +12,37 @@ from torch import nn
 from offrl_models import bundle, storage
 from offrl_models.algorithms import ALGORITHMS, Algorithm
 from offrl_models.checkpoint import Checkpoint
-from offrl_models.config import Pipeline
+from offrl_models.config import Pipeline, plain_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
-from offrl_models.evaluation import BEHAVIOR, Evaluation, evaluate
-from offrl_models.exported import Exported, export_checked, open_policy
+from offrl_models.evaluation import Evaluation, evaluate
+from offrl_models.exported import Exported, export_checked
 from offrl_models.policies import CappedPolicy, Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
 from offrl_models.schema import Episodes
-from offrl_models.selection import rank
-from offrl_models.stages.behavior import current_behavior, read_evaluated, refit_of
+from offrl_models.stages.behavior import refit_of
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
 from offrl_models.storage import Stage
 from offrl_models.tensors import read_tensors
 from offrl_models.training import fit, run_side_by_side
+from offrl_models.variants import candidate_name, checkpoint_folder, file_name, variant_of
 
 
-def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, Stage]:
-    """Train the named algorithms (all by default), side by side."""
+def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, dict[str, Stage]]:
+    """Train every variant of the named algorithms (of all by default), side by side. Returns algorithm -> variant -> stage."""
     wanted = names or list(pipeline.config.algorithms)
-    stages = run_side_by_side(_train_candidate, [(pipeline, name) for name in wanted])
-    return dict(zip(wanted, stages, strict=True))
+    variants = {algorithm: pipeline.config.variants_of(algorithm) for algorithm in wanted}
+    every = [name for found in variants.values() for name in found]
+    stages = dict(zip(every, run_side_by_side(_train_candidate, [(pipeline, name) for name in every]), strict=True))
+    return {algorithm: {name: stages[name] for name in found} for algorithm, found in variants.items()}
 
 
 def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
     pipeline, name = job
     config, made = pipeline.config, current_episodes(pipeline)
-    settings = config.algorithm(name)
-    curve = pipeline.reports / f"candidate-{name}.png"
+    variant = config.variants()[name]
+    curve = pipeline.reports / f"candidate-{file_name(name)}.png"
     total = config.training.gradient_steps
 
     def build(folder: Path) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             update(name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
 
         algorithm, went = fit(
-            name,
-            settings,
+            variant.algorithm,
+            variant.config,
             train,
             encoder_of(pipeline),
             seeds=seeds,
@@ -67,18 +69,22 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             checkpoint=checkpoint,
             **config.training.model_dump(),
         )
-        export_checked(_acting(algorithm, pipeline), train, folder)
+        policy = _acting(algorithm, pipeline)
+        export_checked(policy, train, folder)
+        for steps, kept in went.kept.items():
+            algorithm.load_state_dict({**algorithm.state_dict(), **kept})  # what is not trained has stayed what it is
+            export_checked(policy, train, folder / checkpoint_folder(steps))
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
         plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
         stopped = {str(seeds[place]): why for place, why in went.stopped.items()}
-        summary = {"algorithm": name, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds}
-        return {**summary, "loss": _last_losses(went.history), "stopped": stopped}
+        summary = {"algorithm": variant.algorithm, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds}
+        return {**summary, "loss": _last_losses(went.history), "stopped": stopped, "curve": curve.name}
 
     key = _candidate_key(pipeline, name, made)
-    unfinished = pipeline.candidate(name).with_name(f".{name}.checkpoint")
+    unfinished = pipeline.variant(name).with_name(f".{file_name(name)}.checkpoint")
     checkpoint = Checkpoint(unfinished, storage.digest({**key, "code": storage.code_digest()}))
-    stage = storage.build_stage(pipeline.candidate(name), key, build, (curve,))
+    stage = storage.build_stage(pipeline.variant(name), key, build, (curve,))
     checkpoint.remove()
     return stage
 
@@ -105,23 +111,30 @@ def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _candidate_key(pipeline: Pipeline, name: str, made: Stage) -> dict[str, Any]:
-    config = pipeline.config
+    config, variant = pipeline.config, pipeline.config.variants()[name]
     return {
         "episodes": made.digest,
-        "algorithm": name,
-        "config": config.resolved_algorithm(name),
+        "algorithm": variant.algorithm,
+        "config": plain_config(variant.config),
         "training": config.training.model_dump(),
         "seeds": [config.seed, config.seeds],
     }
 
 
-def current_candidates(pipeline: Pipeline) -> dict[str, Stage]:
-    """Every candidate, trained on the present episodes with the present settings. Raises InputError when one was not."""
-    made = current_episodes(pipeline)
-    return {
-        name: storage.load_stage(pipeline.candidate(name), _candidate_key(pipeline, name, made))
-        for name in pipeline.config.algorithms
-    }
+def current_candidates(pipeline: Pipeline) -> dict[str, str]:
+    """The digest of every candidate, trained on the present episodes with the present settings.
+
+    A training leaves several candidates where `training.checkpoints` says so, the last one first. Raises InputError when one
+    was not trained.
+    """
+    made, found = current_episodes(pipeline), {}
+    for name in pipeline.config.variants():
+        stage = storage.load_stage(pipeline.variant(name), _candidate_key(pipeline, name, made))
+        for steps in (None, *pipeline.config.training.kept_after[-2::-1]):
+            folder = "" if steps is None else f"{checkpoint_folder(steps)}/"
+            files = {file: stage.files[f"{folder}{file}"]["sha256"] for file in (bundle.POLICY, bundle.WEIGHTS)}
+            found[candidate_name(name, steps)] = storage.digest(files)
+    return found
 
 
 def _acting(algorithm: Algorithm, pipeline: Pipeline) -> nn.Module:
@@ -142,8 +155,9 @@ def capped(pipeline: Pipeline, name: str, encoder: Encoder, behavior: nn.Module,
 
 def load_candidate(pipeline: Pipeline, name: str, encoder: Encoder) -> nn.Module:
     seeds = range(pipeline.config.seeds)
-    _, kind = ALGORITHMS[name]
-    algorithm = kind(pipeline.config.algorithm(name), encoder, pipeline.config.logs.action.actions, seeds)
+    variant = pipeline.config.variants()[variant_of(name)[0]]
+    _, kind = ALGORITHMS[variant.algorithm]
+    algorithm = kind(variant.config, encoder, pipeline.config.logs.action.actions, seeds)
     model = _acting(algorithm, pipeline)
     model.load_state_dict(read_tensors(pipeline.candidate(name) / bundle.WEIGHTS))
     return model
@@ -164,42 +178,3 @@ def evaluate_policies(
         task=task,
         refit=refit_of(pipeline, evaluated_on),
     )
-
-
-def _leaderboard_key(pipeline: Pipeline) -> dict[str, Any]:
-    config = pipeline.config
-    return {
-        "episodes": current_episodes(pipeline).digest,
-        "behavior": current_behavior(pipeline).digest,
-        "candidates": {name: stage.digest for name, stage in current_candidates(pipeline).items()},
-        "fqe": config.fqe.model_dump(mode="json"),
-        "bootstrap": [config.seed, config.bootstrap_samples],
-    }
-
-
-def current_leaderboard(pipeline: Pipeline) -> Stage:
-    """The ranking of the present candidates. Raises InputError when it is of others."""
-    return storage.load_stage(pipeline.folder / "leaderboard", _leaderboard_key(pipeline))
-
-
-def leaderboard(pipeline: Pipeline) -> Stage:
-    """Rank the candidates on the selection split."""
-    picture = pipeline.reports / "leaderboard.png"
-
-    def build(folder: Path) -> dict[str, Any]:
-        policies = {name: open_policy(pipeline.candidate(name) / bundle.POLICY) for name in pipeline.config.algorithms}
-        policies[BEHAVIOR] = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
-        train, selection = read_episodes(pipeline, "train"), read_evaluated(pipeline, "selection")
-        rows = rank(evaluate_policies(pipeline, policies, train, selection, "FQE for the leaderboard"))
-        storage.write_json(folder / "leaderboard.json", rows)
-        gains = [row["score"] for row in rows]
-        plots.bars(
-            [row["candidate"] for row in rows],
-            gains,
-            "Least gain over behavior by FQE, selection split",
-            "gain",
-            picture,
-        )
-        return {"best": rows[0]["candidate"], "ranking": rows, "episodes": selection.n_episodes}
-
-    return storage.build_stage(pipeline.folder / "leaderboard", _leaderboard_key(pipeline), build, (picture,))

@@ -10,7 +10,7 @@ from offrl_models.gate import Status
 from offrl_models.reports import checks, plots, shift
 from offrl_models.stages.data import read_episodes, read_log
 from offrl_models.stages.judging import evidence_key
-from offrl_models.stages.learning import current_leaderboard
+from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 
 
@@ -89,6 +89,7 @@ def release(pipeline: Pipeline) -> bundle.Release:
         lineage={
             "dataset": config.dataset,
             "algorithm": judged.summary["algorithm"],
+            "candidate_name": judged.summary["candidate_name"],
             "cap": judged.summary["cap"],
             "compared_with": found["champion"]["name"],
             "champion_version": judged.summary["champion_version"],
