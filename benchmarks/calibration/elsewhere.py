@@ -1,6 +1,6 @@
-"""Other worlds than ICU-Sepsis: a long chain, a contextual bandit, and CartPole, the last two with neural nuisances.
+"""Other worlds than ICU-Sepsis: a chain, a contextual bandit, CartPole and a point mass, all but the first with neural nuisances.
 
-The nulls of the chain and of the bandit are exact; those of CartPole are as good as the behavior by 50,000 rollouts.
+All nulls are exact but those of CartPole, which are as good as the behavior by 50,000 rollouts.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from scipy import optimize, stats
 
 from benchmarks.calibration.cartpole import CartPole, Policy, controller
 from benchmarks.calibration.judging import (
@@ -24,9 +25,11 @@ from benchmarks.calibration.store import Experiment, Found, Lines
 from benchmarks.calibration.tables import cell, cost, count, ever, names, prose, table, verdicts
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.evaluation import BEHAVIOR, evaluate
+from offrl_models.exported import Exported, OnnxDensity
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.nulls import Family
 from offrl_models.ope.worlds import World, bandit, chain
+from offrl_models.ope.worlds.control import LinearGaussianPolicy, LinearGaussianWorld, point_mass, split
 from offrl_models.schema import Episodes, Feature
 
 FITTED_ON, JUDGED_ON = 4_667, 2_000
@@ -35,6 +38,7 @@ SOME = (Family("random half", 1.5), Family("random half", 5.0), Family("severe h
 FQE = FQEConfig(hidden=(64, 64), gradient_steps=600, learning_rate=2e-3, polyak=0.05, members=3)
 RIGHT = {"a little better on one side": 5.0, "better on one side": 6.0}  # gain of the controller on the right
 ROLLOUTS = 50_000
+MASS_STEPS, MASS_BOUNDS = 10, np.array([[-8.0, 8.0]])  # of what it is pushed with; nothing is cut off there
 
 
 @cache
@@ -56,12 +60,13 @@ def pole_nulls() -> tuple[CartPole, dict[str, Policy]]:
     return world, {name: world.no_better(gain, ROLLOUTS, seed=1) for name, gain in RIGHT.items()}
 
 
-def by_networks(policies: Mapping[str, KnownPolicy], log: Episodes, seed: int) -> Found:
+def by_networks(policies: Mapping[str, Exported], log: Episodes, seed: int, bounded: bool = True) -> Found:
     """The pipeline's own evaluation, fitted Q networks included, and the gate's verdict on every policy."""
     fitted = np.arange(log.n_episodes) < FITTED_ON
     train, gate = log.take(fitted), log.take(~fitted)
     found = evaluate(dict(policies), train, gate, Encoder.fit(train), FQE, samples=50, seed=seed, task="nuisances")
-    return {name: judged(each) for name, each in measured(found, asked(None)).items()}
+    question = asked(None) if bounded else replace(asked(None), return_range=None)
+    return {name: judged(each) for name, each in measured(found, question).items()}
 
 
 def on_chain(seed: int) -> Found:
@@ -108,6 +113,49 @@ def _of_function(policy: Policy) -> KnownPolicy:
     return KnownPolicy(known)
 
 
+class KnownDensity(OnnxDensity):
+    """A linear policy with normal noise, where the pipeline has an exported graph."""
+
+    def __init__(self, policy: LinearGaussianPolicy):
+        self.policy = policy
+
+    @property
+    def numbers(self) -> int:
+        return 1
+
+    def run(self, observation: np.ndarray, action: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, width = self.policy.mean(split(observation)[0])[:, None], np.sqrt(self.policy.covariance)
+        return stats.norm.logpdf(action, mean, width)[..., 0], stats.norm.ppf(uniform, mean, width)
+
+
+@cache
+def mass_policies() -> tuple[LinearGaussianWorld, dict[str, LinearGaussianPolicy]]:
+    """A push too hard or a brake too hard, which gain at first what they lose later; and half of the way to either."""
+    world = point_mass(horizon=MASS_STEPS, gamma=0.95)
+    before = world.behavior
+
+    def moved(size: float, way: np.ndarray) -> LinearGaussianPolicy:
+        return replace(before, gain=before.gain - size * way)
+
+    def gained(size: float, way: np.ndarray) -> float:
+        return world.value(moved(size, way)) - world.value(before)
+
+    found = {}
+    for name, way in {"spring": np.array([[1.0, 0.0]]), "brake": np.array([[0.0, 1.0]])}.items():
+        size = optimize.root_scalar(gained, args=(way,), bracket=(0.5, 2.0), xtol=1e-12).root
+        found[f"{name} too hard, no better"] = moved(size, way)
+        found[f"{name}, better by {gained(size / 4, way):.2g}"] = moved(size / 4, way)
+    return world, found
+
+
+def on_mass(seed: int) -> Found:
+    world, known = mass_policies()
+    log = world.simulate(FITTED_ON + JUDGED_ON, seed)
+    shown = replace(log, features=tuple(map(Feature, ("position", "speed", "step"))), bounds=MASS_BOUNDS)
+    policies = {**known, BEHAVIOR: world.behavior}
+    return by_networks({name: KnownDensity(policy) for name, policy in policies.items()}, shown, seed, bounded=False)
+
+
 def _rows(lines: Lines) -> list[str]:
     rows = [("null policy", "false passes", "verdicts")]
     for name in names(lines):
@@ -141,8 +189,19 @@ def pole_report(lines: Lines, path: Path) -> list[str]:
     return _section("CartPole", intro, lines)
 
 
+def mass_report(lines: Lines, path: Path) -> list[str]:
+    world, _ = mass_policies()
+    intro = (
+        f"A push of a mass along a line, {MASS_STEPS} steps: continuous actions, densities known, gamma .95, the behavior worth "
+        f"{world.value(world.behavior):.3f}. Fitted Q networks and fitted visit ratios, uncapped policies; exact values in closed "
+        "form. The policies that are better show the power."
+    )
+    return _section("Continuous actions: a point mass", intro, lines)
+
+
 EXPERIMENTS = {
     "chain": Experiment(on_chain, 400, chain_report),
     "bandit": Experiment(on_bandit, 400, bandit_report),
     "cartpole": Experiment(on_pole, 200, pole_report),
+    "point_mass": Experiment(on_mass, 200, mass_report),
 }
