@@ -75,12 +75,13 @@ class Learner(L.LightningModule):
         config: TrainingConfig,
         report: Report | None = None,
         checkpoint: Checkpoint | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.algorithm: Any = algorithm
         self.transitions, self.sampler, self.config = transitions, sampler, config
-        self.report, self.checkpoint = report, checkpoint
+        self.report, self.checkpoint, self.stop = report, checkpoint, stop
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
         self.stopped: dict[int, str] = {}  # seeds, by place, and why
@@ -138,6 +139,8 @@ class Learner(L.LightningModule):
             )
         if self.checkpoint and self.gradient_steps % self.checkpoint.every < batch:
             self.save(self.checkpoint)
+        if self.stop and self.stop():
+            self.trainer.should_stop = True
 
     @torch.no_grad()
     def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
@@ -171,7 +174,8 @@ class Learner(L.LightningModule):
         """Everything that the next step depends on, but for the log."""
         streams = {f"rows.{i}": each.get_state() for i, each in enumerate(self.sampler.generators)}
         streams |= {f"chances.{i}": each.get_state() for i, each in enumerate(self.sampler.chances)}
-        weights = {f"algorithm.{name}": each for name, each in self.algorithm.named_parameters()}
+        named = [*self.algorithm.named_parameters(), *self.algorithm.named_buffers()]
+        weights = {f"algorithm.{name}": each for name, each in named}
         return {**streams, **weights, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -219,13 +223,14 @@ def train(
     chunk: int = 100,
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Trained:
-    """Train in place, from the checkpoint on if there is one of this training.
+    """Train in place, from the checkpoint on if there is one of this training; `stop` is asked after each chunk.
 
     Raises NonFiniteLossError naming network, seed and step when no seed is left.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint)
+    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint, stop)
     if checkpoint:
         learner.resume(checkpoint)
     with warnings.catch_warnings():

@@ -18,17 +18,22 @@ from offrl_models.ope.worlds import World
 from offrl_models.optimizer import FusedAdam
 from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
-from offrl_models.training import fit, fit_fqe, sampler_of, transitions_of
+from offrl_models.training import fit, fit_fqe, prepare, sampler_of, transitions_of
 from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
 SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
 QUICK: dict[str, Any] = {"target_interval": 3, "vae_hidden": (8,), "samples": 5}
+MODEL: dict[str, Any] = {  # of the world, and rollouts that are felt in a few steps
+    "dynamics_hidden": (8,), "dynamics_learning_rate": 0.01, "dynamics_steps": 20, "members": 4, "elites": 2,
+    "rollout_steps": 2, "rollout_interval": 2, "kept_rollouts": 3, "actor_learning_rate": 0.01,
+}  # fmt: skip
 QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps, and knobs are felt in 12
     "rebrac": {"learning_rate": 0.001},
     "bc_top": {"top_share": 0.5},
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},
+    "mopo": MODEL,
 }
 SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
 DISCRETE = [name for name, space in SPACES if space == "discrete"]
@@ -65,7 +70,9 @@ def known_fields(name: str, space: Space) -> list[str]:
 
 def sampled(algorithm: Any, seeds: list[int], episodes: Episodes) -> tuple[Transitions, Sampler]:
     transitions = transitions_of(algorithm, episodes, Encoder(episodes.features))
-    return transitions, sampler_of(algorithm, transitions, episodes, 32, seeds)
+    sampler = sampler_of(algorithm, transitions, episodes, 32, seeds)
+    prepare(algorithm, transitions, sampler, TrainingConfig())
+    return transitions, sampler
 
 
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
@@ -126,6 +133,8 @@ OTHER = {
     "members": 3, "diversity": 5.0, "actor_learning_rate": 0.02, "samples": 4,
     "vae_hidden": (9,), "vae_learning_rate": 0.1, "kl_weight": 3.0, "flexibility": 0.5, "pessimism": 0.1,
     "in_data_weight": 0.3,
+    "dynamics_hidden": (9,), "dynamics_learning_rate": 0.02, "dynamics_steps": 10, "elites": 1, "rollout_steps": 3,
+    "rollout_interval": 3, "kept_rollouts": 1, "real_ratio": 0.5, "penalty": 3.0,
 }  # fmt: skip
 KNOBS = [
     (name, space, field)

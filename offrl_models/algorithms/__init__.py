@@ -18,6 +18,7 @@ from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
 from offrl_models.algorithms.iqn import IQN, IQNConfig
 from offrl_models.algorithms.mcq import MCQ, MCQConfig
+from offrl_models.algorithms.mopo import MOPO, MOPOConfig
 from offrl_models.algorithms.nfq import NFQ, NFQConfig
 from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
@@ -47,6 +48,7 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "sac_n": (SACNConfig, SACN),
     "edac": (EDACConfig, SACN),
     "mcq": (MCQConfig, MCQ),
+    "mopo": (MOPOConfig, MOPO),
 }
 
 # Where the settings over continuous actions are others.
