@@ -248,14 +248,13 @@ class Dynamics(nn.Module):
         return (own > 0.0) | (own == own.amax(-1, keepdim=True))
 
     def deviation(self, found: Prediction) -> Float[Tensor, "seed batch"]:
-        """How uncertain a step is: the largest standard deviation that a member states, over all that follows together.
+        """How uncertain a step is: the largest standard deviation of a member from what all expect, over all that follows together.
 
         Numbers are in units of their standard deviation in the log, the reward in its own, a category is a vector with a single 1.
         """
-        share = self._shares(found.category)
-        return largest_deviation(
-            torch.cat([(self._units() * found.log_scale.exp()).square(), share * (1.0 - share)], -1)
-        )
+        share, units = self._shares(found.category), self._units()
+        mean = torch.cat([units * found.mean, share], -1)
+        return largest_deviation(mean, torch.cat([(units * found.log_scale.exp()).square(), share * (1.0 - share)], -1))
 
     def disagreement(self, found: Prediction) -> Float[Tensor, "seed batch"]:
         """How far what two members expect is apart at most, in the units of `deviation`; the end of the task is from 0 to 1."""

@@ -67,13 +67,19 @@ def event_loss(
     return torch.where(known, each, 0.0).sum(-1).mean(-1)
 
 
-def largest_deviation(variance: Float[Tensor, "seed member batch columns"]) -> Float[Tensor, "seed batch"]:
-    """max over members of the root of the summed variances: Yu et al. (2020), section 4.3.
+def largest_deviation(
+    mean: Float[Tensor, "seed member batch columns"], variance: Float[Tensor, "seed member batch columns"]
+) -> Float[Tensor, "seed batch"]:
+    """max over members of the root of E |x - expected|^2, where x is what the member states and `expected` what all expect on
+    the average. Where they agree it is the largest root of the summed variances: Yu et al. (2020), section 4.3.
 
-    >>> largest_deviation(torch.tensor([[[[9.0, 16.0]], [[1.0, 0.0]]]])).item()
-    5.0
+    >>> alike, apart = torch.zeros(1, 2, 1, 1), torch.tensor([[[[4.0]], [[-4.0]]]])
+    >>> variance = torch.tensor([[[[9.0]], [[1.0]]]])
+    >>> largest_deviation(alike, variance).item(), largest_deviation(apart, variance).item()
+    (3.0, 5.0)
     """
-    return variance.sum(-1).sqrt().amax(1)
+    distance = mean - mean.mean(1, keepdim=True)
+    return (variance + distance.square()).sum(-1).sqrt().amax(1)
 
 
 def largest_distance(mean: Float[Tensor, "seed member batch columns"]) -> Float[Tensor, "seed batch"]:

@@ -34,6 +34,8 @@ QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 20
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},
     "mopo": MODEL,
+    "combo": MODEL,
+    "morel": {**MODEL, "halt_threshold": 0.6, "halt_penalty": 1.0},
 }
 SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
 DISCRETE = [name for name, space in SPACES if space == "discrete"]
@@ -134,7 +136,8 @@ OTHER = {
     "vae_hidden": (9,), "vae_learning_rate": 0.1, "kl_weight": 3.0, "flexibility": 0.5, "pessimism": 0.1,
     "in_data_weight": 0.3,
     "dynamics_hidden": (9,), "dynamics_learning_rate": 0.02, "dynamics_steps": 10, "elites": 1, "rollout_steps": 3,
-    "rollout_interval": 3, "kept_rollouts": 1, "real_ratio": 0.5, "penalty": 3.0,
+    "rollout_interval": 3, "kept_rollouts": 1, "real_ratio": 0.3, "penalty": 3.0,
+    "halt_threshold": 0.5, "halt_penalty": 2.0,
 }  # fmt: skip
 KNOBS = [
     (name, space, field)

@@ -15,7 +15,8 @@ LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
     {"schema", "storage", "mapped", "tensors", "progress"},
-    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "model_losses", "dynamics", "early_stopping", "rollouts"},
+    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae"}
+    | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},
     {"exported"},
     {"algorithms", "ope", "optimizer", "checkpoint"},

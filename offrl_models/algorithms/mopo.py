@@ -1,10 +1,11 @@
 """Model-based offline policy optimization: a soft actor-critic that practises in a learned model, and pays for its uncertainty.
 
 Yu, Thomas, Yu, Ermon, Zou, Levine, Finn & Ma (2020), https://arxiv.org/abs/2005.13239; defaults of OfflineRL-Kit.
-Differences from the paper: the end of the task is learned, too; uncertainty is in standard deviations of the log and costs in
-those of the reward, so that `penalty` needs no change with their scales; the policy is a cut-off logistic density where theirs
-is a squashed normal, and over discrete actions it is that of the discrete soft actor-critic; all losses are taken at the same
-parameters.
+Differences from the paper: the end of the task is learned, too; the largest deviation that a member states counts from what all
+members expect and not from what it expects itself, for stated ones alone need not grow away from the data; it is in standard
+deviations of the log and costs in those of the reward, so that `penalty` needs no change with their scales; the policy is a cut-off
+logistic density where theirs is a squashed normal, and over discrete actions that of the discrete soft actor-critic; all losses are
+taken at the same parameters.
 """
 
 from collections.abc import Sequence
@@ -71,17 +72,13 @@ class MOPO(nn.Module):
         assert batch.uniform is not None
         _, for_actor, for_target = batch.uniform.split([self.rollouts.draws, 1, 1], 2)
         batch = self.rollouts.mixed(batch, self.policy, self.simulated)
-        policy, following = (
-            self.policy(batch.observation, batch.mask),
-            self.policy(batch.next_observation, batch.next_mask),
-        )
-        price = self.temperature()
+        policy = self.policy(batch.observation, batch.mask)
+        following = self.policy(batch.next_observation, batch.next_mask)
+        price, share = self.temperature(), self.config.entropy_share
         next_value = soft_next_value(following, self.target_q, price, batch.next_observation, for_target)
-        share = self.config.entropy_share
+        target = td_target(batch.reward, batch.discount, next_value)
         return {
-            "q": ensemble_error(
-                self.q(batch.observation, batch.action), td_target(batch.reward, batch.discount, next_value)
-            ),
+            "q": ensemble_error(self.q(batch.observation, batch.action), target),
             **soft_losses(
                 policy, self.q, self.temperature, batch.observation, batch.mask, for_actor, entropy_share=share
             ),
