@@ -27,15 +27,16 @@ class EarlyStopping:
     @torch.no_grad()
     def __call__(self) -> bool:
         """Judge the weights as they are now: whether every seed is done."""
-        running = self.waited < PATIENCE
-        improved = torch.zeros_like(running)
+        running, gained = self.waited < PATIENCE, {}
         for name, error in self.model.errors(self.holdout).items():
             better = (error < (1.0 - BETTER) * self.error[name]) & running.repeat_interleave(self.members)
             self.error[name] = torch.where(better, error, self.error[name])
             for kept, now in zip(self.best[name], self.networks[name], strict=True):
                 kept[better] = now[better]
-            improved |= better.unflatten(0, (self.seeds, self.members)).any(1)
-        self.waited = torch.where(running, torch.where(improved, 0, self.waited + 1), self.waited)
+            gained[name] = better.unflatten(0, (self.seeds, self.members)).any(1)
+        # Masks that follow from the observation are learned ever more surely, and would never let it end.
+        waited = torch.where(gained["transition"], 0, self.waited + 1)
+        self.waited = torch.where(running, waited, self.waited)
         return bool((self.waited >= PATIENCE).all())
 
     @torch.no_grad()

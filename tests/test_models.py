@@ -15,14 +15,14 @@ from offrl_models.datasets.encoding import Encoded, Encoder
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
 from offrl_models.dynamics import Dynamics, DynamicsConfig, Prediction, Simulated
 from offrl_models.early_stopping import PATIENCE, EarlyStopping
-from offrl_models.learner import NonFiniteLossError, TrainingConfig
+from offrl_models.learner import NonFiniteLossError, TrainingConfig, train
 from offrl_models.model_losses import simulated_gap
 from offrl_models.ope.worlds import LinearGaussianPolicy, LinearGaussianWorld, World
 from offrl_models.schema import Episodes, Feature, InputError
 from offrl_models.training import fit, fit_dynamics
 from tests.conftest import chain_world, codes
 from tests.test_algorithms import EPISODES, LOGS, MODEL, WORLD, build, exact, sampled
-from tests.test_critics import BOUNDS, LOW, WIDTH, narrow
+from tests.test_critics import LOW, WIDTH, narrow
 
 DYNAMICS = np.array([[0.9, 0.2], [-0.1, 0.8]])
 CONTROL = np.array([[0.5], [1.0]])
@@ -199,13 +199,14 @@ def test_each_member_keeps_its_best_weights_and_a_seed_is_done_when_none_gets_be
     ]
     given = iter([*script, late, late])
     model: Any = Dynamics(
-        DynamicsConfig(dynamics_hidden=(4,), members=2, elites=1), Encoder(codes(None, None)), BOUNDS, [0, 1]
+        DynamicsConfig(dynamics_hidden=(4,), members=2, elites=1), Encoder(codes(None, None)), 3, [0, 1]
     )
+    surer = iter(range(20, 0, -1))  # masks get better all the time, and that does not count
 
     def errors(batch: TransitionBatch) -> dict[str, torch.Tensor]:
         for parameter in model.transition.parameters():
             parameter.data += 1.0
-        return {"transition": torch.tensor(next(given))}
+        return {"transition": torch.tensor(next(given)), "allowed": torch.full((4,), float(next(surer)))}
 
     for parameter in model.transition.parameters():
         torch.nn.init.zeros_(parameter)
@@ -217,6 +218,13 @@ def test_each_member_keeps_its_best_weights_and_a_seed_is_done_when_none_gets_be
     assert done == [False] * 8 + [True]
     assert stopping.best["transition"][0].flatten(1)[:, 0].tolist() == [2.0, 1.0, 4.0, 1.0]
     assert stopping.error["transition"].tolist() == [8.0, 5.0, 2.0, 4.0]
+
+
+def test_training_ends_when_it_is_told_to() -> None:
+    algorithm, asked_at = build("iql", [0]), iter([False, True, False])
+    how = TrainingConfig(gradient_steps=40)
+    went = train(algorithm, *sampled(algorithm, [0], EPISODES), how, chunk=5, stop=lambda: next(asked_at))
+    assert [chunk["gradient_steps"] for chunk in went.history] == [5, 10]
 
 
 @pytest.fixture(scope="module", params=["discrete", "continuous"])
