@@ -479,6 +479,23 @@ def test_what_a_model_cannot_use_is_said() -> None:
             make_config(name, {"members": 4, "elites": 5})
 
 
-def test_members_that_explode_are_no_elites_and_too_few_are_said() -> None:
-    with pytest.raises(NonFiniteLossError, match="seed 0"):
+def test_members_that_explode_are_no_elites_and_too_few_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NonFiniteLossError, match="the transition loss of seed 0 is not finite"):
         model_of(linear(200, 1), 30, dynamics_learning_rate=1e30)
+    honest = Dynamics.errors
+
+    def errors(self: Dynamics, batch: TransitionBatch) -> dict[str, torch.Tensor]:
+        return {
+            name: found.index_fill(0, torch.tensor([0, 5, *bad]), torch.nan)
+            for name, found in honest(self, batch).items()
+        }
+
+    monkeypatch.setattr(Dynamics, "errors", errors)
+    bad: list[int] = []
+    model = model_of(linear(200, 1), 5)
+    assert [sorted(each) for each in model.elite.tolist()] == [[1, 2, 3], [0, 2, 3]]
+    bad = [6]
+    with pytest.raises(
+        NonFiniteLossError, match="only 2 members of the model of the world of seed 1 have finite errors"
+    ):
+        model_of(linear(200, 1), 5)
