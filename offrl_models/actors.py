@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
 from offrl_models.distributions import Actions, Categorical, Distribution, LogisticMixture, head_of
-from offrl_models.losses import smoothing_noise, temperature_loss
+from offrl_models.losses import expected_value, smoothing_noise, soft_value, temperature_loss
 from offrl_models.nets import MLP, Box, JointMLP, take
 
 MEMBER = 7_919_000_003  # far apart: no member of one seed starts like a member of another
@@ -177,3 +177,39 @@ def soft_actor_losses(
         "policy": (temperature()[:, None, None] * log_prob - least).mean((1, 2)),
         "temperature": temperature_loss(temperature.log, -log_prob.flatten(1), wanted),
     }
+
+
+def soft_losses(
+    policy: Distribution,
+    critic: Critic,
+    temperature: Temperature,
+    observation: Observation,
+    mask: Tensor,
+    uniform: Tensor,
+    *,
+    entropy_share: float,
+) -> dict[str, Float[Tensor, "seed"]]:
+    """`soft_actor_losses` over actions of either kind: over discrete ones of Christodoulou (2019), with an entropy aimed at that
+    is a share of the greatest one among the actions a mask allows. Continuous actions have no use for that share."""
+    if not isinstance(policy, Categorical):
+        return soft_actor_losses(policy, critic, temperature, observation, uniform)
+    with torch.no_grad():
+        least = critic.each(observation).amin(1)
+    log_probs = policy.log_probs
+    wanted = entropy_share * mask.sum(-1).log()
+    return {
+        "policy": -soft_value(least, log_probs, temperature()).mean(-1),
+        "temperature": temperature_loss(temperature.log, -expected_value(log_probs, log_probs), wanted),
+    }
+
+
+def soft_next_value(
+    policy: Distribution, critic: Critic, temperature: Tensor, observation: Observation, uniform: Tensor
+) -> Float[Tensor, "seed batch"]:
+    """The least value of several critics at actions of the policy, less `temperature` [seed] for each unit of log-probability:
+    exact over discrete actions, else at one draw. `uniform` is [seed, batch, 1, 1 + dimensions]."""
+    with torch.no_grad():
+        if isinstance(policy, Categorical):
+            return soft_value(critic.each(observation).amin(1), policy.log_probs, temperature)
+        action, log_prob = policy.drawn(uniform)
+        return (critic(observation, action).amin(1) - temperature[:, None, None] * log_prob).squeeze(-1)

@@ -92,12 +92,13 @@ class Learner(L.LightningModule):
         config: TrainingConfig,
         report: Report | None = None,
         checkpoint: Checkpoint | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.algorithm: Any = algorithm
         self.transitions, self.sampler, self.config = transitions, sampler, config
-        self.report, self.checkpoint = report, checkpoint
+        self.report, self.checkpoint, self.stop = report, checkpoint, stop
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
         self.stopped: dict[int, str] = {}  # seeds, by place, and why
@@ -165,6 +166,8 @@ class Learner(L.LightningModule):
             self.kept[self.gradient_steps] = {name: each.detach().cpu().clone() for name, each in weights}
         if self.checkpoint and self.gradient_steps % self.checkpoint.every < batch:
             self.save(self.checkpoint)
+        if self.stop and self.stop():
+            self.trainer.should_stop = True
 
     @torch.no_grad()
     def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
@@ -198,7 +201,8 @@ class Learner(L.LightningModule):
         """Everything that the next step depends on, but for the log."""
         streams = {f"rows.{i}": each.get_state() for i, each in enumerate(self.sampler.generators)}
         streams |= {f"chances.{i}": each.get_state() for i, each in enumerate(self.sampler.chances)}
-        weights = {f"algorithm.{name}": each for name, each in self.algorithm.named_parameters()}
+        named = [*self.algorithm.named_parameters(), *self.algorithm.named_buffers()]
+        weights = {f"algorithm.{name}": each for name, each in named}
         kept = {f"kept.{steps}.{name}": each for steps, found in self.kept.items() for name, each in found.items()}
         return {**streams, **weights, **kept, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
 
@@ -253,13 +257,14 @@ def train(
     chunk: int = 100,
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Trained:
-    """Train in place, from the checkpoint on if there is one of this training.
+    """Train in place, from the checkpoint on if there is one of this training; `stop` is asked after each chunk.
 
     Raises NonFiniteLossError naming network, seed and step when no seed is left.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint)
+    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint, stop)
     if checkpoint:
         learner.resume(checkpoint)
     with warnings.catch_warnings():

@@ -16,12 +16,17 @@ from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions
 from offrl_models.distributions import Space, space_of
+from offrl_models.dynamics import Dynamics
+from offrl_models.early_stopping import EarlyStopping
 from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy
-from offrl_models.learner import Report, Trainable, Trained, TrainingConfig, train
+from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, TrainingConfig, train
 from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
 from offrl_models.schema import Episodes, InputError
+
+HOLDOUT = 2**41  # so that which rows are held out comes from a stream of its own
+HOLDOUT_ROWS = 1000  # at most, and at most a fifth of all
 
 
 def device() -> str:
@@ -56,6 +61,8 @@ def fit(
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
+    begun = checkpoint is not None and checkpoint.load() is not None
+    prepare(algorithm, transitions, sampler, how, begun=begun)
     went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)
     return algorithm.cpu(), went
 
@@ -71,8 +78,8 @@ def refuse_idle_knobs(name: str, config: AlgorithmConfig, space: Space) -> None:
 
 def transitions_of(algorithm: Trainable, episodes: Episodes, encoder: Encoder, where: str = "cpu") -> Transitions:
     """The rows, with what else the algorithm wants to know of each, and of the log as a whole."""
-    if hasattr(algorithm, "prepare"):
-        cast(Any, algorithm).prepare(episodes)
+    if hasattr(algorithm, "look_at"):
+        cast(Any, algorithm).look_at(episodes)
     context = getattr(algorithm, "context", None)
     return Transitions(episodes, encoder, where, extras=getattr(algorithm, "extras", ()), context=context)
 
@@ -91,6 +98,51 @@ def sampler_of(
         if not len(rows):
             raise InputError(f"{type(algorithm).__name__} can train on none of the {episodes.n_rows} rows.")
     return Sampler([rows] * len(seeds), batch_size, list(seeds), algorithm.draws, width)
+
+
+def prepare(
+    algorithm: Algorithm, transitions: Transitions, sampler: Sampler, how: TrainingConfig, *, begun: bool = False
+) -> None:
+    """Give algorithms with a model of the world room for what it simulates, and train the model, unless training has begun and
+    a checkpoint holds it."""
+    if hasattr(algorithm, "dynamics"):
+        algorithm.rollouts.allocate(sampler.batch_size)
+        if not begun:
+            fit_dynamics(algorithm.dynamics, transitions, sampler, how)
+
+
+def fit_dynamics(dynamics: Dynamics, transitions: Transitions, sampler: Sampler, how: TrainingConfig) -> Trained:
+    """Train a model of the world in place: each member on a bootstrap resample of a seed's rows, until rows held out no longer
+    gain. They are judged after each pass over the rows, or after 100 to 1,000 gradient steps where a pass is shorter or longer.
+
+    Raises NonFiniteLossError when too few members of a seed stay finite.
+    """
+    members, config = dynamics.config.members, dynamics.config
+    pools: list[torch.Tensor] = []
+    held_out: list[torch.Tensor] = []
+    for seed, pool in zip(sampler.seeds, sampler.pools, strict=True):
+        generator = torch.Generator().manual_seed(seed + HOLDOUT)
+        order = torch.randperm(len(pool), generator=generator).to(pool.device)
+        held = min(len(pool) // 5, HOLDOUT_ROWS)
+        rest = pool[order[held:]]
+        held_out += [pool[order[:held]] if held else rest] * members
+        drawn = torch.randint(len(rest), (members, len(rest)), generator=generator).to(pool.device)
+        pools += rest[drawn].unbind()
+    dynamics.to(transitions.reward.device).measure(transitions, sampler.pools[0])
+    stopping = EarlyStopping(dynamics, transitions.take(torch.stack(held_out)))
+    rows = Sampler(pools, sampler.batch_size, dynamics.seeds)
+    rows.seeds = [seed for seed in sampler.seeds for _ in range(members)]  # as which a member that explodes is named
+    how = TrainingConfig(gradient_steps=config.dynamics_steps, batch_size=sampler.batch_size, precision=how.precision)
+    every = min(max(len(pools[0]) // sampler.batch_size, 100), 1000)
+    went = train(dynamics, transitions, rows, how, chunk=every, stop=stopping)
+    finite = stopping.keep_best().isfinite().sum(1).tolist()
+    for seed, found in zip(sampler.seeds, finite, strict=True):
+        if found < config.elites:
+            raise NonFiniteLossError(
+                f"only {found} members of the model of the world of seed {seed} have finite errors, and {config.elites} are to "
+                "simulate; lower dynamics_learning_rate or look for extreme values in the observations and rewards."
+            )
+    return went
 
 
 def fit_fqe(

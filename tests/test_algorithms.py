@@ -18,13 +18,17 @@ from offrl_models.ope.worlds import World
 from offrl_models.optimizer import FusedAdam
 from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
-from offrl_models.training import fit, fit_fqe, sampler_of, transitions_of
+from offrl_models.training import fit, fit_fqe, prepare, sampler_of, transitions_of
 from tests.conftest import chain_world, codes
 
 WORLD = chain_world()
 SMALL: dict[str, Any] = {"hidden": (8,), "learning_rate": 0.01}
 QUICK: dict[str, Any] = {
     "target_interval": 3, "vae_hidden": (8,), "samples": 5, "embedding": 8, "layers": 2, "heads": 2, "context": 3,
+}  # fmt: skip
+MODEL: dict[str, Any] = {  # of the world, and rollouts that are felt in a few steps
+    "dynamics_hidden": (8,), "dynamics_learning_rate": 0.01, "dynamics_steps": 20, "members": 4, "elites": 2,
+    "rollout_steps": 2, "rollout_interval": 2, "kept_rollouts": 3, "actor_learning_rate": 0.01,
 }  # fmt: skip
 QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps, and knobs are felt in 12
     "rebrac": {"learning_rate": 0.001},
@@ -33,6 +37,9 @@ QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 20
     "bc_top": {"top_share": 0.5},
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},
+    "mopo": MODEL,
+    "combo": MODEL,
+    "morel": {**MODEL, "halt_threshold": 0.6, "halt_penalty": 1.0},
 }
 SPACES = [(name, space) for name, (_, kind) in ALGORITHMS.items() for space in kind.spaces]
 DISCRETE = [name for name, space in SPACES if space == "discrete"]
@@ -69,7 +76,9 @@ def known_fields(name: str, space: Space) -> list[str]:
 
 def sampled(algorithm: Any, seeds: list[int], episodes: Episodes) -> tuple[Transitions, Sampler]:
     transitions = transitions_of(algorithm, episodes, Encoder(episodes.features))
-    return transitions, sampler_of(algorithm, transitions, episodes, 32, seeds)
+    sampler = sampler_of(algorithm, transitions, episodes, 32, seeds)
+    prepare(algorithm, transitions, sampler, TrainingConfig())
+    return transitions, sampler
 
 
 def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
@@ -105,8 +114,9 @@ def test_each_loss_trains_only_its_own_network(name: str, space: Space) -> None:
             assert touched == (other == trained_network), (trained_network, other)
 
 
-# What follows the slope of a network jumps where a ReLU does, and after more steps shows the rounding of sums in other orders.
-STEPS = {"edac": 100}
+# What follows the slope of a network jumps where a ReLU does, and after more steps shows the rounding of sums in other orders; so
+# do draws where a random number meets a probability.
+STEPS = {"edac": 100, "mopo": 60, "combo": 60, "morel": 60}
 
 
 @pytest.mark.parametrize(("name", "space"), SPACES)
@@ -131,6 +141,9 @@ OTHER = {
     "vae_hidden": (9,), "vae_learning_rate": 0.1, "kl_weight": 3.0, "flexibility": 0.5, "pessimism": 0.1,
     "in_data_weight": 0.3, "embedding": 6, "layers": 1, "heads": 1, "context": 2, "max_steps": 2, "weight_decay": 0.5,
     "target_return": 0.1,
+    "dynamics_hidden": (9,), "dynamics_learning_rate": 0.02, "dynamics_steps": 10, "elites": 1, "rollout_steps": 3,
+    "rollout_interval": 3, "kept_rollouts": 1, "real_ratio": 0.3, "penalty": 3.0,
+    "halt_threshold": 0.5, "halt_penalty": 2.0,
 }  # fmt: skip
 KNOBS = [
     (name, space, field)

@@ -15,7 +15,8 @@ LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
     {"schema", "storage", "mapped", "tensors", "progress"},
-    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"},
+    {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"}
+    | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},
     {"densities"},
     {"exported"},
@@ -130,7 +131,7 @@ def test_files_stay_small() -> None:
             assert len(path.read_text().splitlines()) <= limit, path
 
 
-@pytest.mark.parametrize("name", ["offrl_models.losses"])
+@pytest.mark.parametrize("name", ["offrl_models.losses", "offrl_models.model_losses"])
 def test_examples_in_docstrings_hold(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted > 10 and found.failed == 0

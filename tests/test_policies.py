@@ -72,7 +72,8 @@ def episodes() -> Episodes:
 
 
 def policy_of(name: str, encoder: Encoder, actions: int) -> Mixture:
-    config = make_config(name, {"hidden": [8]})
+    model = {"dynamics_hidden": [8]} if name in ("mopo", "combo", "morel") else {}
+    config = make_config(name, {"hidden": [8], **model})
     return Mixture(ALGORITHMS[name][1](config, encoder, actions, range(2)), 2)  # pyright: ignore[reportArgumentType]
 
 

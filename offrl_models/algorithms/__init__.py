@@ -12,6 +12,7 @@ from offrl_models.algorithms.bandit import Bandit, BanditConfig
 from offrl_models.algorithms.bc import BC, BCConfig
 from offrl_models.algorithms.bc_top import TopBC, TopBCConfig
 from offrl_models.algorithms.bcq import BCQ, BCQConfig, ContinuousBCQConfig
+from offrl_models.algorithms.combo import COMBO, COMBOConfig
 from offrl_models.algorithms.cql import CQL, ContinuousCQLConfig, CQLConfig
 from offrl_models.algorithms.crr import CRR, CRRConfig
 from offrl_models.algorithms.decision_transformer import DecisionTransformer, DecisionTransformerConfig
@@ -20,6 +21,8 @@ from offrl_models.algorithms.dqn import DQN, DQNConfig
 from offrl_models.algorithms.iql import IQL, IQLConfig
 from offrl_models.algorithms.iqn import IQN, IQNConfig
 from offrl_models.algorithms.mcq import MCQ, MCQConfig
+from offrl_models.algorithms.mopo import MOPO, MOPOConfig
+from offrl_models.algorithms.morel import MOReL, MOReLConfig
 from offrl_models.algorithms.nfq import NFQ, NFQConfig
 from offrl_models.algorithms.qr_dqn import QRDQN, QRDQNConfig
 from offrl_models.algorithms.rebrac import ReBRAC, ReBRACConfig
@@ -52,6 +55,9 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "sac_n": (SACNConfig, SACN),
     "edac": (EDACConfig, SACN),
     "mcq": (MCQConfig, MCQ),
+    "mopo": (MOPOConfig, MOPO),
+    "combo": (COMBOConfig, COMBO),
+    "morel": (MOReLConfig, MOReL),
 }
 
 # Where the settings over continuous actions are others.

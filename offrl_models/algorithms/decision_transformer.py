@@ -64,7 +64,7 @@ class DecisionTransformer(nn.Module):
         for name in ("target_return", "mean", "scale"):  # no numbers until a log was looked at
             self.register_buffer(name, torch.tensor(torch.nan, dtype=torch.float64))
 
-    def prepare(self, episodes: Episodes) -> None:
+    def look_at(self, episodes: Episodes) -> None:
         """Takes the scale of returns, and the target where none was set, from the log that is trained on."""
         mean, spread = float(episodes.reward_to_go.mean()), float(episodes.reward_to_go.std())
         self.mean.fill_(mean)
