@@ -333,9 +333,9 @@ def test_returns_that_are_all_alike_are_not_blown_up() -> None:
     same = dataclasses.replace(first, reward=np.full(first.n_rows, 0.1))
     assert 0 < same.reward_to_go.std() < 1e-9  # rounding
     algorithm = build(NAME, [0])
-    algorithm.prepare(same)
+    algorithm.look_at(same)
     assert float(algorithm.scale) == 1.0 and float(algorithm.target_return) == 0.1
-    algorithm.prepare(dataclasses.replace(same, reward=np.linspace(-3.0, 1.0, same.n_rows)))
+    algorithm.look_at(dataclasses.replace(same, reward=np.linspace(-3.0, 1.0, same.n_rows)))
     assert float(algorithm.scale) == pytest.approx(4 / np.sqrt(12), rel=0.05) and float(algorithm.target_return) == 1.0
 
 
