@@ -4,9 +4,9 @@
     python -m benchmarks.training --row bc/8 --repeats 5  # one row only; may be repeated
 
 Each run is a process of its own: it trains for two steps before the clock starts, then `fit` is measured from logs in memory to
-a trained policy. The mean losses of the two sides must agree, for they minimise the same thing. Ratios are of CPU time, round by
-round: the median, and the least and the greatest of them. Our runs also say how near they are to the rate at which this very
-process multiplies matrices, and what the trainer costs beside a bare loop over the same losses.
+a trained policy. Where both sides add up the same terms, over discrete actions, their mean losses must agree. Ratios are of CPU
+time, round by round: the median, and the least and the greatest of them. Our runs also say how near they are to the rate at which
+this very process multiplies matrices, and what the trainer costs beside a bare loop over the same losses.
 """
 
 import argparse
@@ -14,12 +14,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,50 +27,101 @@ from benchmarks.harness import Cost, Costs, Figure
 from benchmarks.ope import BATCH, HIDDEN
 from benchmarks.ope_peers import Values, Work
 
+if TYPE_CHECKING:
+    from offrl_models.schema import Episodes
+
 OBSERVED, GAMMA, STEPS = 17, 0.95, 20
-ACTIONS = (8, 25)
+DIMENSIONS = 6  # of continuous actions
 LEARNING_RATE = 1e-3
 SAME_LOSS, AGREED_STEPS = 0.05, 500  # relative difference allowed between mean losses, from so many gradient steps on
 OVERHEAD = 0.03  # of the trainer beside a bare loop: target
-Outputs = Callable[[int], list[int]]  # number of actions -> outputs of each network
+COUNTED = 2  # gradient steps whose floating point operations are counted: networks that are trained in every second one are in it
+CONTINUOUS = "c"  # in the place of a number of actions
 
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm. What it computes per gradient step: networks run forward, and those that it trains."""
+    """One algorithm on one kind of actions."""
 
-    forward: Outputs
-    trained: Outputs
-    settings: Mapping[str, Any] = field(default_factory=dict)  # besides sizes and learning rate
+    algorithm: str
+    actions: str  # how many discrete ones, or CONTINUOUS
     target: float | None = None  # times as fast as d3rlpy; None where it has no such algorithm
+    settings: Mapping[str, Any] = field(default_factory=dict)  # besides sizes and learning rates
+    same_loss: bool = True  # whether both sides add up the same terms
 
-    def flop(self, actions: int) -> int:
-        """Of the matrix products of one gradient step; no network needs a gradient with respect to observations."""
-        first = 2 * BATCH * OBSERVED * HIDDEN[0]
-        return sum(map(_forward, self.forward(actions))) + sum(
-            2 * _forward(outputs) - first for outputs in self.trained(actions)
-        )
-
-
-def _forward(outputs: int) -> int:
-    sizes = (OBSERVED, *HIDDEN, outputs)
-    return 2 * BATCH * sum(before * after for before, after in pairwise(sizes))
+    @property
+    def name(self) -> str:
+        return f"{self.algorithm}/{self.actions}"
 
 
 ROWS = {
-    "bc": Row(lambda a: [a], lambda a: [a], target=3.0),
-    "cql": Row(lambda a: [a, a, a], lambda a: [a], target=3.0),
-    "bcq": Row(lambda a: [a] * 5, lambda a: [a, a], {"logit_penalty": 0.0}, target=2.0),
-    "iql": Row(lambda a: [a] * 5 + [1, 1], lambda a: [a, a, a, 1]),
+    row.name: row
+    for row in (
+        *(
+            row
+            for actions in ("8", "25")
+            for row in (
+                Row("bc", actions, 3.0),
+                Row("dqn", actions, 3.0, {"double": False}),
+                Row("cql", actions, 3.0),
+                Row("bcq", actions, 2.0, {"logit_penalty": 0.0}),
+                Row("iql", actions),
+            )
+        ),
+        # Over continuous actions our policies are mixtures of densities where theirs are one normal density.
+        Row("bc", CONTINUOUS, 3.0, same_loss=False),
+        Row("td3_bc", CONTINUOUS, 2.0, same_loss=False),
+        Row("iql", CONTINUOUS, 2.0, same_loss=False),
+        Row("awac", CONTINUOUS, 2.0, same_loss=False),
+        Row("cql", CONTINUOUS, 1.5, same_loss=False),
+        Row("sac_n", CONTINUOUS, 1.5, same_loss=False),
+    )
 }
-NAMES = [f"{algorithm}/{actions}" for actions in ACTIONS for algorithm in ROWS]
 
 
-def make_log(folder: Path, episodes: int, actions: int) -> None:
-    ope.make_log(folder, episodes, STEPS, actions, GAMMA, OBSERVED)
+def make_log(folder: Path, episodes: int, actions: str) -> None:
+    """A log of random observations, actions and rewards."""
+    ope.make_log(folder, episodes, STEPS, 2 if actions == CONTINUOUS else int(actions), GAMMA, OBSERVED)
+    if actions == CONTINUOUS:
+        rows = episodes * STEPS
+        np.save(folder / "action.npy", np.random.default_rng(1).uniform(-1, 1, (rows, DIMENSIONS)).astype(np.float32))
+        np.save(folder / "mask.npy", np.ones((rows, 0), bool))
+        np.save(folder / "action_prob.npy", np.full(rows, 0.5**DIMENSIONS))
     settings = {"hidden": HIDDEN, "batch_size": BATCH, "learning_rate": LEARNING_RATE}
     for name, value in settings.items():
         np.save(folder / f"{name}.npy", np.array(value))
+
+
+def logged(folder: Path) -> "Episodes":
+    episodes = ope.logged(ope_peers.load(folder))
+    if episodes.n_actions:
+        return episodes
+    return replace(episodes, bounds=np.array([[-1.0, 1.0]] * DIMENSIONS))
+
+
+def made(row: Row, episodes: "Episodes") -> Any:
+    """The config of a row."""
+    from offrl_models.algorithms import config_of, make_config
+    from offrl_models.distributions import space_of
+
+    space = space_of(episodes.actions)
+    known = {each.name for each in fields(config_of(row.algorithm, space))}
+    same = {"hidden": HIDDEN, "learning_rate": LEARNING_RATE, "actor_learning_rate": LEARNING_RATE}
+    return make_config(row.algorithm, {**{k: v for k, v in same.items() if k in known}, **row.settings}, space)
+
+
+def counted_flop(algorithm: Any, transitions: Any, sampler: Any) -> float:
+    """Floating point operations of the matrix products of a gradient step, mean over COUNTED of them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from offrl_models.learner import Learner, TrainingConfig
+
+    Learner(algorithm, transitions, sampler, TrainingConfig())  # slow networks need no gradients
+    with FlopCounterMode(display=False) as counter:
+        for step, batch in enumerate(transitions.batches(sampler, COUNTED)):
+            torch.cat(list(algorithm.losses(batch._replace(step=step)).values())).sum().backward()
+    return counter.get_total_flops() / COUNTED
 
 
 def sgemm_gflops(repeats: int = 200) -> float:
@@ -95,7 +145,8 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
     torch.set_flush_denormal(True)
     started = time.process_time()
     for batch in transitions.batches(sampler, steps):
-        torch.cat(list(algorithm.losses(batch).values())).sum().backward()
+        losses = algorithm.losses(batch._replace(step=learner.gradient_steps))
+        torch.cat(list(losses.values())).sum().backward()
         learner.adam.step()
         learner.gradient_steps += 1
         learner.move_targets()
@@ -105,29 +156,26 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
 def _fit(name: str, folder: Path, steps: int | None) -> Work:
     import torch
 
-    from offrl_models.algorithms import ALGORITHMS, make_config
+    from offrl_models.algorithms import ALGORITHMS
     from offrl_models.datasets.encoding import Encoder
-    from offrl_models.datasets.transitions import Sampler, Transitions
-    from offrl_models.training import fit
+    from offrl_models.training import fit, sampler_of, transitions_of
 
     assert steps is not None
     torch.set_num_threads(1)
-    given = ope_peers.load(folder)
-    config = make_config(name, {"hidden": HIDDEN, "learning_rate": LEARNING_RATE, **ROWS[name].settings})
-    encoder, episodes = Encoder(ope.features(OBSERVED)), ope.logged(given)
-    transitions = Transitions(episodes, encoder)
-    bare = bare_s(
-        ALGORITHMS[name][1](config, encoder, int(given["actions"]), [0]),
-        transitions,
-        Sampler([transitions.rows], BATCH, [0]),
-        steps,
-    )
-    gflops = sgemm_gflops()
+    row, episodes = ROWS[name], logged(folder)
+    config, encoder = made(row, episodes), Encoder(ope.features(OBSERVED))
+
+    def fresh() -> tuple[Any, Any, Any]:
+        algorithm = ALGORITHMS[row.algorithm][1](config, encoder, episodes.actions, [0])
+        transitions = transitions_of(algorithm, episodes, encoder)
+        return algorithm, transitions, sampler_of(algorithm, transitions, episodes, BATCH, [0])
+
+    flop, bare, gflops = counted_flop(*fresh()), bare_s(*fresh(), steps), sgemm_gflops()
 
     def work() -> Values:
-        _, went = fit(name, config, episodes, encoder, seeds=[0], gradient_steps=steps, batch_size=BATCH)
+        _, went = fit(row.algorithm, config, episodes, encoder, seeds=[0], gradient_steps=steps, batch_size=BATCH)
         losses = [sum(each[0] for key, each in chunk.items() if key != "gradient_steps") for chunk in went.history]
-        return {"loss": [float(np.mean(losses))], "bare_s": [bare], "gflops": [gflops]}
+        return {"loss": [float(np.mean(losses))], "bare_s": [bare], "gflops": [gflops], "flop": [flop]}
 
     return work
 
@@ -143,24 +191,24 @@ def require_same(name: str, found: float, other: str, wanted: float, steps: int)
 
 def compete(name: str, log: Path, steps: int, peers: Path | None, repeats: int) -> Costs:
     """Run one row in turns. Raises ValueError when the losses differ."""
-    algorithm, given = name.partition("/")[0], (str(steps), str(log))
-    commands = {"offrl": [sys.executable, "-m", "benchmarks.training", "--measure", algorithm, *given]}
-    if peers and ROWS[algorithm].target:
-        commands["d3rlpy"] = [str(peers / "bin" / "python"), "-m", "benchmarks.training_peers", algorithm, *given]
+    row, given = ROWS[name], (str(steps), str(log))
+    commands = {"offrl": [sys.executable, "-m", "benchmarks.training", "--measure", name, *given]}
+    if peers and row.target:
+        commands["d3rlpy"] = [str(peers / "bin" / "python"), "-m", "benchmarks.training_peers", name, *given]
     first: list[tuple[str, float]] = []
 
     def check(who: str, cost: Cost) -> None:
         (loss,) = cost.result["loss"]
         first.append((who, loss))
-        require_same(who, loss, *first[0], steps)
+        if row.same_loss:
+            require_same(who, loss, *first[0], steps)
 
     return harness.alternate(commands, repeats, check, threads=1)
 
 
 def compared(name: str, costs: Costs, steps: int, about: dict[str, Any]) -> list[Figure]:
     """Speed of every contender, our ratio with its spread, the share of the sgemm rate and the trainer's overhead."""
-    algorithm, _, actions = name.partition("/")
-    row, title, ours = ROWS[algorithm], f"training/{name}", costs["offrl"]
+    row, title, ours = ROWS[name], f"training/{name}", costs["offrl"]
     speeds = {who: steps / harness.median(runs, "cpu") for who, runs in costs.items()}
     found = [
         Figure(f"{title}/{who}/speed", speed, "steps/CPU s", None, None, None, about) for who, speed in speeds.items()
@@ -170,7 +218,7 @@ def compared(name: str, costs: Costs, steps: int, about: dict[str, Any]) -> list
         for what, ratio in (("", statistics.median(ratios)), ("/from", min(ratios)), ("/to", max(ratios))):
             figure = f"{title}/offrl/ratio{what}"
             found.append(Figure(figure, speeds["offrl"], "steps/CPU s", "d3rlpy", ratio, row.target, about))
-    rates = [row.flop(int(actions)) * steps / cost.cpu_s / 1e9 for cost in ours]
+    rates = [cost.result["flop"][0] * steps / cost.cpu_s / 1e9 for cost in ours]
     share = statistics.median(rate / cost.result["gflops"][0] for rate, cost in zip(rates, ours, strict=True))
     found.append(
         Figure(f"{title}/offrl/rate", statistics.median(rates), "GFLOP/CPU s", "sgemm 256", share, None, about)
@@ -185,13 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--row", action="append", choices=NAMES, help="only this algorithm/actions; may be repeated")
+    parser.add_argument("--row", action="append", choices=ROWS, help="only this algorithm/actions; may be repeated")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="the environment of the peers")
     parser.add_argument("--make-peers", action="store_true", help="make that environment where it is missing")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; each runs every contender once")
     parser.add_argument("--gradient-steps", type=int, default=1000)
     parser.add_argument("--episodes", type=int, default=2000, help=f"of {STEPS} steps, in the log")
-    parser.add_argument("--measure", nargs=3, metavar=("ALGORITHM", "STEPS", "LOG"), help="one run, in this process")
+    parser.add_argument("--measure", nargs=3, metavar=("ROW", "STEPS", "LOG"), help="one run, in this process")
     options = parser.parse_args(arguments)
     if options.measure:
         ope_peers.measured(WORKS, *options.measure)
@@ -199,10 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers, steps = options.peers.absolute(), options.gradient_steps
     found = peers if ope.ready(peers, options.make_peers) else None
     about = {**harness.machine("numpy", "torch", "lightning"), "peers": ope.PEERS if found else ()}
-    for name in options.row or NAMES:
+    for name in options.row or ROWS:
         with tempfile.TemporaryDirectory() as temporary:
             log = Path(temporary) / "log"
-            make_log(log, options.episodes, int(name.partition("/")[2]))
+            make_log(log, options.episodes, ROWS[name].actions)
             costs = compete(name, log, steps, found, options.repeats)
         figures = compared(name, costs, steps, about)
         harness.print_figures(figures)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data, harness, ope, ope_peers, peers, training
 from benchmarks.harness import Cost
-from offrl_models.algorithms import ALGORITHMS, make_config
+from offrl_models.algorithms import ALGORITHMS
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.learner import Learner, TrainingConfig
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
@@ -29,6 +26,7 @@ from offrl_models.ope.estimates import all_terms
 from offrl_models.ope.importance import tis, wis
 from offrl_models.ope.intervals import bootstrap_all
 from offrl_models.ope.resampling import bootstrap_shares
+from offrl_models.training import sampler_of, transitions_of
 
 ROWS = 20_000
 FEATURES = [f"f{number:02d}" for number in range(17)]
@@ -366,21 +364,25 @@ def test_costs_and_memory_of_the_evaluation_have_bars() -> None:
     assert speed["t/offrl/peak", "its arrays"] == (2.0, 2.0)
 
 
-@pytest.mark.parametrize("name", training.NAMES)
-def test_the_stated_flop_of_an_algorithm_are_those_of_its_step(name: str, tmp_path: Path) -> None:
-    algorithm, _, actions = name.partition("/")
-    training.make_log(tmp_path / "log", 3, int(actions))
-    episodes, encoder = ope.logged(ope_peers.load(tmp_path / "log")), Encoder(ope.features(training.OBSERVED))
-    config = make_config(algorithm, {"hidden": ope.HIDDEN})
-    learned: Any = ALGORITHMS[algorithm][1](config, encoder, int(actions), [0])  # pyright: ignore[reportArgumentType]
-    transitions = Transitions(episodes, encoder)
-    Learner(
-        learned, transitions, Sampler([transitions.rows], ope.BATCH, [0]), TrainingConfig()
-    )  # its targets need no gradients
-    batch = transitions.take(torch.zeros(1, ope.BATCH, dtype=torch.long))
-    with FlopCounterMode(display=False) as counted:
-        torch.stack(list(learned.losses(batch).values())).sum().backward()
-    assert training.ROWS[algorithm].flop(int(actions)) == counted.get_total_flops()
+def counted(name: str, folder: Path) -> float:
+    row = training.ROWS[name]
+    training.make_log(folder / "log", 20, row.actions)
+    episodes, encoder = training.logged(folder / "log"), Encoder(ope.features(training.OBSERVED))
+    learned: Any = ALGORITHMS[row.algorithm][1](training.made(row, episodes), encoder, episodes.actions, [0])
+    transitions = transitions_of(learned, episodes, encoder)
+    return training.counted_flop(learned, transitions, sampler_of(learned, transitions, episodes, ope.BATCH, [0]))
+
+
+@pytest.mark.parametrize("name", training.ROWS)
+def test_every_row_can_be_trained_and_its_flop_counted(name: str, tmp_path: Path) -> None:
+    assert counted(name, tmp_path) > 1e8
+
+
+def test_counted_flop_are_those_of_the_products(tmp_path: Path) -> None:
+    """A network of the policy alone: forward, and gradients of all layers, none with respect to what is observed."""
+    sizes = (training.OBSERVED, *ope.HIDDEN, 8)
+    layers = [2 * ope.BATCH * before * after for before, after in pairwise(sizes)]
+    assert counted("bc/8", tmp_path) == 3 * sum(layers) - layers[0]
 
 
 def test_training_runs_without_peers_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,13 +398,13 @@ def test_training_is_compared_round_by_round() -> None:
     def cost(cpu: float, **result: float) -> Cost:
         return Cost(1.0, cpu, 1.0, 1.0, 0.0, {name: [value] for name, value in result.items()})
 
-    ours = [cost(cpu, bare_s=1.0, gflops=100.0) for cpu in (1.0, 2.0, 4.0)]
+    ours = [cost(cpu, bare_s=1.0, gflops=100.0, flop=3e9) for cpu in (1.0, 2.0, 4.0)]
     costs = {"offrl": ours, "d3rlpy": [cost(cpu) for cpu in (4.0, 4.0, 4.0)]}
     found = {figure.name.removeprefix("training/bc/8/"): figure for figure in training.compared("bc/8", costs, 100, {})}
     assert (found["offrl/speed"].value, found["d3rlpy/speed"].value) == (50.0, 25.0)
     ratios = [found[f"offrl/ratio{what}"] for what in ("", "/from", "/to")]
     assert [(each.ratio, each.target) for each in ratios] == [(2.0, 3.0), (1.0, 3.0), (4.0, 3.0)]
-    rate = training.ROWS["bc"].flop(8) * 100 / 2.0 / 1e9
+    rate = 3e9 * 100 / 2.0 / 1e9
     assert (found["offrl/rate"].value, found["offrl/rate"].ratio) == (pytest.approx(rate), pytest.approx(rate / 100))
     assert (found["offrl/overhead"].ratio, found["offrl/overhead"].target) == (2.0, 1.03)
 
