@@ -7,9 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from offrl_models.exported import Exported, OnnxDensity
-from offrl_models.ope.behavior import FLOOR
 from offrl_models.ope.continuous import density_ratios
-from offrl_models.ope.density import floored, uniform_density
 from offrl_models.ope.diagnostics import worst_action_z
 from offrl_models.ope.fqe import DRAWS, OF_ROWS, draws_of
 from offrl_models.ope.sequences import ratios
@@ -40,10 +38,6 @@ class Probabilities:
         """Probability of every logged action."""
         return self.probs[np.arange(self.episodes.n_rows), self.episodes.action]
 
-    @property
-    def floored(self) -> Float64[np.ndarray, "rows"]:
-        return np.maximum(self.taken, FLOOR)
-
     def ratio(self) -> Float64[np.ndarray, "rows"]:
         """pi / mu of every logged action. Raises InputError for probabilities that are no distribution over the allowed actions."""
         return ratios(self.episodes, self.probs)
@@ -68,10 +62,6 @@ class Draws:
     def taken(self) -> Float64[np.ndarray, "rows"]:
         """Density of every logged action."""
         return self.policy.on(self.episodes)
-
-    @property
-    def floored(self) -> Float64[np.ndarray, "rows"]:
-        return floored(self.taken, self.episodes.known_bounds)
 
     def ratio(self) -> Float64[np.ndarray, "rows"]:
         """pi / mu of every logged action. Raises InputError for densities that are no positive numbers."""
@@ -112,13 +102,16 @@ def choices_of(policy: Exported, episodes: Episodes) -> Choices:
 
 def rare_mass(policy: Choices, behavior: Choices, rare: float) -> float:
     """The share of a policy's mass where the behavior plays with a probability under `rare`, or over continuous actions with a
-    density under `rare` times that of the uniform policy."""
+    density that is lower, beside what is usual in the row, than in all but a share of `rare` of its own draws."""
     match policy, behavior:
         case Probabilities(), Probabilities():
             return float((policy.probs * (behavior.probs < rare)).sum(1).mean())
         case Draws(), Draws():
-            found = behavior.policy.log_density(policy.episodes.observation, policy.drawn)
-            return float((found < np.log(rare * uniform_density(policy.episodes.known_bounds))).mean())
+            own, found = (
+                behavior.policy.log_density(policy.episodes.observation, side.drawn) for side in (behavior, policy)
+            )
+            usual = own.mean(1, keepdims=True)
+            return float((found - usual < np.quantile(own - usual, rare)).mean())
         case _:
             raise TypeError(MIXED)
 

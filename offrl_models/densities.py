@@ -5,11 +5,13 @@ Such a policy maps raw observations [batch, columns], actions to be judged [batc
 and, for a capped policy, the behavior model are inside it.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
+from scipy.stats import qmc
 from torch import Tensor, nn
 
 from offrl_models.distributions import LogisticMixture
@@ -21,14 +23,9 @@ ROWS_AT_A_TIME = 2048
 
 
 def spread_points(count: int, numbers: int) -> Float64[np.ndarray, "count numbers"]:
-    """Points that fill the unit cube evenly, however many are taken: the additive recurrence whose steps are powers of the root
-    of x^(numbers + 1) = x + 1 above 1, a generalisation of the golden ratio: Roberts (2018), "The unreasonable effectiveness of
-    quasirandom sequences". Shifted by one uniform point, modulo 1, each of them is uniform: Cranley & Patterson (1976).
-    """
-    ratio = 2.0
-    for _ in range(64):
-        ratio = (1.0 + ratio) ** (1.0 / (numbers + 1))
-    return np.outer(np.arange(count), ratio ** -np.arange(1.0, numbers + 1)) % 1.0
+    """Points that fill the unit cube evenly: Sobol' points, so `count` is best a power of 2. Shifted by one uniform point,
+    modulo 1, each of them is uniform: Cranley & Patterson (1976)."""
+    return qmc.Sobol(numbers, scramble=False).random(count)
 
 
 class MixtureDensity(nn.Module):
@@ -166,7 +163,9 @@ class CappedDensity(nn.Module):
         return log_mu[:, last:] + ratio.log(), torch.where(plays, drawn[:, POINTS:], other)
 
 
-def uniform_numbers(rows: int, draws: int, numbers: int, seed: int) -> Float64[np.ndarray, "rows draws numbers"]:
+def uniform_numbers(
+    rows: int, draws: int, numbers: int, seed: int | Sequence[int]
+) -> Float64[np.ndarray, "rows draws numbers"]:
     """Evenly spread points for the draws of every row, shifted by numbers of its own."""
     shift = np.random.default_rng(seed).random((rows, 1, numbers))
     return (shift + spread_points(draws, numbers)) % 1.0

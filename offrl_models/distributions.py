@@ -12,6 +12,7 @@ from offrl_models.nets import masked_log_softmax, take
 
 COMPONENTS = 5  # of a mixture density
 PARTS, ROUNDS = 16, 8  # of the interval from 0 to 1, until 2e-10 of it is left
+OUTSIDE, ROUNDING = -1e9, 1e-6  # logarithm of no density; infinity would make NaN of differences
 NARROWEST, WIDEST = -7.0, 2.0  # logarithm of a component's scale, where the action runs from 0 to 1
 
 Space = Literal["discrete", "continuous"]
@@ -21,6 +22,11 @@ Actions = int | Float64[np.ndarray, "dimensions 2"]  # number of discrete action
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), in operations that an exported graph has in double precision."""
     return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+
+
+def _within(unit: Tensor) -> Tensor:
+    """Whether numbers lie between 0 and 1, but for rounding."""
+    return (unit >= -ROUNDING) & (unit <= 1.0 + ROUNDING)
 
 
 def _log_of_sum(x: Tensor, y: Tensor) -> Tensor:
@@ -101,9 +107,11 @@ class LogisticMixture(NamedTuple):
         return torch.log1p(-torch.exp(-1.0 / scale)) - _softplus(-above) - _softplus(below)
 
     def log_prob(self, action: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch"]:
-        """Logarithm of the density at actions inside the bounds."""
-        joint = self.log_weight + self._log_densities(self._unit(action)).sum(-1)
-        return torch.logsumexp(joint, -1) - self.width.log().sum()
+        """Logarithm of the density; OUTSIDE the bounds, where nothing is ever played, it is as good as minus infinity."""
+        unit = self._unit(action)
+        joint = self.log_weight + self._log_densities(unit.clamp(0.0, 1.0)).sum(-1)
+        inside = torch.logsumexp(joint, -1) - self.width.log().sum()
+        return torch.where(_within(unit).all(-1).squeeze(-1), inside, OUTSIDE)
 
     def conditionals(
         self, action: Float[Tensor, "*batch dimensions"]
@@ -113,13 +121,15 @@ class LogisticMixture(NamedTuple):
         Where actions are drawn from this density the latter is uniform on [0, 1] and independent across dimensions:
         Rosenblatt (1952), "Remarks on a multivariate transformation".
         """
-        unit = self._unit(action)
+        given = self._unit(action)
+        unit = given.clamp(0.0, 1.0)
         each = self._log_densities(unit)
         up_to = self.log_weight.unsqueeze(-1) + each.cumsum(-1)
         before = up_to - each
         total = torch.logsumexp(before, -2)
         log_density = torch.logsumexp(up_to, -2) - total - self.width.log()
         inside = self._share_below(unit, self.center, self.log_scale)
+        log_density = torch.where(_within(given).squeeze(-2), log_density, OUTSIDE)
         return log_density, ((before - total.unsqueeze(-2)).exp() * inside).sum(-2)
 
     def at_shares(self, share: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch dimensions"]:

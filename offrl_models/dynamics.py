@@ -41,7 +41,9 @@ class DynamicsConfig:
     dynamics_learning_rate: float = Field(default=1e-3, gt=0)
     dynamics_steps: int = Field(default=10_000, ge=1)  # gradient steps of the model at most
     members: int = Field(default=7, ge=2)
-    elites: int = Field(default=5, ge=1)  # members that simulate: those of the least error on rows held out
+    elites: int = Field(
+        default=5, ge=1, validate_default=True
+    )  # members that simulate: those of the least error on rows held out
 
     @field_validator("elites")
     @classmethod

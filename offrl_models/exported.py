@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from offrl_models.policies import probs_of
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import write_tensors
 
-PARITY_ROWS = 20_000  # at which a density is held against its module
+PARITY_ROWS = 4096  # at which a density is held against its module
 PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
 
 
@@ -218,17 +219,13 @@ class OnnxDensity:
         uniform: Float64[np.ndarray, "rows draws numbers"],
     ) -> tuple[Float64[np.ndarray, "rows actions"], Float64[np.ndarray, "rows draws dimensions"]]:
         """Logarithm of the density of every action, and what is drawn at every number."""
-        found = []
-        for start in range(0, len(observation), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            given = {
-                "observation": observation[rows].astype(np.float32),
-                "action": action[rows].astype(np.float32),
-                "uniform": uniform[rows],
-            }
-            found.append(self.session.run(["log_density", "drawn"], given))
-        log_density, drawn = (np.concatenate(part) for part in zip(*found, strict=True))
-        return log_density, drawn
+        given = {
+            "observation": observation.astype(np.float32),
+            "action": action.astype(np.float32),
+            "uniform": uniform,
+        }
+        log_density, drawn = self.session.run(["log_density", "drawn"], given)
+        return np.asarray(log_density, np.float64), np.asarray(drawn, np.float64)
 
     def log_density(
         self,
@@ -237,18 +234,33 @@ class OnnxDensity:
         seed: int = 0,
     ) -> Float64[np.ndarray, "rows actions"]:
         """Logarithm of the density of some actions at every observation."""
-        return self.run(observation, action, uniform_numbers(len(observation), 1, self.numbers, seed))[0]
+        return np.concatenate([
+            self.run(observation[rows], action[rows], self._uniform(observation[rows], 1, seed))[0]
+            for rows in _blocks(len(observation))
+        ])  # fmt: skip
 
     def draws(
         self, observation: Float[np.ndarray, "rows columns"], dimensions: int, count: int, seed: int
     ) -> Float64[np.ndarray, "rows count dimensions"]:
         """So many actions at every observation, evenly spread over what the policy plays there."""
-        none = np.zeros((len(observation), 1, dimensions), np.float32)
-        return self.run(observation, none, uniform_numbers(len(observation), count, self.numbers, seed))[1]
+        none = np.zeros((min(len(observation), ROWS_AT_A_TIME), 1, dimensions), np.float32)
+        return np.concatenate([
+            self.run(observation[rows], none[: rows.stop - rows.start], self._uniform(observation[rows], count, seed))[1]
+            for rows in _blocks(len(observation))
+        ])  # fmt: skip
+
+    def _uniform(self, observation: np.ndarray, draws: int, seed: int) -> Float64[np.ndarray, "rows draws numbers"]:
+        """Other numbers for other observations, so that no two splits share them; the same ones for all policies."""
+        seen = zlib.crc32(np.ascontiguousarray(observation, np.float32).tobytes())
+        return uniform_numbers(len(observation), draws, self.numbers, [seed, seen])
 
     def on(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
         """Density of every logged action."""
         return np.exp(self.log_density(episodes.observation, np.asarray(episodes.action)[:, None])[:, 0])
+
+
+def _blocks(rows: int) -> list[slice]:
+    return [slice(start, min(start + ROWS_AT_A_TIME, rows)) for start in range(0, rows, ROWS_AT_A_TIME)]
 
 
 Exported = OnnxPolicy | OnnxDensity

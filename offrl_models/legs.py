@@ -79,9 +79,7 @@ def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | N
 
 def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> Paired | str:
     """Leg A where the observation is not one category: visit ratios that are fitted, and trusted only when they balance."""
-    logged = fitted_on.action_prob
-    known = np.isfinite(logged)
-    ratio = side.fitted.taken / (logged if known.all() else np.where(known, logged, behavior.fitted.floored))
+    ratio = side.fitted.taken / fitted_on.action_prob
     found = fit_ratios(Flow.by_state(fitted_on, ratio)).weights(Flow.by_state(gate, side.ratio))
     if isinstance(found, Refusal):
         return found.reason.rstrip(".")

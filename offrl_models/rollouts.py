@@ -101,8 +101,8 @@ class Rollouts(nn.Module):
         )
 
     def real(self, batch_size: int) -> int:
-        """How many of a batch's rows are logged."""
-        return round(self.config.real_ratio * batch_size)
+        """How many of a batch's rows are logged; one at least, where any are to be."""
+        return max(round(self.config.real_ratio * batch_size), int(self.config.real_ratio > 0))
 
     def _rolled_out(self, batch: TransitionBatch, policy: Actor, step: Step) -> Iterator[tuple[Tensor, ...]]:
         """The transitions of each step, in the order of `parts`."""

@@ -18,9 +18,9 @@ from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Tra
 from offrl_models.distributions import Space, space_of
 from offrl_models.dynamics import Dynamics
 from offrl_models.early_stopping import EarlyStopping
-from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy
+from offrl_models.exported import Exported
 from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, TrainingConfig, train
-from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, draws_of, fitted_values
+from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, divided, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
 from offrl_models.schema import Episodes, InputError
@@ -200,14 +200,12 @@ def _fitted(
 def _next_policy(policies: Sequence[Exported], episodes: Episodes, members: int, seed: int) -> NextProbs | NextDraws:
     """What the policies do at the next observation of every row; each is evaluated by so many members."""
     policy_of_seed = torch.arange(len(policies)).repeat_interleave(members)
-    over_densities = [policy for policy in policies if isinstance(policy, OnnxDensity)]
-    if over_densities:
-        drawn = draws_of(over_densities, episodes.next_observation, episodes.action.shape[1], OF_NEXT)
+    densities, others = divided(policies)
+    if densities:
+        drawn = draws_of(densities, episodes.next_observation, episodes.action.shape[1], OF_NEXT)
         return NextDraws(torch.as_tensor(drawn), policy_of_seed, torch.Generator().manual_seed(seed))
     mask = next_mask_or_all(episodes)
-    found = [
-        policy.distinct_probs(episodes.next_observation, mask) for policy in policies if isinstance(policy, OnnxPolicy)
-    ]
+    found = [policy.distinct_probs(episodes.next_observation, mask) for policy in others]
     probs = torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32)
     return NextProbs(probs, torch.as_tensor(found[0][1]), policy_of_seed)
 

@@ -190,8 +190,8 @@ def test_actions_that_recur_have_no_density(share: float, refused: bool) -> None
     return None
 
 
-def test_no_estimated_density_is_below_a_hundredth_of_a_uniform_one() -> None:
-    assert density.floored(np.array([0.0, 1.0]), BOUNDS).tolist() == [0.01 / 2, 1.0]
+def test_no_estimated_density_is_below_a_hundredth_of_the_median() -> None:
+    assert density.floored(np.array([0.0, 2.0, 3.0])).tolist() == [0.01 * 2, 2.0, 3.0]
 
 
 def pipeline_of(root: Path, log: Episodes, **logs: Any) -> Pipeline:

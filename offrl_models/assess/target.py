@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from offrl_models import bundle, registry, storage
 from offrl_models.assess.log import Assessed, make_contract
 from offrl_models.choices import Choices, Draws, Probabilities
-from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy, open_policy
+from offrl_models.exported import Exported, OnnxPolicy, open_policy
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.sequences import ratios
 from offrl_models.policies import ROWS_AT_A_TIME
@@ -126,18 +126,30 @@ def of_graph(path: Path, given: Assessed) -> Target:
     _require_interface(policy, given)
     card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
     try:
-        known = policy.on(given.episodes)
+        if isinstance(policy, OnnxPolicy):
+            return _of_probs(policy, policy.on(given.episodes), given.episodes, card)
+        choices = Draws(given.episodes, policy)
+        _require_density(graph, choices.taken, choices.drawn, given.episodes.known_bounds)
     except (Fail, InvalidArgument, RuntimeException) as error:
         raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
-    if isinstance(policy, OnnxDensity):
-        unusable = ~(np.isfinite(known) & (known >= 0))
-        if unusable.any():
-            raise InputError(
-                f"{graph} gives a density that is NaN, infinite or negative in {int(unusable.sum())} of {len(known)} rows; "
-                "export it again."
-            )
-        return Target(card, known, Draws(given.episodes, policy), policy)
-    return _of_probs(policy, known, given.episodes, card)
+    return Target(card, choices.taken, choices, policy)
+
+
+def _require_density(
+    graph: Path,
+    density: Float64[np.ndarray, "rows"],
+    drawn: Float[np.ndarray, "rows draws dimensions"],
+    bounds: Float64[np.ndarray, "dimensions 2"],
+) -> None:
+    """Raises InputError for densities or drawn actions that cannot be."""
+    room = TOLERANCE * np.diff(bounds).ravel()
+    inside = ((drawn >= bounds[:, 0] - room) & (drawn <= bounds[:, 1] + room)).all((1, 2))
+    for broken, what in (
+        (~(np.isfinite(density) & (density >= 0)), "gives a density that is NaN, infinite or negative"),
+        (~inside, "draws actions that are NaN or outside the bounds of the contract"),
+    ):
+        if broken.any():
+            raise InputError(f"{graph} {what} in {int(broken.sum())} of {len(density)} rows; export it again.")
 
 
 def _require_interface(policy: Exported, given: Assessed) -> None:
@@ -155,6 +167,10 @@ def _require_interface(policy: Exported, given: Assessed) -> None:
         raise InputError(
             f"{policy.path} has inputs {', '.join(found)} and outputs {', '.join(outputs)}; a policy over "
             f"{given.contract.action.space} actions has {' and '.join(sorted(names))}, and {asked}."
+        )
+    if "uniform" in found and not isinstance(found["uniform"], int):
+        raise InputError(
+            f"{policy.path} leaves open how many numbers `uniform` holds for a draw; export it with that size fixed."
         )
     for name, size in wanted.items():
         if isinstance(found[name], int) and found[name] != size:

@@ -107,8 +107,8 @@ def with_propensities(episodes: Episodes, states: int | None, effort: Effort, up
         found[fold.rows] = probs[np.arange(fold.held.n_rows), fold.held.action]
     if states is not None:
         found = behavior.estimate_propensities(episodes, states)
-    least = behavior.FLOOR * (1.0 if episodes.n_actions else density.uniform_density(episodes.known_bounds))
-    return replace(episodes, action_prob=np.maximum(found, least)), float(np.mean(errors))
+    floored = np.maximum(found, behavior.FLOOR) if episodes.n_actions else density.floored(found)
+    return replace(episodes, action_prob=floored), float(np.mean(errors))
 
 
 def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture | MixtureDensity:

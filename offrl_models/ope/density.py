@@ -103,13 +103,6 @@ def calibration(episodes: Episodes, density: MixtureDensity) -> dict[str, Any]:
     return expected_calibration(np.concatenate(predicted), np.concatenate(happened))
 
 
-def floored(
-    density: Float64[np.ndarray, "rows"], bounds: Float64[np.ndarray, "dimensions 2"]
-) -> Float64[np.ndarray, "rows"]:
-    """Densities, at least FLOOR times that which is the same everywhere: no single row may weigh more than the log can tell."""
-    return np.maximum(density, FLOOR * uniform_density(bounds))
-
-
-def uniform_density(bounds: Float64[np.ndarray, "dimensions 2"]) -> float:
-    """That which is the same everywhere between the bounds."""
-    return float(1.0 / np.diff(bounds).prod())
+def floored(density: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "rows"]:
+    """Densities, at least FLOOR times their median, whatever the units: no single row may weigh more than the log can tell."""
+    return np.maximum(density, FLOOR * np.median(density))

@@ -100,10 +100,17 @@ def bootstrap_rows(episodes: Episodes, transitions: Transitions, seed: int) -> T
 
 def fitted_values(fqe: FQE, policies: Sequence[Exported], episodes: Episodes) -> FQEValues:
     """Values of policies, all over the same kind of actions, by the networks that were fitted to them."""
-    over_densities = [policy for policy in policies if isinstance(policy, OnnxDensity)]
-    if over_densities:
-        return _values_of_densities(fqe, over_densities, episodes)
-    return _values_of_probs(fqe, [policy for policy in policies if isinstance(policy, OnnxPolicy)], episodes)
+    densities, others = divided(policies)
+    return _values_of_densities(fqe, densities, episodes) if densities else _values_of_probs(fqe, others, episodes)
+
+
+def divided(policies: Sequence[Exported]) -> tuple[list[OnnxDensity], list[OnnxPolicy]]:
+    """Policies over continuous actions, and those over discrete ones. Raises TypeError where there are both."""
+    densities = [policy for policy in policies if isinstance(policy, OnnxDensity)]
+    others = [policy for policy in policies if isinstance(policy, OnnxPolicy)]
+    if densities and others:
+        raise TypeError("some policies are over continuous actions and others over discrete ones.")
+    return densities, others
 
 
 @torch.no_grad()
@@ -131,8 +138,10 @@ def _values_of_probs(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episode
 
 def draws_of(policies: Sequence[OnnxDensity], observation: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
     """DRAWS actions [policies, rows, draws, dimensions] of every policy at every observation, by the same random numbers."""
-    drawn = [policy.draws(observation, dimensions, DRAWS, seed).astype(np.float32) for policy in policies]
-    return np.stack(drawn)
+    drawn = np.empty((len(policies), len(observation), DRAWS, dimensions), np.float32)
+    for place, policy in enumerate(policies):
+        drawn[place] = policy.draws(observation, dimensions, DRAWS, seed)
+    return drawn
 
 
 @torch.no_grad()
@@ -142,9 +151,9 @@ def _values_of_densities(fqe: FQE, policies: Sequence[OnnxDensity], episodes: Ep
 
     def q_at(observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         """[policies, members, rows] of actions [policies, rows, draws, dimensions], mean over the draws."""
-        found = []
-        for start in range(0, len(observation), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
+        found, at_a_time = [], max(1, ROWS_AT_A_TIME // (count * members))
+        for start in range(0, len(observation), at_a_time):
+            rows = slice(start, start + at_a_time)
             seen = torch.as_tensor(np.array(observation[rows])).expand(count * members, -1, -1)
             asked = torch.as_tensor(np.array(action[:, rows])).repeat_interleave(members, 0)
             found.append(fqe.q(seen, asked)[:, 0].double().mean(-1).numpy())

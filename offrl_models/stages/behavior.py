@@ -12,6 +12,7 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import BC, Algorithm, BCConfig
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.split import SPLITS
 from offrl_models.densities import MixtureDensity, log_density_of
 from offrl_models.exported import export_checked, export_density_checked
 from offrl_models.mapped import Columns, open_columns
@@ -153,8 +154,8 @@ def _clone_config(pipeline: Pipeline) -> BCConfig:
 
 
 def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
-    """Estimated propensities of the actions of each split that is evaluated on, from that split alone."""
-    for name in ("selection", "gate"):
+    """Estimated propensities of the actions of each split, from that split alone."""
+    for name in SPLITS:
         episodes = read_episodes(pipeline, name)
         estimated = _estimated(pipeline, episodes)
         with Columns(folder / f"{name}.arrow", {"action_prob": (np.float64, None)}, episodes.n_rows) as file:
@@ -175,7 +176,7 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
         if other.bounds is not None:
             model = MixtureDensity(clone, pipeline.config.seeds, len(other.bounds))
             model = density.calibrated(model, other, method)
-            found[rows] = density.floored(np.exp(log_density_of(model, other)), other.bounds)
+            found[rows] = density.floored(np.exp(log_density_of(model, other)))
         else:
             probs = probs_of(behavior.calibrated(Mixture(clone, pipeline.config.seeds), other, method), other)
             found[rows] = np.maximum(probs[np.arange(other.n_rows), other.action], behavior.FLOOR)
@@ -193,13 +194,14 @@ def refit_of(pipeline: Pipeline, episodes: Episodes) -> Refit | None:
     return lambda copies: behavior.estimate_propensities(episodes, states, copies)
 
 
-def read_evaluated(pipeline: Pipeline, split: str) -> Episodes:
-    """The episodes of a split with propensities: the logged ones, or those estimated on the split."""
-    episodes = read_episodes(pipeline, split)
+def read_evaluated(pipeline: Pipeline, *splits: str) -> Episodes:
+    """The episodes of some splits with propensities: the logged ones, or those estimated on each split."""
+    episodes = read_episodes(pipeline, *splits)
     if pipeline.config.logs.action_prob:
         return episodes
-    estimated = open_columns(pipeline.folder / "behavior" / f"{split}.arrow")["action_prob"]
-    return dataclasses.replace(episodes, action_prob=estimated)
+    folder = pipeline.folder / "behavior"
+    estimated = [open_columns(folder / f"{split}.arrow")["action_prob"] for split in splits]
+    return dataclasses.replace(episodes, action_prob=estimated[0] if len(splits) == 1 else np.concatenate(estimated))
 
 
 def load_behavior(pipeline: Pipeline, encoder: Encoder) -> torch.nn.Module:

@@ -37,7 +37,7 @@ from offrl_models.stages.behavior import (
     refit_of,
 )
 from offrl_models.stages.champion import candidate_digest, current_champion
-from offrl_models.stages.data import current_episodes, encoder_of, read_episodes
+from offrl_models.stages.data import current_episodes, encoder_of
 from offrl_models.stages.learning import capped, evaluate_policies
 from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
@@ -157,7 +157,7 @@ class _Look:
         self.caps = self._caps()
         climbing = [row["candidate"] for row in self.board.summary["ranking"]][: self.config.gate.ladders]
         self.steps = [(candidate, cap) for candidate in climbing for cap in self.caps]
-        self.fitted_on, self.gate = read_episodes(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
+        self.fitted_on, self.gate = read_evaluated(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: open_policy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
         self.rungs = self._export(folder, policies)
