@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from offrl_models import registry, storage
-from offrl_models.exported import interface, open_policy
 from offrl_models.gate import GateConfig, Status, Verdict, judge, verdict_from_json
 from offrl_models.schema import InputError
 
@@ -80,7 +79,6 @@ def release(
         "policy": passed.policy,
         "verdict": passed.status,
         "lower_bound": passed.measures.lower_bound,
-        "interface": interface(open_policy(draft / POLICY)),
         **lineage,
         "files": storage.list_files(draft),
     }

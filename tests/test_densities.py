@@ -176,7 +176,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dict[s
     """A pipeline over continuous actions, from the log to a release."""
     pipeline = pipeline_of(tmp_path_factory.mktemp("continuous"), logged(3000, 6))
     settings = pipeline.config.model_dump() | {
-        "algorithms": {"td3_bc": {"hidden": [32]}}, "seeds": 2,
+        "algorithms": {"bc": {"hidden": [32], "learning_rate": 0.005}, "td3_bc": {"hidden": [32]}}, "seeds": 2,
         "training": {"gradient_steps": 400, "batch_size": 128}, "fqe": {"gradient_steps": 500, "hidden": [32]},
         "bootstrap_samples": 200,
         "gate": {"caps": [2.0], "planned_episodes": 900},
@@ -249,3 +249,20 @@ def test_what_is_released_says_what_it_takes_and_is_the_next_champion(
     assert (
         stages.evidence(pipeline).summary["champion"] == "the behavior policy"
     )  # a second look is at what it replaced
+
+
+def test_the_next_candidate_is_held_against_the_released_one(released: tuple[Pipeline, dict[str, Any]]) -> None:
+    """Trained from other seeds, on the same logs: of the champion, what is estimated has to be true as well."""
+    pipeline, _ = released
+    stages.release(pipeline)
+    settings = {**pipeline.config.model_dump(), "seed": 7, "algorithms": {"td3_bc": {"hidden": [32], "alpha": 5.0}}}
+    later = Pipeline(parse_pipeline(settings, "toy"), pipeline.root)
+    for stage in (stages.behavior_policy, stages.candidates, stages.leaderboard, stages.evidence):
+        stage(later)
+    found = json.loads((later.folder / "evidence" / "evidence.json").read_text())
+    assert found["champion"]["name"] == "version 1"
+    exact = exact_value(later.folder / "policies" / "1" / bundle.POLICY)
+    for name in ("PDIS", "WIS", "DR"):
+        told = found["champion"]["estimates"][name]
+        assert abs(told["estimate"] - exact) < 3 * (told["high"] - told["low"]) / 3.92, name
+    assert [rung["cap"] for rung in found["ladder"]] == [2.0] and 0 <= found["detail"]["differs"] <= 1

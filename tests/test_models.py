@@ -243,7 +243,7 @@ def stepped(algorithm: Any, batch: TransitionBatch, step: int) -> TransitionBatc
 def test_the_first_rows_are_logged_and_the_others_simulated(practising: Any) -> None:
     algorithm, (batch, *_) = practising
     mixed, again = stepped(algorithm, batch, 0), stepped(algorithm, batch, 0)
-    assert algorithm.rollouts.real(32) == 8
+    assert algorithm.rollouts.real(32) == 8 and algorithm.rollouts.real(1) == 1  # never none of them
     assert torch.equal(mixed.reward[:, :8], batch.reward[:, :8]) and torch.equal(mixed.row[:, :8], batch.row[:, :8])
     assert torch.equal(mixed.mask[:, :8], batch.mask[:, :8]) and (mixed.row[:, 8:] == -1).all()
     assert not torch.isin(mixed.reward[:, 8:], batch.reward).all() and mixed.reward.shape == (2, 32)
@@ -477,6 +477,8 @@ def test_what_a_model_cannot_use_is_said() -> None:
             fit(name, make_config(name, MODEL), uneven, Encoder(EPISODES.features), seeds=[0], gradient_steps=1)
         with pytest.raises(ValueError, match=f"elites of {name}: .*should be at most the number of members, 4"):
             make_config(name, {"members": 4, "elites": 5})
+        with pytest.raises(ValueError, match=f"elites of {name}: .*should be at most the number of members, 3"):
+            make_config(name, {"members": 3})  # of which five would be elites
 
 
 def test_members_that_explode_are_no_elites_and_too_few_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
-from offrl_models.exported import open_policy
+from offrl_models.exported import interface, open_policy
 from offrl_models.gate import Status
 from offrl_models.reports import checks, plots, shift
 from offrl_models.stages.data import read_episodes, read_log
@@ -87,6 +87,7 @@ def release(pipeline: Pipeline) -> bundle.Release:
         evidence=found,
         config=config.resolved(),
         lineage={
+            "interface": interface(open_policy(judged.folder / judged.summary["rung"] / bundle.POLICY)),
             "dataset": config.dataset,
             "algorithm": judged.summary["algorithm"],
             "candidate_name": judged.summary["candidate_name"],
