@@ -14,11 +14,14 @@ else `level`, which shows no more than the width of the interval does.
 """
 
 import argparse
+import contextlib
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +29,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import harness, ope
-from benchmarks.control_peers import SAMPLES
+from benchmarks.control_peers import PROPOSALS, SAMPLES
 from benchmarks.control_tasks import BATCH, GAMMA, HIDDEN, LEARNING_RATE, TASKS, Task
 from benchmarks.harness import Cost, Figure
 from benchmarks.ope_peers import Values, load
@@ -40,8 +43,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "td3_bc": {},
     "iql": {},
     "awac": {},
-    "cql": {"actor_learning_rate": LEARNING_RATE},
-    "bcq": {"samples": SAMPLES, "vae_hidden": HIDDEN},
+    "cql": {"actor_learning_rate": LEARNING_RATE, "samples": SAMPLES},
+    "bcq": {"samples": PROPOSALS, "vae_hidden": HIDDEN},
     "rebrac": {},
 }
 NAMES = [f"{task}/{algorithm}" for task in TASKS for algorithm in ROWS]
@@ -101,7 +104,10 @@ def logged(given: Mapping[str, Any], task: Task) -> "Episodes":
 
 
 def train(row: str, seeds: int, folder: Path, steps: int) -> Values:
-    """Train all seeds of ours on the log of a folder, and leave their policies there as `policy.onnx`. Returns last mean losses."""
+    """Train all seeds of ours on the log of a folder, and leave their policies there as ALGORITHM.onnx.
+
+    Returns the mean losses of the last steps.
+    """
     import torch
 
     from offrl_models.algorithms import make_config
@@ -131,20 +137,27 @@ def train(row: str, seeds: int, folder: Path, steps: int) -> Values:
     algorithm.double()
     numbers = torch.full((2, 1 + TASKS[name].dimensions), 0.5, dtype=torch.float64)
     example = {"observation": torch.zeros(2, episodes.observation.shape[1]), "uniform": numbers}
-    write_graph(Acting(), example, ["greedy", "drawn"], folder / "policy.onnx", dict.fromkeys(example, ()))
+    write_graph(Acting(), example, ["greedy", "drawn"], folder / f"{algorithm_name}.onnx", dict.fromkeys(example, ()))
     return {name: losses for name, losses in went.history[-1].items() if name != "gradient_steps"}
 
 
+def kept(path: Path, command: Sequence[str]) -> Cost:
+    """What a command cost and returned, from a file where there is one of an earlier run."""
+    if not path.exists():
+        path.write_text(json.dumps(asdict(harness.run(command, threads=1))))
+    return Cost(**json.loads(path.read_text()))
+
+
 def compete(row: str, seeds: int, folder: Path, steps: int, python: str) -> dict[str, Cost]:
-    """Train both sides on the log of a folder and roll both out."""
-    name, given = row.partition("/")[0], (str(seeds), str(folder))
-    ours = [sys.executable, "-m", "benchmarks.control", "--measure", row, *given, str(steps)]
-    peer = [python, "-m", "benchmarks.control_peers"]
-    return {
-        "training": harness.run(ours, threads=1),
-        "offrl": harness.run([*peer, "rollout", name, *given], threads=1),
-        "d3rlpy": harness.run([*peer, row, *given, str(steps)], threads=1),
+    """Train both sides on the log of a folder and roll both out, unless its files say how that went."""
+    given, peer = (str(seeds), str(folder)), [python, "-m", "benchmarks.control_peers"]
+    commands = {
+        "training": [sys.executable, "-m", "benchmarks.control", "--measure", row, *given, str(steps)],
+        "offrl": [*peer, "rollout", row, *given],
+        "d3rlpy": [*peer, row, *given, str(steps)],
     }
+    title = f"{row.partition('/')[2]}-{steps}-{seeds}"
+    return {who: kept(folder / f"{title}-{who}.json", command) for who, command in commands.items()}
 
 
 def _figures(title: str, found: Mean, about: dict[str, Any], peer: str | None = None) -> list[Figure]:
@@ -174,7 +187,8 @@ def table_row(row: str, steps: int, costs: Mapping[str, Cost]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-HEADER = "| row | steps | offrl, greedy | d3rlpy, greedy | difference | verdict | offrl, as deployed |\n|---|---|---|---|---|---|---|"
+HEADER = """| row | steps | offrl, greedy | d3rlpy, greedy | difference | verdict | offrl, as deployed |
+|---|---|---|---|---|---|---|"""
 
 
 def ready(peers: Path, make: bool) -> bool:
@@ -197,7 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--make-peers", action="store_true", help="make that environment where it is missing")
     parser.add_argument("--steps", type=int, help="gradient steps; those of each task when left out")
     parser.add_argument("--seeds", type=int, default=5, help="training seeds, two or more")
-    parser.add_argument("--measure", nargs=4, metavar=("ROW", "SEEDS", "FOLDER", "STEPS"), help="train, in this process")
+    parser.add_argument("--folder", type=Path, help="keep logs and results here; what is in it is not run again")
+    parser.add_argument(
+        "--measure", nargs=4, metavar=("ROW", "SEEDS", "FOLDER", "STEPS"), help="train, in this process"
+    )
     options = parser.parse_args(arguments)
     if options.measure:
         row, seeds, folder, steps = options.measure
@@ -208,14 +225,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, "nothing can be simulated without them\n")
     python, about = str(peers / "bin" / "python"), {**harness.machine("torch", "lightning"), "peers": ope.PEERS}
     lines: list[str] = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with contextlib.ExitStack() as stack:
+        root = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        told: set[str] = set()
         for row in options.row or NAMES:
-            name, folder = row.partition("/")[0], Path(temporary) / row.partition("/")[0]
-            steps = options.steps or TASKS[name].gradient_steps
-            if not folder.exists():
+            name = row.partition("/")[0]
+            folder, steps = root / name, options.steps or TASKS[name].gradient_steps
+            folder.mkdir(parents=True, exist_ok=True)
+            if name not in told:
+                told.add(name)
                 command = [python, "-m", "benchmarks.control_peers", "log", name, str(options.seeds), str(folder)]
-                baselines = harness.run(command, threads=1).result
-                for who, values in baselines.items():
+                for who, values in kept(folder / f"log-{options.seeds}.json", command).result.items():
                     harness.print_figures(_figures(f"control/{name}/{who}", Mean.of(values), about))
                     lines.append(f"{name}, {who}: {Mean.of(values)}")
             costs = compete(row, options.seeds, folder, steps, python)

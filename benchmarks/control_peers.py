@@ -1,7 +1,7 @@
 """What `benchmarks.control` does in the peers' own environment: simulate, and train d3rlpy's algorithms.
 
     python -m benchmarks.control_peers log TASK SEEDS FOLDER              # make the log, and roll out what logged it
-    python -m benchmarks.control_peers rollout TASK SEEDS FOLDER          # of the policies in policy.onnx
+    python -m benchmarks.control_peers rollout TASK/ALGORITHM SEEDS FOLDER  # of the policies in ALGORITHM.onnx
     python -m benchmarks.control_peers TASK/ALGORITHM SEEDS FOLDER STEPS  # train, and roll out
 
 Results are mean returns, one per training seed.
@@ -18,14 +18,17 @@ from benchmarks.control_tasks import BATCH, GAMMA, HIDDEN, LEARNING_RATE, TASKS,
 from benchmarks.harness import measure
 from benchmarks.ope_peers import Values, load
 
-SAMPLES = 10  # proposals of BCQ, on both sides
+PROPOSALS, SAMPLES = 10, 4  # actions per row that BCQ chooses from and CQL estimates its integral with, on both sides
 # Settings besides learning rates and sizes that make their work ours: where names are missing here, defaults are the same.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "td3_bc": ("TD3PlusBCConfig", {}),
     "iql": ("IQLConfig", {}),
     "awac": ("AWACConfig", {}),
-    "cql": ("CQLConfig", {"alpha_learning_rate": 0.0, "temp_learning_rate": LEARNING_RATE}),  # a fixed weight of the gap
-    "bcq": ("BCQConfig", {"n_action_samples": SAMPLES, "imitator_learning_rate": LEARNING_RATE}),
+    "cql": (
+        "CQLConfig",
+        {"alpha_learning_rate": 0.0, "temp_learning_rate": LEARNING_RATE, "n_action_samples": SAMPLES},
+    ),
+    "bcq": ("BCQConfig", {"n_action_samples": PROPOSALS, "imitator_learning_rate": LEARNING_RATE}),
     "rebrac": ("ReBRACConfig", {"actor_beta": 0.01}),
 }
 
@@ -43,12 +46,13 @@ def log(name: str, seeds: int, folder: Path) -> Values:
     }
 
 
-def rollout(name: str, seeds: int, folder: Path) -> Values:
+def rollout(row: str, seeds: int, folder: Path) -> Values:
     """Of policies exported by `benchmarks.control`: as deployed, and what they think best."""
+    name, _, algorithm = row.partition("/")
     task, runtime = TASKS[name], importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = runtime.InferenceSession(str(folder / "policy.onnx"), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(folder / f"{algorithm}.onnx"), options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(2)
 
     def acting(output: str, seed: int) -> Act:
@@ -98,7 +102,9 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
             actor_learning_rate=LEARNING_RATE,
             critic_learning_rate=LEARNING_RATE,
             observation_scaler=library.preprocessing.StandardObservationScaler(),
-            action_scaler=library.preprocessing.MinMaxActionScaler([-task.limit] * task.dimensions, [task.limit] * task.dimensions),
+            action_scaler=library.preprocessing.MinMaxActionScaler(
+                [-task.limit] * task.dimensions, [task.limit] * task.dimensions
+            ),
             **encoders,
             **settings,
         ).create()

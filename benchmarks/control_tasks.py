@@ -73,8 +73,8 @@ def reach(observation: Array) -> Array:
 
 
 TASKS = {
-    "pendulum": Task("Pendulum-v1", swing_up, 2.0, 1, 0.5, 60, 10_000, reward_scale=0.1),
-    "reacher": Task("Reacher-v5", reach, 1.0, 2, 0.2, 200, 5_000),
+    "pendulum": Task("Pendulum-v1", swing_up, 2.0, 1, 0.5, 60, 4_000, reward_scale=0.1),
+    "reacher": Task("Reacher-v5", reach, 1.0, 2, 0.2, 200, 2_000),
 }
 
 
@@ -144,6 +144,6 @@ def make_log(task: Task, folder: Path) -> None:
         "offsets": np.arange(0, len(seen) + 1, steps),
         "return": found["reward"].sum(1),
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
