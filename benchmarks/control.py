@@ -224,25 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not ready(peers, options.make_peers):
         parser.exit(1, "nothing can be simulated without them\n")
     python, about = str(peers / "bin" / "python"), {**harness.machine("torch", "lightning"), "peers": ope.PEERS}
+    baselines: list[str] = []
     lines: list[str] = []
     with contextlib.ExitStack() as stack:
         root = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        told: set[str] = set()
         for row in options.row or NAMES:
             name = row.partition("/")[0]
             folder, steps = root / name, options.steps or TASKS[name].gradient_steps
             folder.mkdir(parents=True, exist_ok=True)
-            if name not in told:
-                told.add(name)
+            if not any(line.startswith(name) for line in baselines):
                 command = [python, "-m", "benchmarks.control_peers", "log", name, str(options.seeds), str(folder)]
                 for who, values in kept(folder / f"log-{options.seeds}.json", command).result.items():
                     harness.print_figures(_figures(f"control/{name}/{who}", Mean.of(values), about))
-                    lines.append(f"{name}, {who}: {Mean.of(values)}")
+                    baselines.append(f"{name}, {who}: {Mean.of(values)}")
             costs = compete(row, options.seeds, folder, steps, python)
             harness.print_figures(compared(row, costs, about))
             lines.append(table_row(row, steps, costs))
             print(lines[-1], file=sys.stderr)
-    print("\n".join(["", HEADER, *lines]), file=sys.stderr)
+    print("\n".join(["", *baselines, HEADER, *lines]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def reach(observation: Array) -> Array:
 
 TASKS = {
     "pendulum": Task("Pendulum-v1", swing_up, 2.0, 1, 0.5, 60, 4_000, reward_scale=0.1),
-    "reacher": Task("Reacher-v5", reach, 1.0, 2, 0.2, 200, 2_000),
+    "reacher": Task("Reacher-v5", reach, 1.0, 2, 0.2, 200, 1_500),
 }
 
 

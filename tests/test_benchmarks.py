@@ -463,7 +463,7 @@ def test_what_was_trained_on_control_acts_as_its_graph(tmp_path: Path) -> None:
     losses = control.train("pendulum/iql", 2, tmp_path, 2)
     assert losses.keys() == {"q", "value", "policy"} and all(len(each) == 2 for each in losses.values())
     given = {"observation": np.eye(3, dtype=np.float32), "uniform": np.full((3, 2), 0.25)}
-    greedy, drawn = open_session(tmp_path / "iql.onnx").run(["greedy", "drawn"], given)
+    greedy, drawn = map(np.asarray, open_session(tmp_path / "iql.onnx").run(["greedy", "drawn"], given))
     assert greedy.shape == drawn.shape == (2, 3, 1) and (np.abs(drawn) <= task.limit).all()
     assert not np.array_equal(greedy, drawn) and not np.array_equal(greedy[0], greedy[1])
 
