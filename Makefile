@@ -13,7 +13,7 @@ PORT ?= 3000
 PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
-.PHONY: help install logs demo ui new check test bench-data bench-ope bench-training calibrate calibrate-smoke clean
+.PHONY: help install logs demo ui new check test bench-data bench-ope bench-training bench-control calibrate calibrate-smoke clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ bench-ope: install  ## off-policy evaluation beside SCOPE-RL, OBP and d3rlpy, wh
 
 bench-training: install  ## gradient steps per second beside d3rlpy, in the same environment of the peers
 	@python -m benchmarks.training --make-peers
+
+bench-control: install  ## what continuous methods earn on Pendulum and MuJoCo's Reacher beside d3rlpy's, in the same environment
+	@python -m benchmarks.control --make-peers
 
 calibrate: install  ## how often the gate is wrong, on logs whose truth is known: hours; stop and start it at will
 	@python -m benchmarks.calibrate

@@ -57,6 +57,9 @@ REQUIRED = (
         "typing-extensions",
         "click",
         "hydra-core",
+        "mujoco==3.3.7",
+        "imageio==2.38.1",  # which gymnasium imports along with mujoco
+        "onnxruntime==1.32.0",
     ),
 )
 # Without their dependencies, whose pins are old, and though OBP's metadata asks for a Python before 3.11.

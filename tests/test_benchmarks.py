@@ -1,5 +1,6 @@
 """The benchmark is fair only if every contender does the same work: all are held against a plain reference, and measured alike."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import data, harness, ope, ope_peers, peers, training
+from benchmarks import control, control_tasks, data, harness, ope, ope_peers, peers, training
 from benchmarks.harness import Cost
 from offrl_models.algorithms import ALGORITHMS
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.exported import open_session
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
@@ -415,3 +417,99 @@ def test_other_losses_are_noticed() -> None:
     for loss in (1.06, float("nan")):
         with pytest.raises(ValueError, match="differ in their mean losses"):
             training.require_same("offrl", loss, "d3rlpy", 1.0, training.AGREED_STEPS)
+
+
+def simulated(name: str) -> control_tasks.Task:
+    """A task with a log of four episodes."""
+    for needed in ("gymnasium", *(["mujoco"] if name == "reacher" else [])):
+        pytest.importorskip(needed, reason=f"the peers' own dependency: pip install {needed}")
+    return dataclasses.replace(control_tasks.TASKS[name], episodes=4)
+
+
+@pytest.mark.parametrize("name", control_tasks.TASKS)
+def test_the_propensities_of_the_controller_are_those_it_draws_with(name: str) -> None:
+    task, rng = control_tasks.TASKS[name], np.random.default_rng(0)
+    seen = rng.standard_normal((40_000, 10 if name == "reacher" else 3))
+    drawn, controlled = task.noisy(seen, rng), np.ones(len(seen), bool)
+    assert (np.abs(drawn) <= task.limit).all() and (np.abs(drawn) == task.limit).mean() < 1e-4  # no mass at the bounds
+    mu = task.density(seen, drawn, controlled)
+    for noise in (
+        0.6 * task.noise,
+        0.9 * task.noise,
+    ):  # E[pi / mu] = 1 for a known pi, here and where actions are uniform
+        ratio = task.density(seen, drawn, controlled, noise) / mu
+        assert ratio.std() > 0.1 and abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
+    anywhere = task.uniform(seen, rng)
+    ratio = task.density(seen, anywhere, controlled) / task.density(seen, anywhere, ~controlled)
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
+
+
+@pytest.mark.parametrize("name", control_tasks.TASKS)
+def test_a_log_of_control_is_one_of_ours(name: str, tmp_path: Path) -> None:
+    task = simulated(name)
+    control_tasks.make_log(task, tmp_path)
+    given = ope_peers.load(tmp_path)
+    episodes = control.logged(given, task)
+    assert episodes.n_episodes == 4 and len(set(episodes.length)) == 1 and not episodes.terminated.any()
+    assert episodes.truncated.sum() == 4 and episodes.discount.min() == control_tasks.GAMMA  # bootstrapped past the end
+    controlled = np.arange(4)[episodes.episode_of_row] % 2 == 0
+    assert np.allclose(episodes.action_prob, task.density(episodes.observation, episodes.action, controlled))
+    earned = episodes.sum_per_episode(episodes.reward) / task.reward_scale
+    assert np.allclose(earned, given["return"]) and earned[::2].mean() > earned[1::2].mean()
+    assert (np.abs(episodes.action).max(0) <= episodes.known_bounds[:, 1]).all()
+
+
+def test_what_was_trained_on_control_acts_as_its_graph(tmp_path: Path) -> None:
+    task = simulated("pendulum")
+    control_tasks.make_log(task, tmp_path)
+    losses = control.train("pendulum/iql", 2, tmp_path, 2)
+    assert losses.keys() == {"q", "value", "policy"} and all(len(each) == 2 for each in losses.values())
+    given = {"observation": np.eye(3, dtype=np.float32), "uniform": np.full((3, 2), 0.25)}
+    greedy, drawn = map(np.asarray, open_session(tmp_path / "iql.onnx").run(["greedy", "drawn"], given))
+    assert greedy.shape == drawn.shape == (2, 3, 1) and (np.abs(drawn) <= task.limit).all()
+    assert not np.array_equal(greedy, drawn) and not np.array_equal(greedy[0], greedy[1])
+
+
+def test_the_verdict_is_of_differences_seed_by_seed() -> None:
+    far_apart = [-100.0, -500.0, -900.0]  # initial states differ more than the contenders do
+    found = control.difference(
+        far_apart, [value + gap for value, gap in zip(far_apart, (9.0, 10.0, 11.0), strict=True)]
+    )
+    reach = 4.302653 / 3**0.5  # t of 2 degrees of freedom; the standard deviation is 1
+    assert found == pytest.approx((-10.0, -10.0 - reach, -10.0 + reach)) and control.verdict(found) == "worse"
+    assert control.verdict(control.Mean(1.0, -0.1, 2.1)) == control.verdict(control.Mean(-1.0, -2.1, 0.0)) == "level"
+    assert control.verdict(control.Mean(1.0, 0.1, 1.9)) == "better"
+    with pytest.raises(ValueError, match="two training seeds or more"):
+        control.Mean.of([1.0])
+    with pytest.raises(ValueError, match="zip"):
+        control.difference([1.0, 2.0], [1.0])
+
+
+def test_control_is_compared_by_what_is_earned(tmp_path: Path) -> None:
+    def cost(**result: list[float]) -> Cost:
+        return Cost(1.0, 2.0, 3.0, 4.0, 0.0, result)
+
+    costs = {
+        "training": cost(),
+        "offrl": cost(greedy=[-9.0, -12.0], drawn=[-20.0, -20.0]),
+        "d3rlpy": cost(greedy=[-10.0, -11.0]),
+    }
+    found = {figure.name.removeprefix("control/t/a/"): figure for figure in control.compared("t/a", costs, {})}
+    assert found["offrl/greedy"].value == -10.5 and found["offrl/deployed"].value == -20.0
+    assert found["difference"].value == 0.0 and found["difference/to"].value == pytest.approx(12.7062, abs=1e-3)
+    bars = {name for name, figure in found.items() if figure.target is not None}
+    assert (
+        bars == {"difference/to"} and found["difference/to"].target == 0.0 and found["difference/to"].peer == "d3rlpy"
+    )
+    assert control.table_row("t/a", 2000, costs).startswith(
+        "| t/a | 2,000 | -10.5 (-29.6 to 8.6) | -10.5 (-16.9 to -4.1) | 0.0 (-12.7 to 12.7) | level | -20.0 ("
+    )
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps(dataclasses.asdict(costs["offrl"])))
+    assert control.kept(path, ["false"]) == costs["offrl"]  # and nothing is run
+
+
+def test_control_needs_peers_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        control.main(["--peers", str(tmp_path / "none")])
+    assert "nothing can be simulated without them" in capsys.readouterr().err
