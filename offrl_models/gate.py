@@ -118,11 +118,11 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("error rate", 0 < m.alpha <= alpha, Status.INVALID, m.alpha, alpha,
                 f"the bounds were made at an error rate of {m.alpha:g}, not above 0 and at most the {alpha:g} that is asked"),
         Finding("mean ratio", abs(m.mean_ratio_z) < config.mean_ratio_z, Status.INVALID, m.mean_ratio_z,
-                config.mean_ratio_z, f"the mean importance ratio has z = {m.mean_ratio_z:.1f} against 1: the logged "
-                "propensities are not those of the policy that acted"),
+                config.mean_ratio_z, f"the mean importance ratio has z = {m.mean_ratio_z:.1f} against 1: the "
+                f"{m.propensities} propensities are not those of the policy that acted"),
         Finding("mean ratio per action", abs(m.worst_action_z) < config.mean_ratio_z, Status.INVALID, m.worst_action_z,
-                config.mean_ratio_z, f"the mean ratio of one action has z = {m.worst_action_z:.1f}: its logged "
-                "propensities are wrong"),
+                config.mean_ratio_z, f"the mean ratio of one action has z = {m.worst_action_z:.1f}: its "
+                f"{m.propensities} propensities are wrong"),
         Finding("support", m.unsupported_mass <= config.unsupported_mass, Status.INVALID, m.unsupported_mass,
                 config.unsupported_mass, f"{m.unsupported_mass:.1%} of the policy's mass lies where the behavior plays "
                 f"with probability under {config.rare_prob:g}; at most {config.unsupported_mass:.1%} may"),
