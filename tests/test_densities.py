@@ -265,4 +265,5 @@ def test_the_next_candidate_is_held_against_the_released_one(released: tuple[Pip
     for name in ("PDIS", "WIS", "DR"):
         told = found["champion"]["estimates"][name]
         assert abs(told["estimate"] - exact) < 3 * (told["high"] - told["low"]) / 3.92, name
-    assert [rung["cap"] for rung in found["ladder"]] == [2.0] and 0 <= found["detail"]["differs"] <= 1
+    assert [rung["cap"] for rung in found["ladder"]] == [2.0]
+    assert 0 < found["detail"]["differs"] < 0.5  # both are at most twice as likely as the behavior anywhere

@@ -160,9 +160,10 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
             if given.contract.tabular_states
             else "taken as given by the intervals"
         )
+        floor = "0.01" if given.episodes.n_actions else "a hundredth of their median"
         said.append(
-            f"No propensities were logged. They were estimated from the log itself, floored at 0.01 and {again}, and every bound "
-            "is made at half the error rate."
+            f"No propensities were logged. They were estimated from the log itself, floored at {floor} and {again}, and every "
+            "bound is made at half the error rate."
         )
     if values is not None:
         said.append(
