@@ -8,6 +8,7 @@ Each finished log is one line of a file in `.calibration`, and a line is never c
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,15 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+def sections(report: str) -> dict[str, list[str]]:
+    """The lines of each experiment in a report, by its name."""
+    _, *parts = re.split(r"^<!-- (\w+) -->$", report, flags=re.MULTILINE)
+    return {name: text.strip("\n").splitlines() for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, Any]) -> None:
-    """What is known by now; experiments without a finished log are left out."""
+    """What is known by now; an experiment without a finished log keeps the section that it has."""
+    kept = sections(path.read_text()) if path.exists() else {}
     lines = [
         "# How often the gate is wrong", "",
         *prose(
@@ -39,11 +47,13 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "tabular, on three resamples, where the observation is one category. In brackets: Clopper-Pearson intervals of 95%. "
             "Regenerate with `make calibrate`; it can be stopped and started at will. Logs are seeded 1, 2, 3, ..."
         ),
-        f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}, {about['date']}.", "",
+        f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip
     for name, found in results.items():
         if found:
-            lines += EXPERIMENTS[name].report(found, path)
+            lines += [f"<!-- {name} -->", "", *EXPERIMENTS[name].report(found, path)]
+        elif name in kept:
+            lines += [f"<!-- {name} -->", "", *kept[name], ""]
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 

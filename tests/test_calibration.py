@@ -109,12 +109,26 @@ def test_as_many_passes_are_allowed_as_the_promise_bears() -> None:
 def test_the_report_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     one = {"status": "PASS", "decided_by": "lower bound", "passes": [1] * 10, "rules": dict.fromkeys(RULES, True)}
     about = {"cpu": "c", "cores": 2, "numpy": "2", "date": "d"}
-    results = {name: {1: Line({"null": one}, 2.0)} if name == "size" else {} for name in calibrate.EXPERIMENTS}
+    results = {
+        name: {1: Line({"null": one}, 2.0, "2026-11-28")} if name == "size" else {} for name in calibrate.EXPERIMENTS
+    }
     calibrate.write_report(results, tmp_path / "report.md", about)
     written = (tmp_path / "report.md").read_text()
     assert "| null | 1 of 1 (2.5% to 100.0%) | 1 of 1 | 1 of 1 | 1 of 1 | 1 of 1 |" in written
-    assert "1 logs, 2.0 s of one core each" in written and "Policies that are better" not in written
+    assert "1 logs, 2.0 s of one core each, 2026-11-28." in written and "Policies that are better" not in written
     assert (tmp_path / "calibration-size.png").stat().st_size > 1000
+
+
+def test_a_section_stays_where_its_logs_are_gone(tmp_path: Path) -> None:
+    """Studies take hours, and finished logs may be on another machine."""
+    about, path = {"cpu": "c", "cores": 2, "numpy": "2"}, tmp_path / "report.md"
+    judged = {"status": "FAIL", "decided_by": "lower bound", "passes": [0]}
+    earlier, later = {1: Line({"a": judged}, 2.0, "2026-11-24")}, {1: Line({"b": judged}, 2.0, "2026-11-28")}
+    calibrate.write_report({"chain": earlier, "bandit": earlier}, path, about)
+    calibrate.write_report({"chain": {}, "bandit": later, "cartpole": {}}, path, about)
+    written = path.read_text()
+    assert written.index("<!-- chain -->") < written.index("| a |") < written.index("<!-- bandit -->")
+    assert written.count("| a |") == 1 and "2026-11-28." in written and "CartPole" not in written
 
 
 def test_the_cart_pole_is_that_of_gymnasium() -> None:

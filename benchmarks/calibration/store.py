@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Line(NamedTuple):
 
     found: Found
     cpu_s: float | None  # None where it was not measured
+    day: str | None = None  # on which it was computed
 
 
 Lines = Mapping[int, Line]  # by seed
@@ -49,7 +51,7 @@ def done(path: Path, complete: Callable[[Found], bool] = anything) -> dict[int, 
         except ValueError:
             continue
         if complete(entry["found"]):
-            lines[entry["seed"]] = Line(entry["found"], entry.get("cpu_s"))
+            lines[entry["seed"]] = Line(entry["found"], entry.get("cpu_s"), entry.get("day"))
     return dict(sorted(lines.items()))
 
 
@@ -67,7 +69,7 @@ def run(name: str, experiment: Experiment, logs: int, folder: Path, processes: i
             context = multiprocessing.get_context("spawn")  # a fork inherits the locks of threads that it does not have
             each = stack.enter_context(ProcessPoolExecutor(processes, context)).map(work, left)
         for count, (seed, line) in enumerate(zip(left, each, strict=True), len(finished) + 1):
-            file.write(json.dumps({"seed": seed, "cpu_s": line.cpu_s, "found": line.found}) + "\n")
+            file.write(json.dumps({"seed": seed, **line._asdict()}) + "\n")
             file.flush()
             print(f"{name}: {count} of {logs} logs, {line.cpu_s:.1f} s", file=sys.stderr, flush=True)
 
@@ -78,4 +80,4 @@ def _one_thread(work: Callable[[int], Found], seed: int) -> Line:
     torch.set_num_threads(1)
     started = time.process_time()
     found = work(seed)
-    return Line(found, round(time.process_time() - started, 3))
+    return Line(found, round(time.process_time() - started, 3), date.today().isoformat())

@@ -66,9 +66,11 @@ def names(lines: Lines) -> list[str]:
 
 
 def cost(lines: Lines) -> str:
-    """How many logs there are, and what one of them costs."""
+    """How many logs there are, what one of them costs, and when they were computed."""
     known = [line.cpu_s for line in lines.values() if line.cpu_s is not None]
-    return f"{len(lines)} logs, {np.median(known):.1f} s of one core each." if known else f"{len(lines)} logs."
+    days = sorted({line.day for line in lines.values() if line.day is not None})
+    told = [f"{len(lines)} logs", *([f"{np.median(known):.1f} s of one core each"] if known else [])]
+    return f"{', '.join([*told, *([' to '.join(days[:: max(len(days) - 1, 1)])] if days else [])])}."
 
 
 def verdicts(found: Iterable[dict[str, Any]]) -> str:
