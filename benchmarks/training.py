@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -68,8 +69,8 @@ ROWS = {
                 Row("iql", actions),
             )
         ),
-        # Over continuous actions our policies are mixtures of densities where theirs are one normal density.
-        Row("bc", CONTINUOUS, 3.0, same_loss=False),
+        # Over continuous actions our policies are mixtures of densities where theirs are one normal density; bc can be one, too.
+        Row("bc", CONTINUOUS, 3.0, {"components": 1}, same_loss=False),
         Row("td3_bc", CONTINUOUS, 2.0, same_loss=False),
         Row("iql", CONTINUOUS, 2.0, same_loss=False),
         Row("awac", CONTINUOUS, 2.0, same_loss=False),
@@ -115,10 +116,14 @@ def counted_flop(algorithm: Any, transitions: Any, sampler: Any) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from offrl_models import products
     from offrl_models.learner import Learner, TrainingConfig
 
     Learner(algorithm, transitions, sampler, TrainingConfig())  # slow networks need no gradients
-    with FlopCounterMode(display=False) as counter:
+    with (
+        patch.object(products, "BY_ONEDNN", False),
+        FlopCounterMode(display=False) as counter,
+    ):  # it knows torch's own alone
         for step, batch in enumerate(transitions.batches(sampler, COUNTED)):
             torch.cat(list(algorithm.losses(batch._replace(step=step)).values())).sum().backward()
     return counter.get_total_flops() / COUNTED

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
@@ -19,9 +20,11 @@ Space = Literal["discrete", "continuous"]
 Actions = int | Float64[np.ndarray, "dimensions 2"]  # number of discrete actions, or bounds of continuous ones
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), in operations that an exported graph has in double precision."""
-    return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+def _log_sigmoid(x: Tensor) -> Tensor:
+    """-log(1 + exp(-x)): in one operation, or in those that an exported graph has in double precision."""
+    if torch.compiler.is_exporting():
+        return -torch.relu(-x) - torch.log1p(torch.exp(-x.abs()))
+    return F.logsigmoid(x)
 
 
 def _within(unit: Tensor) -> Tensor:
@@ -86,25 +89,25 @@ class LogisticMixture(NamedTuple):
 
     @classmethod
     def _log_density(cls, unit: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
-        z = ((unit - center) / log_scale.exp()).abs()
-        return -z - 2.0 * torch.log1p(torch.exp(-z)) - log_scale - cls._log_mass(center, log_scale)
+        rate = torch.exp(-log_scale)
+        z = (unit - center) * rate
+        return 2.0 * _log_sigmoid(z) - z - log_scale - cls._log_mass(center, rate)
 
     @staticmethod
     def _share_below(unit: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
         """The distribution function of a single component."""
-        scale = log_scale.exp()
-        z, above = (unit - center) / scale, (1.0 - center) / scale
-        return torch.exp(_softplus(-above) - _softplus(-z)) * torch.expm1(-unit / scale) / torch.expm1(-1.0 / scale)
+        rate = torch.exp(-log_scale)
+        z, above = (unit - center) * rate, (1.0 - center) * rate
+        return torch.exp(_log_sigmoid(z) - _log_sigmoid(above)) * torch.expm1(-unit * rate) / torch.expm1(-rate)
 
     @staticmethod
-    def _log_mass(center: Tensor, log_scale: Tensor) -> Tensor:
-        """Logarithm of the mass that a logistic density has between 0 and 1.
+    def _log_mass(center: Tensor, rate: Tensor) -> Tensor:
+        """Logarithm of the mass that a logistic density has between 0 and 1; `rate` is 1 / scale.
 
         It is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)) with s the logistic function and b - a = 1 / scale.
         """
-        scale = log_scale.exp()
-        below, above = -center / scale, (1.0 - center) / scale
-        return torch.log1p(-torch.exp(-1.0 / scale)) - _softplus(-above) - _softplus(below)
+        below = center * rate  # -a
+        return torch.log1p(-torch.exp(-rate)) + _log_sigmoid(rate - below) + _log_sigmoid(below)
 
     def log_prob(self, action: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch"]:
         """Logarithm of the density; OUTSIDE the bounds, where nothing is ever played, it is as good as minus infinity."""
@@ -163,11 +166,12 @@ class LogisticMixture(NamedTuple):
         chosen = (below <= uniform[..., :1] * below[..., -1:]).sum(-1).clamp(max=below.shape[-1] - 1)
         place = chosen[..., None].expand(*chosen.shape, self.center.shape[-1])
         center, log_scale = self.center.gather(-2, place), self.log_scale.gather(-2, place)
-        scale, log_mass = log_scale.exp(), self._log_mass(center, log_scale)
+        rate = torch.exp(-log_scale)
+        log_mass = self._log_mass(center, rate)
         inside = uniform[..., 1:].clamp(1e-6, 1.0 - 1e-6)
-        log_below = _log_of_sum(-_softplus(center / scale), inside.log() + log_mass)
-        log_above = _log_of_sum(-_softplus((1.0 - center) / scale), torch.log1p(-inside) + log_mass)
-        unit = (center + scale * (log_below - log_above)).clamp(0.0, 1.0)
+        log_below = _log_of_sum(_log_sigmoid(-center * rate), inside.log() + log_mass)
+        log_above = _log_of_sum(_log_sigmoid((center - 1.0) * rate), torch.log1p(-inside) + log_mass)
+        unit = (center + (log_below - log_above) / rate).clamp(0.0, 1.0)
         return self.low + self.width * unit
 
     def drawn(

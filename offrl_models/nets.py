@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from offrl_models.datasets.encoding import Encoded, Encoder, Observation
+from offrl_models.products import affine
 
 
 def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -34,7 +35,7 @@ class SeedLinear(nn.Module):
         self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs) if bias else None
 
     def forward(self, x: Float[Tensor, "seed batch inputs"]) -> Float[Tensor, "seed batch outputs"]:
-        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+        return affine(x, self.weight, self.bias)
 
 
 class ObservationLayer(nn.Module):
@@ -99,7 +100,7 @@ class MLP(nn.Module):
     def after(self, x: Float[Tensor, "seed batch hidden"]) -> Float[Tensor, "seed batch outputs"]:
         """What follows the first layer."""
         for layer in self.rest:
-            x = torch.relu_(x)  # in place: no layer looks at its own output again
+            x = torch.relu(x)
             x = layer(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         return x.float() if x.dtype == torch.bfloat16 else x  # only products of matrices are taken in half precision
 
@@ -146,7 +147,7 @@ class JointMLP(nn.Module):
         encoded = observation if isinstance(observation, Encoded) else self.seen.encode(observation)
         first = self.seen.first(encoded)
         if vector.dim() == 3:
-            return self.seen.after(first + self.joined(vector))
+            return self.seen.after(torch.baddbmm(first, vector, self.joined.weight))
         hidden = first.unsqueeze(2) + self.joined(vector.flatten(1, 2)).unflatten(1, vector.shape[1:3])
         return self.seen.after(hidden.flatten(1, 2)).unflatten(1, vector.shape[1:3])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Distribution, Space
 from offrl_models.losses import negative_log_likelihood
 
 
@@ -23,18 +23,20 @@ from offrl_models.losses import negative_log_likelihood
 class BCConfig:
     hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
     learning_rate: float = Field(default=1e-3, gt=0)
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class BC(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {}
     target_update = (1.0, 1)
+    only: ClassVar[dict[str, Space]] = {"components": "continuous"}
     draws = 0
 
     def __init__(self, config: BCConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
 
     def learning_rates(self) -> dict[str, float]:
         return {"policy": self.config.learning_rate}

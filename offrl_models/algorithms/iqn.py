@@ -53,20 +53,20 @@ class ImplicitQuantiles(nn.Module):
         """The last hidden layer."""
         x = self.net.first(observation if isinstance(observation, Encoded) else self.net.encode(observation))
         for layer in self.net.rest[:-1]:
-            x = layer(torch.relu_(x))
-        return torch.relu_(x)
+            x = layer(torch.relu(x))
+        return torch.relu(x)
 
     def at(
         self, seen: Float[Tensor, "seed batch hidden"], level: Float[Tensor, "seed batch draws"]
     ) -> Float[Tensor, "seed batch actions draws"]:
         """Quantiles of the return of every action."""
-        embedding = torch.relu_(self.embed(torch.cos(level.unsqueeze(-1) * self.frequency).flatten(1, 2)))
+        embedding = torch.relu(self.embed(torch.cos(level.unsqueeze(-1) * self.frequency).flatten(1, 2)))
         x = seen.unsqueeze(2) * embedding.unflatten(1, level.shape[1:])
         return self.net.rest[-1](x.flatten(1, 2)).unflatten(1, level.shape[1:]).transpose(2, 3)
 
     def mean(self, seen: Float[Tensor, "seed batch hidden"]) -> Float[Tensor, "seed batch actions"]:
         """Of the quantiles at evenly spaced levels."""
-        return self.net.rest[-1](seen * torch.relu_(self.embed(self.evenly)).mean(1, keepdim=True))
+        return self.net.rest[-1](seen * torch.relu(self.embed(self.evenly)).mean(1, keepdim=True))
 
 
 class IQN(nn.Module):

@@ -1,0 +1,73 @@
+"""Products by any of the ways that there are, against the same in double precision."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from offrl_models import products
+from offrl_models.products import affine
+
+SHAPES = [  # seeds, rows, inputs, outputs
+    (1, 64, 128, 96),  # for oneDNN
+    (3, 64, 128, 96),
+    (2, 64, 200, 70),  # narrower than deep
+    (2, 2, 3, 4),  # too small for it
+    (1, 64, 128, 1),
+    (3, 64, 128, 1),
+]
+
+
+def everything(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """A product that looks at every place, its gradients, and theirs: the slopes of a function of them."""
+    given = [each for each in (x, weight, bias) if each is not None]
+    y = affine(x, weight, bias)
+    first = torch.autograd.grad(torch.tanh(y).sum(), given, create_graph=True)
+    second = torch.autograd.grad(sum((each.square().sum() for each in first), torch.zeros(())), given)
+    return [y, *first, *second]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_and_all_their_gradients(
+    shape: tuple[int, ...], biased: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "BY_ONEDNN", onednn and torch.backends.mkldnn.is_available())
+    seeds, rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(seeds, rows, inputs), (seeds, inputs, outputs), (seeds, 1, outputs)]
+    given = [torch.randn(size, generator=generator, dtype=torch.float64) / inputs**0.25 for size in sizes]
+    exact = everything(*(each.requires_grad_() for each in given[:2]), given[2].requires_grad_() if biased else None)
+    single = [each.detach().float().requires_grad_() for each in given]
+    found = everything(single[0], single[1], single[2] if biased else None)
+    assert found[2].is_contiguous()  # as optimizers like the gradient of a weight
+    for right, other in zip(exact, found, strict=True):
+        torch.testing.assert_close(other.double(), right, rtol=1e-4, atol=1e-5 * float(right.detach().abs().max()))
+
+
+@pytest.mark.skipif(not products.BY_ONEDNN, reason="this processor has no AVX-512")
+def test_only_large_single_precision_products_go_to_onednn() -> None:
+    x, weight = torch.randn(2, 64, 128), torch.randn(2, 128, 96)
+    assert "OneDNN" in str(affine(x, weight.requires_grad_()).grad_fn)
+    assert "OneDNN" not in str(affine(x.double(), weight.double()).grad_fn)
+    assert "OneDNN" not in str(affine(x[:, :16], weight).grad_fn)
+    assert "OneDNN" not in str(affine(x[..., :64], weight[:, :64]).grad_fn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert affine(x, weight).dtype == torch.bfloat16
+    graph = torch.export.export(Layer(weight), (x,)).graph
+    assert not any("mkldnn" in str(node.target) or "OneDNN" in str(node.target) for node in graph.nodes)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight)
+
+
+def test_a_frozen_weight_costs_no_gradient() -> None:
+    x, weight = torch.randn(1, 64, 128).requires_grad_(), torch.randn(1, 128, 96)
+    affine(x, weight, torch.zeros(1, 1, 96)).sum().backward()
+    assert x.grad is not None and weight.grad is None
