@@ -37,9 +37,12 @@ def test_products_and_all_their_gradients(
     generator = torch.Generator().manual_seed(1)
     sizes = [(seeds, rows, inputs), (seeds, inputs, outputs), (seeds, 1, outputs)]
     given = [torch.randn(size, generator=generator, dtype=torch.float64) / inputs**0.25 for size in sizes]
-    exact = everything(*(each.requires_grad_() for each in given[:2]), given[2].requires_grad_() if biased else None)
-    single = [each.detach().float().requires_grad_() for each in given]
-    found = everything(single[0], single[1], single[2] if biased else None)
+    exact, found = (
+        everything(x, weight, bias if biased else None)
+        for x, weight, bias in (
+            [each.detach().to(kind).requires_grad_() for each in given] for kind in (torch.float64, torch.float32)
+        )
+    )
     assert found[2].is_contiguous()  # as optimizers like the gradient of a weight
     for right, other in zip(exact, found, strict=True):
         torch.testing.assert_close(other.double(), right, rtol=1e-4, atol=1e-5 * float(right.detach().abs().max()))
