@@ -35,12 +35,12 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     _, inputs, outputs = weight.shape
     return (
         BY_ONEDNN
+        and not torch.compiler.is_compiling()  # an exported graph is not to have operations of torch's own
         and inputs > DEEP
         and x.shape[1] * inputs * outputs > MANY
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")  # whose products in half precision torch gives to oneDNN itself
-        and not torch.compiler.is_compiling()  # nor is an exported graph to have operations of torch's own
     )
 
 

@@ -140,7 +140,7 @@ OTHER = {
     "members": 3, "diversity": 5.0, "actor_learning_rate": 0.02, "samples": 4,
     "vae_hidden": (9,), "vae_learning_rate": 0.1, "kl_weight": 3.0, "flexibility": 0.5, "pessimism": 0.1,
     "in_data_weight": 0.3, "embedding": 6, "layers": 1, "heads": 1, "context": 2, "max_steps": 2, "weight_decay": 0.5,
-    "target_return": 0.1,
+    "target_return": 0.1, "components": 2,
     "dynamics_hidden": (9,), "dynamics_learning_rate": 0.02, "dynamics_steps": 10, "elites": 1, "rollout_steps": 3,
     "rollout_interval": 3, "kept_rollouts": 1, "real_ratio": 0.3, "penalty": 3.0,
     "halt_threshold": 0.5, "halt_penalty": 2.0,
