@@ -36,6 +36,8 @@ DIMENSIONS = 6  # of continuous actions
 LEARNING_RATE = 1e-3
 SAME_LOSS, AGREED_STEPS = 0.05, 500  # relative difference allowed between mean losses, from so many gradient steps on
 OVERHEAD = 0.03  # of the trainer beside a bare loop: target
+FULL, SEEDS, FULL_STEPS = 50_000, 8, 100  # episodes, seeds and gradient steps of runs whose memory is measured
+MEMORY, MEMORY_ROWS, MOST_GIB = "memory", ("bc/25", "td3_bc/c", "cql/c"), 3.0
 COUNTED = 2  # gradient steps whose floating point operations are counted: networks that are trained in every second one are in it
 CONTINUOUS = "c"  # in the place of a number of actions
 
@@ -187,7 +189,27 @@ def _fit(name: str, folder: Path, steps: int | None) -> Work:
     return work
 
 
-WORKS = {name: partial(_fit, name) for name in ROWS}
+def _fit_seeds(name: str, folder: Path, steps: int | None) -> Work:
+    """Many seeds of a large log at once: for the memory that takes."""
+    import torch
+
+    from offrl_models.datasets.encoding import Encoder
+    from offrl_models.training import fit
+
+    torch.set_num_threads(1)
+    row, episodes = ROWS[name], logged(folder)
+    config, encoder = made(row, episodes), Encoder(ope.features(OBSERVED))
+
+    def work() -> Values:
+        fit(row.algorithm, config, episodes, encoder, seeds=range(SEEDS), gradient_steps=steps, batch_size=BATCH)
+        return {"rows": [float(episodes.n_rows)]}
+
+    return work
+
+
+WORKS = {name: partial(_fit, name) for name in ROWS} | {
+    f"{MEMORY}/{name}": partial(_fit_seeds, name) for name in MEMORY_ROWS
+}
 
 
 def require_same(name: str, found: float, other: str, wanted: float, steps: int) -> None:
@@ -236,11 +258,36 @@ def compared(name: str, costs: Costs, steps: int, about: dict[str, Any]) -> list
     return found
 
 
+def memory(about: dict[str, Any]) -> list[Figure]:
+    """Most memory of a process that trains SEEDS seeds on FULL episodes, the log in it."""
+    found = []
+    for name in MEMORY_ROWS:
+        with tempfile.TemporaryDirectory() as temporary:
+            log, work = Path(temporary) / "log", f"{MEMORY}/{name}"
+            make_log(log, FULL, ROWS[name].actions)
+            for table in ("probs", "q"):  # for evaluation, and larger than the rest
+                (log / f"{table}.npy").unlink()
+            command = [sys.executable, "-m", "benchmarks.training", "--measure", work, str(FULL_STEPS), str(log)]
+            peak = harness.run(command, threads=1).peak_mib / 1024
+        title = f"training/{work}/{SEEDS} seeds of {FULL * STEPS:,} transitions/peak"
+        found.append(Figure(title, peak, "GiB", None, None, MOST_GIB, about))
+    return found
+
+
+def tell(figures: Sequence[Figure]) -> None:
+    """As JSON, and one line each for people."""
+    harness.print_figures(figures)
+    for figure in figures:
+        beside = "" if figure.ratio is None else f", {figure.ratio:.2f} of {figure.peer}"
+        target = "" if figure.target is None else f" (target: {figure.target})"
+        print(f"{figure.name}: {figure.value:.2f} {figure.unit}{beside}{target}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--row", action="append", choices=ROWS, help="only this algorithm/actions; may be repeated")
+    parser.add_argument("--row", action="append", choices=[*ROWS, MEMORY], help="only this one; may be repeated")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="the environment of the peers")
     parser.add_argument("--make-peers", action="store_true", help="make that environment where it is missing")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; each runs every contender once")
@@ -254,17 +301,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers, steps = options.peers.absolute(), options.gradient_steps
     found = peers if ope.ready(peers, options.make_peers) else None
     about = {**harness.machine("numpy", "torch", "lightning"), "peers": ope.PEERS if found else ()}
-    for name in options.row or ROWS:
+    for name in options.row or [*ROWS, MEMORY]:
+        if name == MEMORY:
+            tell(memory(about))
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             log = Path(temporary) / "log"
             make_log(log, options.episodes, ROWS[name].actions)
             costs = compete(name, log, steps, found, options.repeats)
-        figures = compared(name, costs, steps, about)
-        harness.print_figures(figures)
         harness.print_table(f"training/{name}", costs, [])
-        for figure in figures:
-            beside = "" if figure.ratio is None else f", {figure.ratio:.2f} of {figure.peer} (target: {figure.target})"
-            print(f"{figure.name}: {figure.value:.2f} {figure.unit}{beside}", file=sys.stderr)
+        tell(compared(name, costs, steps, about))
 
 
 if __name__ == "__main__":
