@@ -21,13 +21,12 @@ def affine(
     bias: Float[Tensor, "seed 1 outputs"] | None = None,
 ) -> Float[Tensor, "seed batch outputs"]:
     """x @ weight + bias, which can be differentiated as often as one likes."""
-    if _suits_onednn(x, weight):
-        return _ByOneDNN.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
-    if (
-        weight.shape[2] == 1 and len(x) > 1 and x.device.type == "cpu"
-    ):  # MKL takes ten times as long for several seeds at once
-        product = (x * weight.mT).sum(-1, keepdim=True)
-        return product if bias is None else product + bias
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # which an exported graph is, too
+        if _suits_onednn(x, weight):
+            return _ByOneDNN.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+        if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
+            product = (x * weight.mT).sum(-1, keepdim=True)
+            return product if bias is None else product + bias
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
@@ -35,10 +34,8 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     _, inputs, outputs = weight.shape
     return (
         BY_ONEDNN
-        and not torch.compiler.is_compiling()  # an exported graph is not to have operations of torch's own
         and inputs > DEEP
         and x.shape[1] * inputs * outputs > MANY
-        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")  # whose products in half precision torch gives to oneDNN itself
     )

@@ -1,10 +1,9 @@
 """TD3+BC: the policy that the critic likes best, held near the logged actions by a squared error.
 
 Fujimoto & Gu (2021), https://arxiv.org/abs/2106.06860, on TD3, Fujimoto, van Hoof & Meger (2018).
-Differences from the paper: the policy follows the mean of both critics, not the first; all losses are taken at the same
-parameters; what is deployed, and evaluated, is a cut-off logistic density around the policy's action, as wide as TD3's
-exploration. Over discrete actions the policy has probabilities: Q is expected, and the distance is that of the probabilities
-to a vector with a single 1.
+Differences from the paper: all losses are taken at the same parameters; what is deployed, and evaluated, is a cut-off logistic
+density around the policy's action, as wide as TD3's exploration. Over discrete actions the policy has probabilities: Q is
+expected, and the distance is that of the probabilities to a vector with a single 1.
 """
 
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ class TD3BC(nn.Module):
         if batch.step % c.policy_interval == 0:
             policy = self.distribution(batch.observation, batch.mask)
             with frozen(self.q):
-                q = decided_q(self.q, batch.observation, policy).mean(1)
+                q = decided_q(self.q, batch.observation, policy)[:, 0]  # of the first critic
             distance = squared_distance(policy, batch.action) / self.dimensions
             losses["policy"] = (distance - c.alpha * relative_q(q)).mean(-1)
         return losses
