@@ -10,11 +10,11 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from offrl_models.algorithms import AlgorithmConfig, require_gateable
 from offrl_models.gate import GateConfig
-from offrl_models.learner import TrainingConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.schema import InputError
+from offrl_models.training_config import TrainingConfig
 from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
 
 
@@ -222,6 +222,11 @@ class Pipeline:
     def reports(self) -> Path:
         """Pages for people."""
         return self.folder / "reports"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Losses of every variant, as event files for TensorBoard."""
+        return self.folder / "tensorboard"
 
     def variant(self, name: str) -> Path:
         """What the training of a variant leaves."""

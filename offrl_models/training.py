@@ -19,11 +19,12 @@ from offrl_models.distributions import Space, space_of
 from offrl_models.dynamics import Dynamics
 from offrl_models.early_stopping import EarlyStopping
 from offrl_models.exported import Exported
-from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, TrainingConfig, train
+from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, Watch, train
 from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, divided, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
 from offrl_models.schema import Episodes, InputError
+from offrl_models.training_config import TrainingConfig
 
 HOLDOUT = 2**41  # so that which rows are held out comes from a stream of its own
 HOLDOUT_ROWS = 1000  # at most, and at most a fifth of all
@@ -43,6 +44,7 @@ def fit(
     seeds: Sequence[int],
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
+    watch: Watch | None = None,
     **training: Any,
 ) -> tuple[Algorithm, Trained]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
@@ -63,7 +65,7 @@ def fit(
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
     begun = checkpoint is not None and checkpoint.load() is not None
     prepare(algorithm, transitions, sampler, how, begun=begun)
-    went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)
+    went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint, watch=watch)
     return algorithm.cpu(), went
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
-    {"schema", "storage", "mapped", "tensors", "progress"},
+    {"schema", "storage", "mapped", "tensors", "progress", "curves"},
     {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"}
     | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},
@@ -22,6 +22,7 @@ ROWS = [
     {"exported"},
     {"history"},
     {"algorithms", "ope", "optimizer", "checkpoint"},
+    {"training_config"},
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},

@@ -13,6 +13,7 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import ALGORITHMS, Algorithm
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline, plain_config
+from offrl_models.curves import Curves
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.evaluation import Evaluation, evaluate
@@ -59,16 +60,18 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
             update(name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
 
-        algorithm, went = fit(
-            variant.algorithm,
-            variant.config,
-            train,
-            encoder_of(pipeline),
-            seeds=seeds,
-            report=report,
-            checkpoint=checkpoint,
-            **config.training.model_dump(),
-        )
+        with Curves(pipeline.tensorboard / file_name(name), seeds) as curves:
+            algorithm, went = fit(
+                variant.algorithm,
+                variant.config,
+                train,
+                encoder_of(pipeline),
+                seeds=seeds,
+                report=report,
+                checkpoint=checkpoint,
+                watch=curves,
+                **config.training.model_dump(),
+            )
         policy = _acting(algorithm, pipeline)
         export_checked(policy, train, folder)
         for steps, kept in went.kept.items():
