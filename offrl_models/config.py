@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from offrl_models.algorithms import AlgorithmConfig, require_gateable
+from offrl_models.algorithms import AlgorithmConfig, require_gateable, require_rows_alone
 from offrl_models.gate import GateConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
@@ -130,6 +130,13 @@ class PipelineConfig(Strict):
             for name in value:
                 require_gateable(name)
         return value
+
+    @model_validator(mode="after")
+    def _batches_can_be_shared_out(self) -> "PipelineConfig":
+        if self.training.processes > 1:
+            for name in self.algorithms:
+                require_rows_alone(name, self.logs.action.space)
+        return self
 
     @model_validator(mode="after")
     def _a_known_world_has_states(self) -> "PipelineConfig":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from offrl_models import parallel
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
 from offrl_models.optimizer import FusedAdam, rate_factor
@@ -75,6 +76,13 @@ class Learner(L.LightningModule):
         self.algorithm: Any = algorithm
         self.transitions, self.sampler, self.config = transitions, sampler, config
         self.report, self.checkpoint, self.stop, self.watch = report, checkpoint, stop, watch
+        if config.processes > 1:
+            if parallel.processes() != config.processes:
+                raise InputError(
+                    f"{config.processes} processes are to train together, and this is one of {parallel.processes()}; start them "
+                    "by `parallel.together`."
+                )
+            sampler.share = parallel.share(sampler.batch_size)
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
         self.stopped: dict[int, str] = {}  # seeds, by place, and why
@@ -115,6 +123,8 @@ class Learner(L.LightningModule):
         for transitions in self.transitions.batches(self.sampler, batch):
             losses = self.algorithm.losses(transitions._replace(step=self.gradient_steps))
             self.manual_backward(torch.cat(list(losses.values())).sum())
+            if self.config.processes > 1:
+                losses = self._averaged(losses)
             self.adam.factor = rate_factor(
                 self.gradient_steps,
                 gradient_steps=self.config.gradient_steps,
@@ -146,6 +156,15 @@ class Learner(L.LightningModule):
             self.save(self.checkpoint)
         if self.stop and self.stop():
             self.trainer.should_stop = True
+
+    @torch.no_grad()
+    def _averaged(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give all networks the gradients of the whole batch, of which each process has computed its share. The losses of it."""
+        trained = [each for network in self.adam.work for each in network.parameters if each.grad is not None]
+        found = parallel.average([*(each.grad for each in trained if each.grad is not None), *losses.values()])
+        for each, gradient in zip(trained, found, strict=False):
+            each.grad = gradient
+        return dict(zip(losses, found[len(trained) :], strict=True))
 
     @torch.no_grad()
     def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
@@ -185,6 +204,8 @@ class Learner(L.LightningModule):
         return {**streams, **weights, **kept, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
 
     def save(self, checkpoint: Checkpoint) -> None:
+        if parallel.place() > 0:
+            return
         stopped = {str(seed): why for seed, why in self.stopped.items()}
         facts = {"gradient_steps": self.gradient_steps, "history": self.history, "stopped": stopped}
         checkpoint.save(self._tensors(), facts)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_space
+from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_rows_alone, require_space
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions
@@ -59,6 +59,8 @@ def fit(
         raise InputError(f"the settings of {name} are not those over {space} actions; make them for such.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
+    if how.processes > 1:
+        require_rows_alone(name, space)
     if hasattr(kind, "check_log"):
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())
@@ -226,13 +228,13 @@ def _single_threaded() -> None:
     torch.set_num_threads(1)
 
 
-def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any]) -> list[Any]:
-    """`job(input, update)` for every input, in parallel single-threaded processes, one per core; progress is shown.
+def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any], cores: int = 1) -> list[Any]:
+    """`job(input, update)` for every input, in parallel single-threaded processes, one per so many cores; progress is shown.
 
     Two threads in one process get in each other's way; two processes do not. A lone input runs in this process.
     """
     torch.set_num_threads(1)
-    processes = min(len(inputs), os.cpu_count() or 1)
+    processes = min(len(inputs), max((os.cpu_count() or 1) // cores, 1))
     with progress() as update:
         if processes <= 1:
             return [job(item, update) for item in inputs]

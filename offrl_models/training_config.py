@@ -20,11 +20,20 @@ class TrainingConfig(Strict):
     checkpoints: int = Field(
         default=1, ge=1, le=20
     )  # candidates that each training leaves, evenly spaced; 1 is the last alone
+    processes: int = Field(default=1, ge=1)  # that train a candidate together, each its share of the rows of a batch
 
     @model_validator(mode="after")
     def _checkpoints_differ(self) -> "TrainingConfig":
         if self.checkpoints > self.gradient_steps:
             raise ValueError(f"{self.checkpoints} checkpoints need as many gradient_steps, not {self.gradient_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_equal(self) -> "TrainingConfig":
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"{self.processes} processes cannot share a batch_size of {self.batch_size} evenly; make it a multiple of them"
+            )
         return self
 
     @property

@@ -238,6 +238,8 @@ def test_a_candidate_that_was_cut_short_is_finished_and_leaves_no_checkpoint(
         learning._train_candidate((pipeline, "iql"), dying)
     assert unfinished.exists() and not pipeline.candidate("iql").exists()
     resumed: list[int] = []
+    training = {**configured["training"], "processes": 2}  # any number of processes goes on with it
+    pipeline = Pipeline(parse_pipeline({**configured, "training": training}, "toy"), tmp_path)
     stage = learning._train_candidate((pipeline, "iql"), lambda task, done, total, note: resumed.append(done))
     written = (pipeline.candidate("iql") / "losses.csv").read_text().splitlines()
     assert written[0] == "seed,gradient_steps,policy,q,value" and len(written) == 1 + 2 * 2

@@ -31,6 +31,7 @@ from offrl_models.algorithms.td3_awr import TD3AWR, TD3AWRConfig
 from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
 from offrl_models.distributions import Space
 from offrl_models.logs.contract import nearest_key_hint
+from offrl_models.rollouts import RolloutConfig
 from offrl_models.schema import InputError
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -85,6 +86,15 @@ def require_gateable(name: str) -> None:
         raise InputError(
             f"{name} can be trained by `training.fit` and cannot be gated by a pipeline: fitted Q evaluation, capped policies and "
             "marginal ratios take a policy of the present observation alone, and this one looks back; leave it out."
+        )
+
+
+def require_rows_alone(name: str, space: Space) -> None:
+    """Raises InputError for an algorithm that does not learn from the rows of a batch each by itself: they cannot be shared out."""
+    if issubclass(config_of(name, space), RolloutConfig):
+        raise InputError(
+            f"{name} practises in a model of the world, in rollouts from whole batches that cannot be shared out; train it with "
+            "`processes: 1`."
         )
 
 
