@@ -132,10 +132,10 @@ class PipelineConfig(Strict):
         return value
 
     @model_validator(mode="after")
-    def _batches_can_be_shared_out(self) -> "PipelineConfig":
-        if self.training.processes > 1:
+    def _losses_are_of_rows(self) -> "PipelineConfig":
+        for key in self.training.of_rows:
             for name in self.algorithms:
-                require_rows_alone(name, self.logs.action.space)
+                require_rows_alone(name, self.logs.action.space, key)
         return self
 
     @model_validator(mode="after")

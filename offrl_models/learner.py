@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from offrl_models import parallel
 from offrl_models.checkpoint import Checkpoint
+from offrl_models.compiled import compiled_losses
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
 from offrl_models.optimizer import FusedAdam, rate_factor
 from offrl_models.schema import InputError
@@ -77,11 +78,7 @@ class Learner(L.LightningModule):
         self.transitions, self.sampler, self.config = transitions, sampler, config
         self.report, self.checkpoint, self.stop, self.watch = report, checkpoint, stop, watch
         if config.processes > 1:
-            if parallel.processes() != config.processes:
-                raise InputError(
-                    f"{config.processes} processes are to train together, and this is one of {parallel.processes()}; start them "
-                    "by `parallel.together`."
-                )
+            parallel.require(config.processes)
             sampler.share = parallel.share(sampler.batch_size)
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
@@ -95,6 +92,8 @@ class Learner(L.LightningModule):
             target.requires_grad_(False)
             self.slow += target.parameters()
             self.fast += source.parameters()
+        where = transitions.reward.device
+        self.losses = compiled_losses(algorithm, where) if config.compile else self.algorithm.losses
         self.adam = self._adam()
         self.good = [each.detach().clone() for each in self.algorithm.parameters()]
 
@@ -121,7 +120,7 @@ class Learner(L.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> None:
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler, batch):
-            losses = self.algorithm.losses(transitions._replace(step=self.gradient_steps))
+            losses = self.losses(transitions._replace(step=self.gradient_steps))
             self.manual_backward(torch.cat(list(losses.values())).sum())
             if self.config.processes > 1:
                 losses = self._averaged(losses)

@@ -41,6 +41,14 @@ def processes() -> int:
     return _processes
 
 
+def require(count: int) -> None:
+    """Raises InputError where this is not one of so many."""
+    if count != _processes:
+        raise InputError(
+            f"{count} processes are to train together, and this is one of {_processes}; start them by `parallel.together`."
+        )
+
+
 def share(batch_size: int) -> slice:
     """The rows of a batch that this process computes."""
     rows = batch_size // _processes
@@ -83,8 +91,9 @@ def together(job: Callable[[Any, Update], object], item: Any, count: int, update
             for number in range(count):
                 listening, telling = context.Pipe(duplex=False)
                 given = (number, count, devices[number], backend, folder, job, item, telling)
-                started[listening] = context.Process(target=_run, args=given, name=f"{number + 1} of {count}")
-                started[listening].start()
+                process = context.Process(target=_run, args=given, name=f"{number + 1} of {count}")
+                process.start()
+                started[listening] = process
                 telling.close()
             _listen(started, update)
         finally:

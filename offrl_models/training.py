@@ -59,8 +59,8 @@ def fit(
         raise InputError(f"the settings of {name} are not those over {space} actions; make them for such.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
-    if how.processes > 1:
-        require_rows_alone(name, space)
+    for key in how.of_rows:
+        require_rows_alone(name, space, key)
     if hasattr(kind, "check_log"):
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())

@@ -21,6 +21,7 @@ class TrainingConfig(Strict):
         default=1, ge=1, le=20
     )  # candidates that each training leaves, evenly spaced; 1 is the last alone
     processes: int = Field(default=1, ge=1)  # that train a candidate together, each its share of the rows of a batch
+    compile: bool = False  # machine code for the losses, which takes a while to make
 
     @model_validator(mode="after")
     def _checkpoints_differ(self) -> "TrainingConfig":
@@ -40,3 +41,8 @@ class TrainingConfig(Strict):
     def kept_after(self) -> list[int]:
         """Gradient steps after which weights are kept; the last are all of them."""
         return [self.gradient_steps * place // self.checkpoints for place in range(1, self.checkpoints + 1)]
+
+    @property
+    def of_rows(self) -> list[str]:
+        """Keys that are set and want losses of the rows of a batch alone."""
+        return [key for key, wanted in (("processes", self.processes > 1), ("compile", self.compile)) if wanted]

@@ -89,12 +89,13 @@ def require_gateable(name: str) -> None:
         )
 
 
-def require_rows_alone(name: str, space: Space) -> None:
-    """Raises InputError for an algorithm that does not learn from the rows of a batch each by itself: they cannot be shared out."""
+def require_rows_alone(name: str, space: Space, key: str) -> None:
+    """Raises InputError for an algorithm whose losses are more than those of the rows of a batch, which such a key of the
+    training needs."""
     if issubclass(config_of(name, space), RolloutConfig):
         raise InputError(
-            f"{name} practises in a model of the world, in rollouts from whole batches that cannot be shared out; train it with "
-            "`processes: 1`."
+            f"{name} practises in a model of the world, in rollouts from whole batches at some of the steps, and cannot be trained "
+            f"with `{key}`; leave it out."
         )
 
 
