@@ -17,19 +17,24 @@ def compiled_losses(algorithm: Any, device: torch.device) -> Losses:
 
     They raise InputError where there is no compiler for them, or they cannot be compiled.
     """
-    from torch._dynamo.exc import TorchDynamoException  # importing it takes a second
-
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    torch.compiler.reset()  # what was compiled for another candidate would count against a limit
+    graphs = device.type == "cuda"
+    mode = "reduce-overhead" if graphs else "default"
     losses = torch.compile(algorithm.losses, fullgraph=True, dynamic=False, mode=mode)
     interval = getattr(algorithm.config, "policy_interval", 1)
 
     def found(batch: TransitionBatch) -> dict[str, Tensor]:
         # The number of a step is compiled in; whether the policy is due in it is all that tells steps apart.
         step = 0 if batch.step % interval == 0 else 1
-        torch.compiler.cudagraph_mark_step_begin()
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         try:
             each = losses(batch._replace(step=step))
-        except TorchDynamoException as error:
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # importing it takes a second
+
+            if not isinstance(error, TorchDynamoException):
+                raise
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
                 f"the losses of {type(algorithm).__name__} cannot be compiled ({reason}); install a C++ compiler if there is none, "

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from offrl_models.algorithms import AlgorithmConfig, require_gateable, require_rows_alone
+from offrl_models.algorithms import AlgorithmConfig, config_of, require_gateable
 from offrl_models.gate import GateConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
+from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import InputError
 from offrl_models.training_config import TrainingConfig
 from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
@@ -135,7 +136,7 @@ class PipelineConfig(Strict):
     def _losses_are_of_rows(self) -> "PipelineConfig":
         for key in self.training.of_rows:
             for name in self.algorithms:
-                require_rows_alone(name, self.logs.action.space, key)
+                refuse_rollouts(name, config_of(name, self.logs.action.space), key)
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_rows_alone, require_space
+from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_space
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions
@@ -23,6 +23,7 @@ from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained,
 from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, divided, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
+from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training_config import TrainingConfig
 
@@ -60,7 +61,7 @@ def fit(
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
     for key in how.of_rows:
-        require_rows_alone(name, space, key)
+        refuse_rollouts(name, type(config), key)
     if hasattr(kind, "check_log"):
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())

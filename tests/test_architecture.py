@@ -21,7 +21,7 @@ ROWS = [
     {"densities"},
     {"exported"},
     {"history"},
-    {"algorithms", "ope", "optimizer", "checkpoint"},
+    {"algorithms", "ope", "optimizer", "checkpoint", "compiled"},
     {"training_config"},
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},

@@ -31,7 +31,6 @@ from offrl_models.algorithms.td3_awr import TD3AWR, TD3AWRConfig
 from offrl_models.algorithms.td3_bc import TD3BC, TD3BCConfig
 from offrl_models.distributions import Space
 from offrl_models.logs.contract import nearest_key_hint
-from offrl_models.rollouts import RolloutConfig
 from offrl_models.schema import InputError
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -86,16 +85,6 @@ def require_gateable(name: str) -> None:
         raise InputError(
             f"{name} can be trained by `training.fit` and cannot be gated by a pipeline: fitted Q evaluation, capped policies and "
             "marginal ratios take a policy of the present observation alone, and this one looks back; leave it out."
-        )
-
-
-def require_rows_alone(name: str, space: Space, key: str) -> None:
-    """Raises InputError for an algorithm whose losses are more than those of the rows of a batch, which such a key of the
-    training needs."""
-    if issubclass(config_of(name, space), RolloutConfig):
-        raise InputError(
-            f"{name} practises in a model of the world, in rollouts from whole batches at some of the steps, and cannot be trained "
-            f"with `{key}`; leave it out."
         )
 
 
