@@ -57,28 +57,27 @@ def every_case(folder: Path, update: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, told = tmp_path_factory.mktemp("together"), []
     with pytest.raises(InputError, match=r"^the second one refuses\.$"):
         parallel.together(every_case, folder, 2, lambda *message: told.append(message))
-    return folder, told
+    assert told[:3] == [("cases", number, 0, "told") for number in range(3)]  # by the first one alone
+    return folder
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: " ".join(map(str, CASES[n])))
-def test_two_processes_find_what_one_finds(number: int, together: tuple[Path, list[Any]]) -> None:
-    folder, told = together
-    assert ("cases", number, 0, "told") in told and len(told) == len(CASES)  # by the first one alone
+def test_two_processes_find_what_one_finds(number: int, together: Path) -> None:
     weights, losses = learned(CASES[number], 1)
-    first, second = (read_tensors(folder / f"{place}-{number}") for place in (0, 1))
+    first, second = (read_tensors(together / f"{place}-{number}") for place in (0, 1))
     for key, each in first.items():
         assert torch.equal(each, second[key])
         assert torch.allclose(each, weights[key], atol=1e-4), key
-    found = literal_eval((folder / f"0-{number}.losses").read_text())
+    found = literal_eval((together / f"0-{number}.losses").read_text())
     assert found == [pytest.approx(each, rel=1e-3, abs=1e-4) for each in losses]
 
 
-def test_averages_and_means_are_those_of_all_rows(together: tuple[Path, list[Any]]) -> None:
-    first, second = (literal_eval((together[0] / f"{place}.averages").read_text()) for place in (0, 1))
+def test_averages_and_means_are_those_of_all_rows(together: Path) -> None:
+    first, second = (literal_eval((together / f"{place}.averages").read_text()) for place in (0, 1))
     assert first[1:] == second[1:] == [[3.5, 31.5], [[0.5, 0.5]]]
     rows = torch.arange(8.0).reshape(2, 4).requires_grad_()
     parallel.batch_mean(rows * rows).square().sum().backward()
