@@ -68,4 +68,4 @@ calibrate-smoke: install  ## policies that are no better, and one that is, on 60
 	@python -m benchmarks.calibrate --smoke
 
 clean:  ## remove everything that can be made again, but no raw logs and no released policy
-	rm -rf data/*/{coverage,episodes,behavior,candidates,leaderboard,evidence,shift,reports}
+	rm -rf data/*/{coverage,episodes,behavior,candidates,leaderboard,evidence,shift,reports,tensorboard}

@@ -113,14 +113,20 @@ class Temperature(nn.Module):
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Gradients flow through these networks, and not into them; what that would have cost is not computed."""
-    parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
-    for each in parameters:
-        each.requires_grad_(False)
+    owned = [
+        (owner, name, each)
+        for module in modules
+        for owner in module.modules()
+        for name, each in owner._parameters.items()
+        if each is not None
+    ]
+    for owner, name, each in owned:
+        owner._parameters[name] = each.detach()  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        for each in parameters:
-            each.requires_grad_(True)
+        for owner, name, each in owned:
+            owner._parameters[name] = each
 
 
 def expected_q(

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from offrl_models.algorithms import AlgorithmConfig, require_gateable
+from offrl_models.algorithms import AlgorithmConfig, config_of, require_gateable
 from offrl_models.gate import GateConfig
-from offrl_models.learner import TrainingConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
+from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import InputError
+from offrl_models.training_config import TrainingConfig
 from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
 
 
@@ -132,6 +133,13 @@ class PipelineConfig(Strict):
         return value
 
     @model_validator(mode="after")
+    def _losses_are_of_rows(self) -> "PipelineConfig":
+        for key in self.training.of_rows:
+            for name in self.algorithms:
+                refuse_rollouts(name, config_of(name, self.logs.action.space), key)
+        return self
+
+    @model_validator(mode="after")
     def _a_known_world_has_states(self) -> "PipelineConfig":
         if self.known_world and self.logs.tabular_states is None:
             raise ValueError("known_world is for logs of one observed category and discrete actions; leave it out")
@@ -222,6 +230,11 @@ class Pipeline:
     def reports(self) -> Path:
         """Pages for people."""
         return self.folder / "reports"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Losses of every variant, as event files for TensorBoard."""
+        return self.folder / "tensorboard"
 
     def variant(self, name: str) -> Path:
         """What the training of a variant leaves."""

@@ -6,21 +6,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from offrl_models import parallel
 from offrl_models.checkpoint import Checkpoint
+from offrl_models.compiled import compiled_losses
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
-from offrl_models.logs.contract import Strict
-from offrl_models.optimizer import FusedAdam, Schedule, rate_factor
+from offrl_models.optimizer import FusedAdam, rate_factor
 from offrl_models.schema import InputError
+from offrl_models.training_config import TrainingConfig
 
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
+Watch = Callable[[list[dict[str, Any]]], None]  # the history of losses so far
 
 
 @runtime_checkable
@@ -52,31 +54,6 @@ class _Chunks(IterableDataset[int]):
         return iter(self.sizes)
 
 
-class TrainingConfig(Strict):
-    """How every candidate is trained."""
-
-    gradient_steps: int = Field(default=10_000, ge=1)
-    batch_size: int = Field(default=256, ge=1)
-    schedule: Schedule = "constant"  # of the learning rates
-    warmup_steps: int = Field(default=0, ge=0)  # gradient steps in which the learning rates rise to what they are
-    clip_norm: float | None = Field(default=None, gt=0)  # longest gradient of a network, per seed
-    precision: Literal["32", "bf16"] = "32"  # of matrix products
-    checkpoints: int = Field(
-        default=1, ge=1, le=20
-    )  # candidates that each training leaves, evenly spaced; 1 is the last alone
-
-    @model_validator(mode="after")
-    def _checkpoints_differ(self) -> "TrainingConfig":
-        if self.checkpoints > self.gradient_steps:
-            raise ValueError(f"{self.checkpoints} checkpoints need as many gradient_steps, not {self.gradient_steps}")
-        return self
-
-    @property
-    def kept_after(self) -> list[int]:
-        """Gradient steps after which weights are kept; the last are all of them."""
-        return [self.gradient_steps * place // self.checkpoints for place in range(1, self.checkpoints + 1)]
-
-
 class Learner(L.LightningModule):
     """Sums the losses of all seeds, steps one Adam with a parameter group per network, and moves the targets.
 
@@ -93,12 +70,16 @@ class Learner(L.LightningModule):
         report: Report | None = None,
         checkpoint: Checkpoint | None = None,
         stop: Callable[[], bool] | None = None,
+        watch: Watch | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.algorithm: Any = algorithm
         self.transitions, self.sampler, self.config = transitions, sampler, config
-        self.report, self.checkpoint, self.stop = report, checkpoint, stop
+        self.report, self.checkpoint, self.stop, self.watch = report, checkpoint, stop, watch
+        if config.processes > 1:
+            parallel.require(config.processes)
+            sampler.share = parallel.share(sampler.batch_size)
         self.gradient_steps = 0
         self.history: list[dict[str, Any]] = []
         self.stopped: dict[int, str] = {}  # seeds, by place, and why
@@ -111,6 +92,8 @@ class Learner(L.LightningModule):
             target.requires_grad_(False)
             self.slow += target.parameters()
             self.fast += source.parameters()
+        where = transitions.reward.device
+        self.losses = compiled_losses(algorithm, where) if config.compile else self.algorithm.losses
         self.adam = self._adam()
         self.good = [each.detach().clone() for each in self.algorithm.parameters()]
 
@@ -137,8 +120,10 @@ class Learner(L.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> None:
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler, batch):
-            losses = self.algorithm.losses(transitions._replace(step=self.gradient_steps))
+            losses = self.losses(transitions._replace(step=self.gradient_steps))
             self.manual_backward(torch.cat(list(losses.values())).sum())
+            if self.config.processes > 1:
+                losses = self._averaged(losses)
             self.adam.factor = rate_factor(
                 self.gradient_steps,
                 gradient_steps=self.config.gradient_steps,
@@ -157,6 +142,8 @@ class Learner(L.LightningModule):
         told: dict[str, list[float | None]] = {name: [None] * self.seeds for name in self.algorithm.learning_rates()}
         told |= {name: [v if i in alive else None for i, v in enumerate(values)] for name, values in per_seed.items()}
         self.history.append({"gradient_steps": self.gradient_steps, **told})
+        if self.watch:
+            self.watch(self.history)
         if self.report:
             self.report(
                 self.gradient_steps, {name: sum(v[i] for i in alive) / len(alive) for name, v in per_seed.items()}
@@ -168,6 +155,15 @@ class Learner(L.LightningModule):
             self.save(self.checkpoint)
         if self.stop and self.stop():
             self.trainer.should_stop = True
+
+    @torch.no_grad()
+    def _averaged(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give all networks the gradients of the whole batch, of which each process has computed its share. The losses of it."""
+        trained = [each for network in self.adam.work for each in network.parameters if each.grad is not None]
+        found = parallel.average([*(each.grad for each in trained if each.grad is not None), *losses.values()])
+        for each, gradient in zip(trained, found, strict=False):
+            each.grad = gradient
+        return dict(zip(losses, found[len(trained) :], strict=True))
 
     @torch.no_grad()
     def _stop_seeds(self, per_seed: dict[str, list[float]]) -> None:
@@ -207,6 +203,8 @@ class Learner(L.LightningModule):
         return {**streams, **weights, **kept, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
 
     def save(self, checkpoint: Checkpoint) -> None:
+        if parallel.place() > 0:
+            return
         stopped = {str(seed): why for seed, why in self.stopped.items()}
         facts = {"gradient_steps": self.gradient_steps, "history": self.history, "stopped": stopped}
         checkpoint.save(self._tensors(), facts)
@@ -258,22 +256,27 @@ def train(
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
     stop: Callable[[], bool] | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
-    """Train in place, from the checkpoint on if there is one of this training; `stop` is asked after each chunk.
+    """Train in place, from the checkpoint on if there is one of this training; `stop` is asked after each chunk, and `watch` is
+    shown the history of losses before the first one and after each.
 
     Raises NonFiniteLossError naming network, seed and step when no seed is left.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    learner = Learner(algorithm.to(transitions.reward.device), transitions, sampler, config, report, checkpoint, stop)
+    where = transitions.reward.device
+    learner = Learner(algorithm.to(where), transitions, sampler, config, report, checkpoint, stop, watch)
     if checkpoint:
         learner.resume(checkpoint)
+    if watch:
+        watch(learner.history)
     with warnings.catch_warnings():
         # The loader yields numbers, not data; workers would only slow it down.
         warnings.filterwarnings("ignore", ".*does not have many workers.*", UserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 against torch 2.13
         trainer = L.Trainer(
             max_epochs=1,
-            accelerator=transitions.reward.device.type,
+            accelerator=where.type,
             devices=1,
             precision="bf16-mixed" if config.precision == "bf16" else "32-true",
             logger=False,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offrl_models.distributions import Categorical, Distribution
 from offrl_models.nets import masked, take
+from offrl_models.parallel import batch_mean
 
 
 def negative_log_likelihood(log_prob: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed"]:
@@ -103,8 +104,8 @@ def standardized(values: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed bat
     >>> standardized(torch.tensor([[1.0, 3.0], [5.0, 5.0]])).round(decimals=3).tolist()
     [[-1.0, 1.0], [0.0, 0.0]]
     """
-    centered = values - values.mean(-1, keepdim=True)
-    return centered / (centered.square().mean(-1, keepdim=True).sqrt() + 1e-5)
+    centered = values - batch_mean(values).unsqueeze(-1)
+    return centered / (batch_mean(centered.square()).unsqueeze(-1).sqrt() + 1e-5)
 
 
 def relative_q(q: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed batch"]:
@@ -113,7 +114,7 @@ def relative_q(q: Float[Tensor, "seed batch"]) -> Float[Tensor, "seed batch"]:
     >>> relative_q(torch.tensor([[20.0, 40.0]])).sum().item()
     2.0
     """
-    return q / q.detach().abs().mean(-1, keepdim=True).clamp(min=1e-6)
+    return q / batch_mean(q.detach().abs()).unsqueeze(-1).clamp(min=1e-6)
 
 
 def squared_distance(policy: Distribution, action: Tensor) -> Float[Tensor, "seed batch"]:
@@ -269,8 +270,9 @@ def weighted_mean(
     >>> [weighted_mean(weight, value, self_normalized=each).item() for each in (False, True)]
     [3.0, 1.0]
     """
-    mean = (weight * value).mean(-1)
-    return mean / weight.mean(-1).clamp(min=torch.finfo(weight.dtype).tiny) if self_normalized else mean
+    if not self_normalized:
+        return (weight * value).mean(-1)
+    return batch_mean(weight * value) / batch_mean(weight).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def soft_least(q: Float[Tensor, "seed member *batch"], *, pessimism: float) -> Float[Tensor, "seed *batch"]:

@@ -6,6 +6,7 @@ OfflineRL-Kit, where rollouts are as many but come less often.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -125,4 +126,14 @@ def refuse_unequal_steps(episodes: Episodes) -> None:
         raise InputError(
             "decisions are not equally far apart, and the model of the world has one discount for all of them; use an algorithm "
             "without a model."
+        )
+
+
+def refuse_rollouts(name: str, config: type[Any], key: str) -> None:
+    """Raises InputError for the settings of an algorithm with rollouts. Such a key of the training wants losses that are those of
+    the rows of a batch alone."""
+    if issubclass(config, RolloutConfig):
+        raise InputError(
+            f"{name} practises in a model of the world, in rollouts from whole batches at some of the steps, and cannot be trained "
+            f"with `{key}`; leave it out."
         )

@@ -19,11 +19,13 @@ from offrl_models.distributions import Space, space_of
 from offrl_models.dynamics import Dynamics
 from offrl_models.early_stopping import EarlyStopping
 from offrl_models.exported import Exported
-from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, TrainingConfig, train
+from offrl_models.learner import NonFiniteLossError, Report, Trainable, Trained, Watch, train
 from offrl_models.ope.fqe import FQE, OF_NEXT, FQEConfig, FQEValues, bootstrap_rows, divided, draws_of, fitted_values
 from offrl_models.policies import next_mask_or_all
 from offrl_models.progress import Update, progress
+from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import Episodes, InputError
+from offrl_models.training_config import TrainingConfig
 
 HOLDOUT = 2**41  # so that which rows are held out comes from a stream of its own
 HOLDOUT_ROWS = 1000  # at most, and at most a fifth of all
@@ -43,6 +45,7 @@ def fit(
     seeds: Sequence[int],
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
+    watch: Watch | None = None,
     **training: Any,
 ) -> tuple[Algorithm, Trained]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
@@ -57,13 +60,15 @@ def fit(
         raise InputError(f"the settings of {name} are not those over {space} actions; make them for such.")
     algorithm = kind(config, encoder, episodes.actions, seeds)
     refuse_idle_knobs(name, config, space)
+    for key in how.of_rows:
+        refuse_rollouts(name, type(config), key)
     if hasattr(kind, "check_log"):
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
     begun = checkpoint is not None and checkpoint.load() is not None
     prepare(algorithm, transitions, sampler, how, begun=begun)
-    went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint)
+    went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint, watch=watch)
     return algorithm.cpu(), went
 
 
@@ -224,13 +229,13 @@ def _single_threaded() -> None:
     torch.set_num_threads(1)
 
 
-def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any]) -> list[Any]:
-    """`job(input, update)` for every input, in parallel single-threaded processes, one per core; progress is shown.
+def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any], cores: int = 1) -> list[Any]:
+    """`job(input, update)` for every input, in parallel single-threaded processes, one per so many cores; progress is shown.
 
     Two threads in one process get in each other's way; two processes do not. A lone input runs in this process.
     """
     torch.set_num_threads(1)
-    processes = min(len(inputs), os.cpu_count() or 1)
+    processes = min(len(inputs), max((os.cpu_count() or 1) // cores, 1))
     with progress() as update:
         if processes <= 1:
             return [job(item, update) for item in inputs]

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
-    {"schema", "storage", "mapped", "tensors", "progress"},
+    {"schema", "storage", "mapped", "tensors", "progress", "curves", "parallel"},
     {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"}
     | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},
     {"densities"},
     {"exported"},
     {"history"},
-    {"algorithms", "ope", "optimizer", "checkpoint"},
+    {"algorithms", "ope", "optimizer", "checkpoint", "compiled"},
+    {"training_config"},
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},

@@ -1,5 +1,7 @@
 """Training that is cut short, seeds that fail, clipped gradients and schedules."""
 
+import itertools
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl_models import stages
+from offrl_models import curves, stages, storage
 from offrl_models.algorithms import make_config
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline, parse_pipeline
@@ -21,6 +23,7 @@ from offrl_models.stages import learning
 from offrl_models.training import fit
 from tests.conftest import attributes, write_batches
 from tests.test_algorithms import EPISODES, LOGS, SPACES, WORLD, Space, build, sampled
+from tests.test_curves import points
 
 
 class CutShortError(Exception):
@@ -223,9 +226,12 @@ def test_a_candidate_that_was_cut_short_is_finished_and_leaves_no_checkpoint(
     for stage in (stages.ingest, stages.coverage, stages.episodes):
         stage(pipeline)
     monkeypatch.setattr(learning, "Checkpoint", partial(Checkpoint, every=100))
+    monkeypatch.setattr(curves, "FLUSHED_S", 0.0)
     unfinished = pipeline.candidate("iql").with_name(".iql.checkpoint")
+    shown = pipeline.folder / "tensorboard" / "iql"
 
     def dying(task: str, done: int, total: int, note: str) -> None:
+        assert points(shown)["loss/q"][-1][0] == done  # while it trains
         if done >= 200:
             raise CutShortError
 
@@ -233,7 +239,24 @@ def test_a_candidate_that_was_cut_short_is_finished_and_leaves_no_checkpoint(
         learning._train_candidate((pipeline, "iql"), dying)
     assert unfinished.exists() and not pipeline.candidate("iql").exists()
     resumed: list[int] = []
-    stage = learning._train_candidate((pipeline, "iql"), lambda task, done, total, note: resumed.append(done))
-    curves = (pipeline.candidate("iql") / "losses.csv").read_text().splitlines()
-    assert curves[0] == "seed,gradient_steps,policy,q,value" and len(curves) == 1 + 2 * 2
-    assert resumed == [200] and stage.summary["stopped"] == {} and not unfinished.exists()
+    training, started = {**configured["training"], "processes": 2}, []  # any number of processes goes on with it
+    several = Pipeline(parse_pipeline({**configured, "training": training}, "toy"), tmp_path)
+
+    def alone(train: Any, job: Any, count: int, update: Any) -> None:
+        """In place of two processes, which tests/test_parallel.py starts."""
+        started.append(count)
+        train(pickle.loads(pickle.dumps(job))._replace(pipeline=pipeline), update)
+
+    monkeypatch.setattr(learning, "together", alone)
+    stage = learning._train_candidate((several, "iql"), lambda task, done, total, note: resumed.append(done))
+    written = (pipeline.candidate("iql") / "losses.csv").read_text().splitlines()
+    assert written[0] == "seed,gradient_steps,policy,q,value" and len(written) == 1 + 2 * 2
+    assert resumed == [200] and started == [2] and stage.summary["stopped"] == {} and not unfinished.exists()
+    history = storage.read_json(pipeline.candidate("iql") / "losses.json")
+    assert [step for step, _ in points(shown)["speed/steps_per_s"]] == [200]
+    for seed, name in itertools.product((0, 1), ("q", "value", "policy")):  # each step once, though 200 was done twice
+        wanted = [(entry["gradient_steps"], pytest.approx(entry[name][seed])) for entry in history]
+        assert points(shown / f"seed-{seed}")[f"loss/{name}"] == wanted and len(wanted) == 2
+    times = {path: path.stat().st_mtime_ns for path in shown.rglob("*")}
+    assert learning._train_candidate((several, "iql"), dying).reused
+    assert {path: path.stat().st_mtime_ns for path in shown.rglob("*")} == times

@@ -204,12 +204,13 @@ def _at(table: Tensor, row: Int64[Tensor, "*index"]) -> Tensor:
 class Sampler:
     """Draws rows for every seed; `pools` gives each seed rows of its own, as a bootstrap resample does.
 
-    With every row come `draws` times `width` uniform numbers, for algorithms that draw actions.
+    With every row come `draws` times `width` uniform numbers, for algorithms that draw actions. Processes that train together draw
+    the same, and each takes its `share` of the rows.
     """
 
     def __init__(self, pools: list[Tensor], batch_size: int, seeds: list[int], draws: int = 0, width: int = 1):
         self.pools, self.batch_size, self.draws, self.width = pools, batch_size, draws, width
-        self.seeds = seeds
+        self.seeds, self.share = seeds, slice(None)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.chances = [torch.Generator().manual_seed(seed + CHANCE) for seed in seeds]
 
@@ -223,12 +224,12 @@ class Sampler:
         if not self.numbers:
             return None
         shape = (steps, self.batch_size, self.draws, self.width)
-        return torch.stack([torch.rand(shape, generator=each) for each in self.chances], 1).to(device)
+        return torch.stack([torch.rand(shape, generator=each)[:, self.share] for each in self.chances], 1).to(device)
 
     def draw(self, steps: int) -> Int64[Tensor, "steps seed batch"]:
         """Rows for `steps` batches."""
         drawn = [
-            pool[torch.randint(len(pool), (steps, self.batch_size), generator=generator).to(pool.device)]
+            pool[torch.randint(len(pool), (steps, self.batch_size), generator=generator)[:, self.share].to(pool.device)]
             for pool, generator in zip(self.pools, self.generators, strict=True)
         ]
         return torch.stack(drawn, 1)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -13,10 +13,13 @@ from offrl_models import bundle, storage
 from offrl_models.algorithms import ALGORITHMS, Algorithm
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline, plain_config
+from offrl_models.curves import Curves
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.evaluation import Evaluation, evaluate
 from offrl_models.exported import Exported, export_checked
+from offrl_models.learner import Trained
+from offrl_models.parallel import place, together
 from offrl_models.policies import CappedPolicy, Mixture
 from offrl_models.progress import Update
 from offrl_models.reports import plots
@@ -34,41 +37,45 @@ def candidates(pipeline: Pipeline, names: list[str] | None = None) -> dict[str, 
     wanted = names or list(pipeline.config.algorithms)
     variants = {algorithm: pipeline.config.variants_of(algorithm) for algorithm in wanted}
     every = [name for found in variants.values() for name in found]
-    stages = dict(zip(every, run_side_by_side(_train_candidate, [(pipeline, name) for name in every]), strict=True))
+    jobs, cores = [(pipeline, name) for name in every], pipeline.config.training.processes
+    stages = dict(zip(every, run_side_by_side(_train_candidate, jobs, cores), strict=True))
     return {algorithm: {name: stages[name] for name in found} for algorithm, found in variants.items()}
+
+
+class _Job(NamedTuple):
+    """A variant to train, and where its training is saved."""
+
+    pipeline: Pipeline
+    name: str
+    checkpoint: Checkpoint
+
+    @property
+    def seeds(self) -> range:
+        return range(self.pipeline.config.seed, self.pipeline.config.seed + self.pipeline.config.seeds)
+
+    def fit(self, train: Episodes, **how: Any) -> tuple[Algorithm, Trained]:
+        """Train it on these episodes, from its checkpoint on."""
+        config, encoder = self.pipeline.config, encoder_of(self.pipeline)
+        variant, how = config.variants()[self.name], {**config.training.model_dump(), **how}
+        return fit(
+            variant.algorithm, variant.config, train, encoder, seeds=self.seeds, checkpoint=self.checkpoint, **how
+        )
 
 
 def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
     pipeline, name = job
     config, made = pipeline.config, current_episodes(pipeline)
-    variant = config.variants()[name]
     curve = pipeline.reports / f"candidate-{file_name(name)}.png"
-    total = config.training.gradient_steps
 
     def build(folder: Path) -> dict[str, Any]:
         train = read_episodes(pipeline, "train")
-        seeds = range(config.seed, config.seed + config.seeds)
-
-        started: list[
-            tuple[int, float]
-        ] = []  # steps done before the first report, which a checkpoint may have brought, and when
-
-        def report(steps: int, losses: dict[str, float]) -> None:
-            started.append((steps, time.monotonic()))
-            (before, then), (now, at) = started[0], started[-1]
-            speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
-            update(name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-
-        algorithm, went = fit(
-            variant.algorithm,
-            variant.config,
-            train,
-            encoder_of(pipeline),
-            seeds=seeds,
-            report=report,
-            checkpoint=checkpoint,
-            **config.training.model_dump(),
-        )
+        if config.training.processes > 1:
+            together(_train, training, config.training.processes, update)
+            algorithm, went = training.fit(
+                train, processes=1
+            )  # nothing is left to do: they have saved what they learned
+        else:
+            algorithm, went = _train(training, update, train)
         policy = _acting(algorithm, pipeline)
         export_checked(policy, train, folder)
         for steps, kept in went.kept.items():
@@ -77,16 +84,44 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
         plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
-        stopped = {str(seeds[place]): why for place, why in went.stopped.items()}
-        summary = {"algorithm": variant.algorithm, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds}
-        return {**summary, "loss": _last_losses(went.history), "stopped": stopped, "curve": curve.name}
+        return {
+            "algorithm": config.variants()[name].algorithm,
+            "rows": train.n_rows,
+            "gradient_steps": config.training.gradient_steps,
+            "seeds": config.seeds,
+            "loss": _last_losses(went.history),
+            "stopped": {str(training.seeds[place]): why for place, why in went.stopped.items()},
+            "curve": curve.name,
+        }
 
     key = _candidate_key(pipeline, name, made)
+    # However many processes have begun a training, any number of them can go on with it.
+    begun = {**key, "training": {**key["training"], "processes": None}, "code": storage.code_digest()}
     unfinished = pipeline.variant(name).with_name(f".{file_name(name)}.checkpoint")
-    checkpoint = Checkpoint(unfinished, storage.digest({**key, "code": storage.code_digest()}))
+    training = _Job(pipeline, name, Checkpoint(unfinished, storage.digest(begun)))
     stage = storage.build_stage(pipeline.variant(name), key, build, (curve,))
-    checkpoint.remove()
+    training.checkpoint.remove()
     return stage
+
+
+def _train(job: _Job, update: Update, train: Episodes | None = None) -> tuple[Algorithm, Trained]:
+    """Train a variant and tell how it goes; of several processes that do so together, the first one tells."""
+    total = job.pipeline.config.training.gradient_steps
+    started: list[
+        tuple[int, float]
+    ] = []  # steps done before the first report, which a checkpoint may have brought, and when
+
+    def report(steps: int, losses: dict[str, float]) -> None:
+        started.append((steps, time.monotonic()))
+        (before, then), (now, at) = started[0], started[-1]
+        speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
+        update(job.name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+
+    train = read_episodes(job.pipeline, "train") if train is None else train
+    if place() > 0:
+        return job.fit(train)
+    with Curves(job.pipeline.tensorboard / file_name(job.name), job.seeds) as curves:
+        return job.fit(train, report=report, watch=curves)
 
 
 def _table(history: list[dict[str, Any]]) -> pl.DataFrame:

@@ -1,0 +1,44 @@
+"""Compiles losses and prints how that went; a program of its own, for the checks of shapes in tests would be compiled as well."""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config
+
+from offrl_models.algorithms import make_config
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.ope.worlds import random_world
+from offrl_models.schema import Feature, InputError
+from offrl_models.training import fit
+
+WORLD = random_world(3, 3, 3, 0.9, seed=7)
+EPISODES = dataclasses.replace(WORLD.simulate(100, seed=1), features=(Feature("state", WORLD.n_states),))
+
+
+def learned(steps: int, **how: Any) -> list[torch.Tensor]:
+    """Weights of an algorithm that freezes a critic."""
+    settings = make_config("td3_bc", {"hidden": (8,), "learning_rate": 0.01, "policy_interval": 1})
+    encoder = Encoder(EPISODES.features)
+    algorithm, _ = fit("td3_bc", settings, EPISODES, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=16, **how)
+    return [each.detach() for each in algorithm.parameters() if each.numel()]
+
+
+def largest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+            refused = learned(1, compile=True) and "nothing"
+    except InputError as error:
+        refused = str(error)
+    counters.clear()
+    plain, compiled = learned(20), learned(20, compile=True)
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    found = {"refused": refused, "apart": largest(plain, compiled), "moved": largest(plain, learned(1))}
+    print(json.dumps({**found, "graphs": graphs, "breaks": breaks}))
