@@ -15,6 +15,7 @@ from offrl_models.checkpoint import Checkpoint
 from offrl_models.config import Pipeline, plain_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
+from offrl_models.dynamics import Dynamics
 from offrl_models.evaluation import Evaluation, evaluate
 from offrl_models.exported import Exported, export_checked
 from offrl_models.policies import CappedPolicy, Mixture
@@ -49,15 +50,14 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         train = read_episodes(pipeline, "train")
         seeds = range(config.seed, config.seed + config.seeds)
 
-        started: list[
-            tuple[int, float]
-        ] = []  # steps done before the first report, which a checkpoint may have brought, and when
+        # Of each task: steps done before the first report, which a checkpoint may have brought, and when.
+        started: dict[str, tuple[int, float]] = {}
 
-        def report(steps: int, losses: dict[str, float]) -> None:
-            started.append((steps, time.monotonic()))
-            (before, then), (now, at) = started[0], started[-1]
-            speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
-            update(name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+        def show(task: str, steps: int, of: int, losses: dict[str, float]) -> None:
+            at = time.monotonic()
+            before, then = started.setdefault(task, (steps, at))
+            speed = f"{(steps - before) / (at - then):,.0f} steps/s, " if at > then else ""
+            update(task, steps, of, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
 
         algorithm, went = fit(
             variant.algorithm,
@@ -65,7 +65,8 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             train,
             encoder_of(pipeline),
             seeds=seeds,
-            report=report,
+            report=lambda steps, losses: show(name, steps, total, losses),
+            model_report=lambda steps, of, losses: show(f"{name} model", steps, of, losses),
             checkpoint=checkpoint,
             **config.training.model_dump(),
         )
@@ -76,10 +77,15 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             export_checked(policy, train, folder / checkpoint_folder(steps))
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
-        plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
+        model = went.model and went.model.history
+        if model:
+            table = _table(model, variant.config.members)
+            storage.write_bytes(folder / "model_losses.csv", table.write_csv().encode())
+        plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve, model)
         stopped = {str(seeds[place]): why for place, why in went.stopped.items()}
         summary = {"algorithm": variant.algorithm, "rows": train.n_rows, "gradient_steps": total, "seeds": config.seeds}
-        return {**summary, "loss": _last_losses(went.history), "stopped": stopped, "curve": curve.name}
+        summary |= {"loss": _last_losses(went.history), "stopped": stopped, "curve": curve.name}
+        return {**summary, "model": _model_card(algorithm.dynamics, model) if model else None}
 
     key = _candidate_key(pipeline, name, made)
     unfinished = pipeline.variant(name).with_name(f".{file_name(name)}.checkpoint")
@@ -89,13 +95,17 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
     return stage
 
 
-def _table(history: list[dict[str, Any]]) -> pl.DataFrame:
-    """One row per chunk and seed, one column per network."""
+def _table(history: list[dict[str, Any]], members: int | None = None) -> pl.DataFrame:
+    """One row per chunk and seed, or member of each seed, and one column per network."""
     networks = sorted(history[0].keys() - {"gradient_steps"})
+
+    def named(place: int) -> dict[str, int]:
+        return {"seed": place} if members is None else {"seed": place // members, "member": place % members}
+
     return pl.DataFrame(
-        {"seed": seed, "gradient_steps": chunk["gradient_steps"], **{name: chunk[name][seed] for name in networks}}
+        {**named(place), "gradient_steps": chunk["gradient_steps"], **{name: chunk[name][place] for name in networks}}
         for chunk in history
-        for seed in range(len(chunk[networks[0]]))
+        for place in range(len(chunk[networks[0]]))
     )
 
 
@@ -108,6 +118,12 @@ def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
         if any(value is not None for value in chunk[name])
     }
     return {name: float(np.mean(values)) for name, values in sorted(known.items())}
+
+
+def _model_card(dynamics: Dynamics, history: list[dict[str, Any]]) -> dict[str, float]:
+    """How long a model of the world was trained, and the mean error of its elites on rows held out."""
+    error = dynamics.holdout_error.gather(1, dynamics.elite).mean()
+    return {"gradient_steps": history[-1]["gradient_steps"], "holdout_error": float(error)}
 
 
 def _candidate_key(pipeline: Pipeline, name: str, made: Stage) -> dict[str, Any]:
