@@ -253,13 +253,18 @@ def _single_threaded() -> None:
     torch.set_num_threads(1)
 
 
+def cores() -> int:
+    """How many processes train side by side at most."""
+    return os.cpu_count() or 1
+
+
 def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any]) -> list[Any]:
     """`job(input, update)` for every input, in parallel single-threaded processes, one per core; progress is shown.
 
     Two threads in one process get in each other's way; two processes do not. A lone input runs in this process.
     """
     torch.set_num_threads(1)
-    processes = min(len(inputs), os.cpu_count() or 1)
+    processes = min(len(inputs), cores())
     with progress() as update:
         if processes <= 1:
             return [job(item, update) for item in inputs]
