@@ -141,7 +141,8 @@ def test_the_same_logs_elsewhere_give_the_same_bundle(released: tuple[Pipeline, 
     pipeline, _ = released
     shutil.copytree(pipeline.raw, tmp_path / "data" / "toy" / "raw")
     elsewhere = Pipeline(pipeline.config, tmp_path)
-    with side_by_side():  # types are checked in this process, and what checks them leaves traces in the names of a graph's values
+    # Types are checked in this process, and what checks them leaves traces in the names of a graph's values.
+    with side_by_side():
         judged, release = stages.run(elsewhere)
     assert judged.summary["status"] == "PASS" and release is not None
     mine = storage.read_json(pipeline.folder / "policies" / "champion.json")
