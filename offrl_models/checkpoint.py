@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,16 @@ class Checkpoint:
             raise InputError(f"{self.path} is damaged; remove it, and the training starts anew.")
         return (tensors, told["facts"]) if told["key"] == self.key else None
 
+    @property
+    def of_model(self) -> "Checkpoint":
+        """That of the model of the world which an algorithm is trained in, in a file beside its own."""
+        return replace(self, path=self.path.with_name(f"{self.path.name}.model"))
+
     def remove(self) -> None:
-        """A finished training needs none."""
-        if self.path.exists():
-            storage.remove(self.path)
+        """A finished training needs none, and neither does its model."""
+        for path in (self.path, self.of_model.path):
+            if path.exists():
+                storage.remove(path)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,7 @@
 """When a model of the world has learned what there is to learn: judged by rows that it is not trained on."""
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,23 @@ from offrl_models.dynamics import Dynamics
 
 PATIENCE = 5  # judgements without a better member after which a seed is done
 BETTER = 0.01  # share by which an error has to fall to count as better
+
+
+@runtime_checkable
+class Stopping(Protocol):
+    """What the learner asks after each chunk of gradient steps, and keeps in its checkpoints."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def judge(self) -> dict[str, list[float]]:
+        """Look at the weights as they are now. What was found, one number per seed."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that later judgements depend on, under names that begin with `stop.`; overwritten in place where a training
+        goes on."""
+        ...
 
 
 class EarlyStopping:
@@ -24,11 +43,22 @@ class EarlyStopping:
         self.error = {name: torch.full((len(model.seeds),), torch.inf, device=device) for name in self.networks}
         self.waited = torch.zeros(self.seeds, dtype=torch.long, device=device)
 
+    @property
+    def done(self) -> bool:
+        """Whether every seed is."""
+        return bool((self.waited >= PATIENCE).all())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that later judgements depend on."""
+        best = {f"stop.best.{name}.{i}": each for name, found in self.best.items() for i, each in enumerate(found)}
+        error = {f"stop.error.{name}": each for name, each in self.error.items()}
+        return {**best, **error, "stop.waited": self.waited}
+
     @torch.no_grad()
-    def __call__(self) -> bool:
-        """Judge the weights as they are now: whether every seed is done."""
-        running, gained = self.waited < PATIENCE, {}
-        for name, error in self.model.errors(self.holdout).items():
+    def judge(self) -> dict[str, list[float]]:
+        """Judge the weights as they are now. The errors on the rows held out, of each member of each seed."""
+        running, gained, found = self.waited < PATIENCE, {}, self.model.errors(self.holdout)
+        for name, error in found.items():
             better = (error < (1.0 - BETTER) * self.error[name]) & running.repeat_interleave(self.members)
             self.error[name] = torch.where(better, error, self.error[name])
             for kept, now in zip(self.best[name], self.networks[name], strict=True):
@@ -37,7 +67,7 @@ class EarlyStopping:
         # Masks that follow from the observation are learned ever more surely, and would never let it end.
         waited = torch.where(gained["transition"], 0, self.waited + 1)
         self.waited = torch.where(running, waited, self.waited)
-        return bool((self.waited >= PATIENCE).all())
+        return {f"{name}_holdout_error": error.tolist() for name, error in found.items()}
 
     @torch.no_grad()
     def keep_best(self) -> Float[Tensor, "seed member"]:

@@ -17,7 +17,13 @@ import numpy as np
 import onnxruntime
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+)
 from torch import Tensor, nn
 
 from offrl_models import storage
@@ -147,7 +153,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except (OSError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
+    except (OSError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented) as error:
         raise InputError(f"{path} cannot be loaded as an ONNX policy ({error}); export it again.") from error
 
 
@@ -177,6 +183,7 @@ class OnnxPolicy:
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         inputs = {"observation": observation[first].astype(np.float32), "mask": mask[first]}
         (found,) = self.session.run(["probs"], inputs)
+        _require_shape(self.path, "probs", found, (len(first), mask.shape[1]))
         return np.asarray(found, np.float64), inverse
 
     def probs(
@@ -225,6 +232,8 @@ class OnnxDensity:
             "uniform": uniform,
         }
         log_density, drawn = self.session.run(["log_density", "drawn"], given)
+        _require_shape(self.path, "log_density", log_density, action.shape[:2])
+        _require_shape(self.path, "drawn", drawn, (*uniform.shape[:2], action.shape[2]))
         return np.asarray(log_density, np.float64), np.asarray(drawn, np.float64)
 
     def log_density(
@@ -256,7 +265,16 @@ class OnnxDensity:
 
     def on(self, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
         """Density of every logged action."""
-        return np.exp(self.log_density(episodes.observation, np.asarray(episodes.action)[:, None])[:, 0])
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_density(episodes.observation, np.asarray(episodes.action)[:, None])[:, 0])
+
+
+def _require_shape(path: Path, name: str, found: Any, wanted: tuple[int, ...]) -> None:
+    """Raises InputError for an output of another shape."""
+    if np.shape(found) != wanted:
+        raise InputError(
+            f"{path} gives {name} of shape {list(np.shape(found))} where {list(wanted)} was asked for; export it again."
+        )
 
 
 def _blocks(rows: int) -> list[slice]:

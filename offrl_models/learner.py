@@ -17,6 +17,7 @@ from offrl_models import parallel
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.compiled import compiled_losses
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
+from offrl_models.early_stopping import Stopping
 from offrl_models.optimizer import FusedAdam, rate_factor
 from offrl_models.schema import InputError
 from offrl_models.training_config import TrainingConfig
@@ -69,7 +70,7 @@ class Learner(L.LightningModule):
         config: TrainingConfig,
         report: Report | None = None,
         checkpoint: Checkpoint | None = None,
-        stop: Callable[[], bool] | None = None,
+        stop: Stopping | None = None,
         watch: Watch | None = None,
     ):
         super().__init__()
@@ -138,9 +139,12 @@ class Learner(L.LightningModule):
         per_seed = {name: torch.stack(each).mean(0).tolist() for name, each in found.items()}
         self._stop_seeds(per_seed)
         alive = [seed for seed in range(self.seeds) if seed not in self.stopped]
+        if self.stop:
+            per_seed |= self.stop.judge()
         # A network that no step of the chunk trained has no loss in it.
         told: dict[str, list[float | None]] = {name: [None] * self.seeds for name in self.algorithm.learning_rates()}
-        told |= {name: [v if i in alive else None for i, v in enumerate(values)] for name, values in per_seed.items()}
+        for name, values in per_seed.items():
+            told[name] = [v if i in alive and math.isfinite(v) else None for i, v in enumerate(values)]
         self.history.append({"gradient_steps": self.gradient_steps, **told})
         if self.watch:
             self.watch(self.history)
@@ -153,7 +157,7 @@ class Learner(L.LightningModule):
             self.kept[self.gradient_steps] = {name: each.detach().cpu().clone() for name, each in weights}
         if self.checkpoint and self.gradient_steps % self.checkpoint.every < batch:
             self.save(self.checkpoint)
-        if self.stop and self.stop():
+        if self.stop and self.stop.done:
             self.trainer.should_stop = True
 
     @torch.no_grad()
@@ -200,7 +204,8 @@ class Learner(L.LightningModule):
         named = [*self.algorithm.named_parameters(), *self.algorithm.named_buffers()]
         weights = {f"algorithm.{name}": each for name, each in named}
         kept = {f"kept.{steps}.{name}": each for steps, found in self.kept.items() for name, each in found.items()}
-        return {**streams, **weights, **kept, **{f"adam.{name}": each for name, each in self.adam.tensors().items()}}
+        adam = {f"adam.{name}": each for name, each in self.adam.tensors().items()}
+        return {**streams, **weights, **kept, **adam, **(self.stop.tensors() if self.stop else {})}
 
     def save(self, checkpoint: Checkpoint) -> None:
         if parallel.place() > 0:
@@ -234,11 +239,12 @@ class Learner(L.LightningModule):
 @dataclass(frozen=True)
 class Trained:
     """How a training went: mean losses per chunk, network and seed (None of a seed that was stopped), what stopped seeds, and the
-    weights of earlier checkpoints by gradient steps."""
+    weights of earlier checkpoints by gradient steps; and how that of the model of the world went, if there is one."""
 
     history: list[dict[str, Any]]
     stopped: dict[int, str]
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    model: "Trained | None" = None
 
     def require_all(self) -> None:
         """Raises NonFiniteLossError when a seed was stopped: what is made of all seeds needs each of them to be finished."""
@@ -255,10 +261,10 @@ def train(
     chunk: int = 100,
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Stopping | None = None,
     watch: Watch | None = None,
 ) -> Trained:
-    """Train in place, from the checkpoint on if there is one of this training; `stop` is asked after each chunk, and `watch` is
+    """Train in place, from the checkpoint on if there is one of this training; `stop` judges after each chunk, and `watch` is
     shown the history of losses before the first one and after each.
 
     Raises NonFiniteLossError naming network, seed and step when no seed is left.
@@ -288,7 +294,8 @@ def train(
         torch.set_flush_denormal(True)
         try:
             chunks = _Chunks(learner.gradient_steps, config.kept_after, chunk)
-            trainer.fit(learner, DataLoader(chunks, batch_size=None))
+            if stop is None or not stop.done:
+                trainer.fit(learner, DataLoader(chunks, batch_size=None))
         finally:
             torch.set_flush_denormal(False)
     if checkpoint:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-Update = Callable[[str, int, int, str], None]  # task, done, total, note
+Update = Callable[[str, int, int, str], None]  # task, done, total (less where it ended early), note
 
 LINES_PER_TASK = 4  # when the output is not a terminal
 
@@ -24,7 +24,7 @@ def progress() -> Iterator[Update]:
             def draw(task: str, done: int, total: int, note: str) -> None:
                 if task not in ids:
                     ids[task] = bars.add_task(task, total=total, note=note)
-                bars.update(ids[task], completed=done, note=note)
+                bars.update(ids[task], completed=done, total=total, note=note)
 
             yield draw
         return

@@ -27,6 +27,8 @@ from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training_config import TrainingConfig
 
+ModelReport = Callable[[int, int, dict[str, float]], None]  # gradient steps so far, of how many, mean losses and errors
+
 HOLDOUT = 2**41  # so that which rows are held out comes from a stream of its own
 HOLDOUT_ROWS = 1000  # at most, and at most a fifth of all
 
@@ -44,11 +46,15 @@ def fit(
     *,
     seeds: Sequence[int],
     report: Report | None = None,
+    model_report: ModelReport | None = None,
     checkpoint: Checkpoint | None = None,
     watch: Watch | None = None,
     **training: Any,
 ) -> tuple[Algorithm, Trained]:
     """Train all seeds of one algorithm at once. Returns it, on the CPU, and how it went. `training` are fields of TrainingConfig.
+
+    Where it is trained in a model of the world, that is trained before it, reports to `model_report`, and has a checkpoint beside
+    `checkpoint`.
 
     Raises InputError when no row can be trained on, or the algorithm or one of its knobs is not for such actions or such a log, and
     NonFiniteLossError when the losses of all seeds explode.
@@ -66,10 +72,9 @@ def fit(
         algorithm.check_log(episodes)
     transitions = transitions_of(algorithm, episodes, encoder, device())
     sampler = sampler_of(algorithm, transitions, episodes, how.batch_size, seeds)
-    begun = checkpoint is not None and checkpoint.load() is not None
-    prepare(algorithm, transitions, sampler, how, begun=begun)
+    model = prepare(algorithm, transitions, sampler, how, report=model_report, checkpoint=checkpoint)
     went = train(algorithm, transitions, sampler, how, report=report, checkpoint=checkpoint, watch=watch)
-    return algorithm.cpu(), went
+    return algorithm.cpu(), dataclasses.replace(went, model=model)
 
 
 def refuse_idle_knobs(name: str, config: AlgorithmConfig, space: Space) -> None:
@@ -106,20 +111,39 @@ def sampler_of(
 
 
 def prepare(
-    algorithm: Algorithm, transitions: Transitions, sampler: Sampler, how: TrainingConfig, *, begun: bool = False
-) -> None:
-    """Give algorithms with a model of the world room for what it simulates, and train the model, unless training has begun and
-    a checkpoint holds it."""
-    if hasattr(algorithm, "dynamics"):
-        algorithm.rollouts.allocate(sampler.batch_size)
-        if not begun:
-            fit_dynamics(algorithm.dynamics, transitions, sampler, how)
+    algorithm: Algorithm,
+    transitions: Transitions,
+    sampler: Sampler,
+    how: TrainingConfig,
+    *,
+    report: ModelReport | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained | None:
+    """Give algorithms with a model of the world room for what it simulates, and train the model. Returns how that went.
+
+    `checkpoint` is that of the algorithm.
+    """
+    if not hasattr(algorithm, "dynamics"):
+        return None
+    algorithm.rollouts.allocate(sampler.batch_size)
+    of_model = None if checkpoint is None else checkpoint.of_model
+    return fit_dynamics(algorithm.dynamics, transitions, sampler, how, report=report, checkpoint=of_model)
 
 
-def fit_dynamics(dynamics: Dynamics, transitions: Transitions, sampler: Sampler, how: TrainingConfig) -> Trained:
+def fit_dynamics(
+    dynamics: Dynamics,
+    transitions: Transitions,
+    sampler: Sampler,
+    how: TrainingConfig,
+    *,
+    report: ModelReport | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
     """Train a model of the world in place: each member on a bootstrap resample of a seed's rows, until rows held out no longer
     gain. They are judged after each pass over the rows, or after 100 to 1,000 gradient steps where a pass is shorter or longer.
 
+    Goes on from the checkpoint if there is one of this training, which may be a finished one. Beside the losses of each member
+    stand its errors on the rows held out, `transition_holdout_error` and, of discrete actions, `allowed_holdout_error`.
     Raises NonFiniteLossError when too few members of a seed stay finite.
     """
     members, config = dynamics.config.members, dynamics.config
@@ -139,7 +163,12 @@ def fit_dynamics(dynamics: Dynamics, transitions: Transitions, sampler: Sampler,
     rows.seeds = [seed for seed in sampler.seeds for _ in range(members)]  # as which a member that explodes is named
     how = TrainingConfig(gradient_steps=config.dynamics_steps, batch_size=sampler.batch_size, precision=how.precision)
     every = min(max(len(pools[0]) // sampler.batch_size, 100), 1000)
-    went = train(dynamics, transitions, rows, how, chunk=every, stop=stopping)
+
+    def told(steps: int, losses: dict[str, float]) -> None:
+        if report:
+            report(steps, steps if stopping.done else config.dynamics_steps, losses)
+
+    went = train(dynamics, transitions, rows, how, chunk=every, report=told, checkpoint=checkpoint, stop=stopping)
     finite = stopping.keep_best().isfinite().sum(1).tolist()
     for seed, found in zip(sampler.seeds, finite, strict=True):
         if found < config.elites:
@@ -229,13 +258,18 @@ def _single_threaded() -> None:
     torch.set_num_threads(1)
 
 
-def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any], cores: int = 1) -> list[Any]:
-    """`job(input, update)` for every input, in parallel single-threaded processes, one per so many cores; progress is shown.
+def cores() -> int:
+    """How many processes train side by side at most."""
+    return os.cpu_count() or 1
+
+
+def run_side_by_side(job: Callable[[Any, Update], Any], inputs: Sequence[Any], of_each: int = 1) -> list[Any]:
+    """`job(input, update)` for every input, in parallel single-threaded processes, one per `of_each` cores; progress is shown.
 
     Two threads in one process get in each other's way; two processes do not. A lone input runs in this process.
     """
     torch.set_num_threads(1)
-    processes = min(len(inputs), max((os.cpu_count() or 1) // cores, 1))
+    processes = min(len(inputs), max(cores() // of_each, 1))
     with progress() as update:
         if processes <= 1:
             return [job(item, update) for item in inputs]

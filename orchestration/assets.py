@@ -100,6 +100,8 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             lines = ["| variant | last losses | stopped |", "|---|---|---|"]
             for variant, stage in variants.items():
                 losses = ", ".join(f"{network} {loss:.4g}" for network, loss in stage.summary["loss"].items())
+                if model := stage.summary["model"]:
+                    losses += f"; model, {model['gradient_steps']:,} steps: error held out {model['holdout_error']:.4g}"
                 stopped = "; ".join(f"seed {seed}: {why}" for seed, why in stage.summary["stopped"].items())
                 lines.append(f"| {variant} | {losses} | {stopped or 'no seed'} |")
             shown = {

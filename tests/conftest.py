@@ -1,8 +1,10 @@
 """What the tests share: small worlds whose exact values are known, and pipelines on logs drawn from them."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from offrl_models import storage
+from offrl_models import storage, training
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import states_of
@@ -31,6 +33,22 @@ from offrl_models.schema import Episodes, Feature
 torch.set_num_threads(1)
 settings.register_profile("offrl", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("offrl")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_after_the_other() -> Iterator[None]:
+    """Candidates are trained in this process, one after the other: a process of its own takes seconds to load what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "cores", lambda: 1)
+        yield
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """In here candidates are trained as they are outside of tests, in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "cores", lambda: 2)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +126,7 @@ def attributes(states: int | None, actions: int, **more: object) -> dict:
         "training": {"gradient_steps": 200, "batch_size": 64},
         "fqe": {"gradient_steps": 200, "hidden": [16], "learning_rate": 0.01, "polyak": 0.1},
         "bootstrap_samples": 100,
+        "gate": {"caps": [2.0, None]},  # every rung is exported
         **more,
     }
 

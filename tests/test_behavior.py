@@ -165,10 +165,11 @@ def test_a_curve_of_two_predictions_is_their_frequencies() -> None:
 def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(
     tmp_path: Path, numeric: bool, calibration: str
 ) -> None:
-    configured = attributes(None if numeric else WORLD.n_states, 3)
+    algorithms = {"bc": {"hidden": [16], "learning_rate": 0.01}}
+    configured = attributes(None if numeric else WORLD.n_states, 3, algorithms=algorithms)
     configured["behavior"] = {"calibration": calibration}
     del configured["logs"]["action_prob"]
-    configured["gate"] = {"first_look": 100, "effective_transitions": 10}
+    configured["gate"] = {"first_look": 100, "effective_transitions": 10, "caps": [2.0]}
     write_batches(tmp_path, WORLD.simulate(600, seed=3), numeric=numeric)
     pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
     judged, released = stages.run(pipeline)
@@ -239,7 +240,7 @@ def test_the_interval_is_as_wide_as_estimates_spread() -> None:
         log, policy = context_free(300, seed)
         log = dataclasses.replace(log, action_prob=behavior.estimate_propensities(log, 1))
         refit = partial(behavior.estimate_propensities, log, 1)
-        found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 200, seed), 0.9)["TIS"]
+        found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 100, seed), 0.9)["TIS"]
         points.append(found.estimate)
         widths.append(found.high - found.low)
     assert np.mean(widths) == pytest.approx(2 * 1.645 * np.std(points), rel=0.15)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -18,11 +19,12 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.learner import NonFiniteLossError, TrainingConfig, train
 from offrl_models.optimizer import FusedAdam, clip_per_seed, rate_factor
+from offrl_models.reports import plots
 from offrl_models.schema import InputError
 from offrl_models.stages import learning
 from offrl_models.training import fit
 from tests.conftest import attributes, write_batches
-from tests.test_algorithms import EPISODES, LOGS, SPACES, WORLD, Space, build, sampled
+from tests.test_algorithms import EPISODES, LOGS, MODEL, SPACES, WORLD, Space, build, sampled
 from tests.test_curves import points
 
 
@@ -260,3 +262,46 @@ def test_a_candidate_that_was_cut_short_is_finished_and_leaves_no_checkpoint(
     times = {path: path.stat().st_mtime_ns for path in shown.rglob("*")}
     assert learning._train_candidate((several, "iql"), dying).reused
     assert {path: path.stat().st_mtime_ns for path in shown.rglob("*")} == times
+
+
+def test_a_candidate_with_a_model_that_was_cut_short_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model of the world leaves its losses, its errors on rows held out, and no checkpoint."""
+    write_batches(tmp_path, WORLD.simulate(300, seed=3))
+    settings = {**MODEL, "hidden": [8], "dynamics_hidden": [8], "dynamics_steps": 200}
+    configured = attributes(WORLD.n_states, 3, algorithms={"mopo": settings})
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    for stage in (stages.ingest, stages.coverage, stages.episodes):
+        stage(pipeline)
+    monkeypatch.setattr(learning, "Checkpoint", partial(Checkpoint, every=100))
+    drawn, draw = [], plots.learning_curves
+    monkeypatch.setattr(plots, "learning_curves", lambda *given: (drawn.append(given), draw(*given)))
+    folder = pipeline.candidate("mopo")
+    unfinished = [folder.with_name(name) for name in (".mopo.checkpoint", ".mopo.checkpoint.model")]
+
+    def dying(task: str, done: int, total: int, note: str) -> None:
+        assert (total == 200 and "steps/s" in note) or done == 100
+        if (task, done) == ("mopo", 200):
+            raise CutShortError
+
+    with pytest.raises(CutShortError):
+        learning._train_candidate((pipeline, "mopo"), dying)
+    assert all(path.exists() for path in unfinished) and not folder.exists()
+    resumed: list[tuple[str, int]] = []
+    stage = learning._train_candidate((pipeline, "mopo"), lambda task, done, *more: resumed.append((task, done)))
+    written = (folder / "losses.csv").read_text().splitlines()
+    assert written[0] == "seed,gradient_steps,policy,q,temperature" and len(written) == 1 + 2 * 2
+    assert resumed == [("mopo", 200)] and stage.summary["stopped"] == {}
+    assert not any(path.exists() for path in unfinished)
+    table = pl.read_csv(folder / "model_losses.csv")
+    networks = ["allowed", "allowed_holdout_error", "transition", "transition_holdout_error"]
+    assert table.columns == ["seed", "member", "gradient_steps", *networks]
+    assert table[["seed", "member", "gradient_steps"]].rows() == [
+        (seed, member, steps) for steps in (100, 200) for seed in (0, 1) for member in range(4)
+    ]
+    least = table.group_by("seed", "member").agg(pl.col("transition_holdout_error").min())
+    elites = least.group_by("seed").agg(pl.col("transition_holdout_error").bottom_k(2).mean())
+    error = pytest.approx(elites["transition_holdout_error"].mean(), rel=0.01)  # less than that is no better
+    assert stage.summary["model"] == {"gradient_steps": 200, "holdout_error": error}
+    assert [row["gradient_steps"] for row in drawn[0][3]] == [100, 200]

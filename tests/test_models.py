@@ -1,5 +1,6 @@
 """The learned model of the world, rollouts in it, and what the algorithms that practise there find."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl_models import training
+from offrl_models import early_stopping
 from offrl_models.algorithms import make_config
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoded, Encoder
@@ -213,18 +214,41 @@ def test_each_member_keeps_its_best_weights_and_a_seed_is_done_when_none_gets_be
     model.errors = errors
     batch = Transitions(LOGS["continuous"], Encoder(codes(None, None))).take(torch.zeros(4, 1, dtype=torch.long))
     stopping = EarlyStopping(model, batch)
-    done = [stopping() for _ in range(4 + PATIENCE)]
+    found = [(stopping.judge(), stopping.done) for _ in range(4 + PATIENCE)]
+    done = [each for _, each in found]
     # The first seed gained at the second judgement for the last time, so that the eighth, where it would again, comes too late.
     assert done == [False] * 8 + [True]
     assert stopping.best["transition"][0].flatten(1)[:, 0].tolist() == [2.0, 1.0, 4.0, 1.0]
     assert stopping.error["transition"].tolist() == [8.0, 5.0, 2.0, 4.0]
+    assert found[1][0] == {"transition_holdout_error": script[1], "allowed_holdout_error": [19.0] * 4}
 
 
-def test_training_ends_when_it_is_told_to() -> None:
-    algorithm, asked_at = build("iql", [0]), iter([False, True, False])
-    how = TrainingConfig(gradient_steps=40)
-    went = train(algorithm, *sampled(algorithm, [0], EPISODES), how, chunk=5, stop=lambda: next(asked_at))
-    assert [chunk["gradient_steps"] for chunk in went.history] == [5, 10]
+class SecondTime:
+    """Is done once it has judged twice."""
+
+    def __init__(self) -> None:
+        self.judged = torch.zeros(1)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.judged >= 2)
+
+    def judge(self) -> dict[str, list[float]]:
+        self.judged += 1
+        return {"error": [float("nan") if self.judged < 2 else 3.0]}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"stop.judged": self.judged}
+
+
+def test_training_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """And what was judged stands beside the losses. A checkpoint of a training that has ended is not trained on."""
+    saved = Checkpoint(tmp_path / "c", "this", every=10**6)
+    for _ in range(2):
+        algorithm = build("iql", [0])
+        how = TrainingConfig(gradient_steps=40)
+        went = train(algorithm, *sampled(algorithm, [0], EPISODES), how, chunk=5, stop=SecondTime(), checkpoint=saved)
+        assert [(chunk["gradient_steps"], chunk["error"]) for chunk in went.history] == [(5, [None]), (10, [3.0])]
 
 
 @pytest.fixture(scope="module", params=["discrete", "continuous"])
@@ -445,29 +469,77 @@ def test_where_the_log_shows_little_each_keeps_to_it(
     assert least <= np.abs(share - share.clip(0.4, 0.6)).mean() < most + 1e-6
 
 
-def test_the_model_is_not_trained_again_where_a_checkpoint_holds_it(
+class CutShortError(Exception):
+    pass
+
+
+def test_a_model_whose_training_was_cut_short_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config("mopo", {"hidden": (8,), **MODEL})
+    """Also where one of its seeds is done by then; and where both are, it is not trained any more."""
+    monkeypatch.setattr(early_stopping, "PATIENCE", 2)
+    config = DynamicsConfig(dynamics_hidden=(4,), dynamics_learning_rate=0.1, members=2, elites=1)
+    saved, most = Checkpoint(tmp_path / "c", "this", every=100), 10_000
+
+    def learned(at: int, checkpoint: Checkpoint | None) -> tuple[Dynamics, Any, list[tuple[int, int]]]:
+        """A model, how its training went, and the steps that were told, the last of which may kill it."""
+        model, told = Dynamics(config, Encoder(EPISODES.features), EPISODES.actions, [3, 5]), []
+        transitions = Transitions(EPISODES, Encoder(EPISODES.features))
+
+        def report(steps: int, of: int, losses: dict[str, float]) -> None:
+            assert list(losses) == ["transition", "allowed", "transition_holdout_error", "allowed_holdout_error"]
+            told.append((steps, of))
+            if steps >= at:
+                raise CutShortError
+
+        given: Any = (model, transitions, Sampler([transitions.rows] * 2, 16, [3, 5]), TrainingConfig())
+        with contextlib.suppress(CutShortError):
+            return model, fit_dynamics(*given, report=report, checkpoint=checkpoint), told
+        return model, None, told
+
+    whole, wanted, every = learned(most, None)
+    assert every == [*((steps, most) for steps in range(100, len(every) * 100, 100)), (len(every) * 100,) * 2]
+    for at, left in ((300, every[:3]), (600, every[2:6]), (most, every[5:]), (most, [])):
+        again, went, told = learned(at, saved)
+        assert told == left and (went is None) == (at < most)
+        if at == 600:
+            tensors, _ = saved.load() or ({}, None)
+            assert sorted(tensors["stop.waited"].tolist()) == [0, 2]  # the first seed trains on alone
+        if went:
+            assert went.history == wanted.history
+            states = zip(whole.state_dict().items(), again.state_dict().items(), strict=True)
+            assert [name for (name, one), (_, other) in states if not torch.equal(one, other)] == []
+
+
+def test_an_algorithm_and_its_model_that_were_cut_short_go_on_bit_for_bit(tmp_path: Path) -> None:
+    config = make_config("mopo", {"hidden": (8,), **MODEL, "dynamics_steps": 200})
     given: Any = ("mopo", config, EPISODES, Encoder(EPISODES.features))
-    how: Any = {"seeds": [0, 1], "batch_size": 32}
+    how: Any = {"seeds": [0, 1], "batch_size": 32, "gradient_steps": 120}
+    whole, wanted = fit(*given, **how)
+    saved, told = Checkpoint(tmp_path / "c", "this", every=100), []
 
-    class CutShortError(Exception):
-        pass
+    def dying(task: str, at: int) -> Any:
+        def report(steps: int, *others: Any) -> None:
+            told.append((task, steps))
+            if steps == at:
+                raise CutShortError
 
-    def dying(steps: int, losses: dict[str, float]) -> None:
-        if steps >= 200:
-            raise CutShortError
+        return report
 
-    whole, _ = fit(*given, **how, gradient_steps=250)
-    saved = Checkpoint(tmp_path / "c", "this", every=100)
-    with pytest.raises(CutShortError):
-        fit(*given, **how, gradient_steps=250, checkpoint=saved, report=dying)
-    monkeypatch.setattr(training, "fit_dynamics", None)
-    again, _ = fit(*given, **how, gradient_steps=250, checkpoint=saved)
+    again, went = None, None
+    for of_model, at in ((200, 0), (0, 120), (0, 0)):
+        with pytest.raises(CutShortError) if of_model or at else contextlib.nullcontext():
+            again, went = fit(
+                *given, **how, checkpoint=saved, model_report=dying("model", of_model), report=dying("mopo", at)
+            )
+    assert told == [("model", 100), ("model", 200), ("model", 200), ("mopo", 100), ("mopo", 120), ("mopo", 120)]
+    assert again is not None and went is not None and went.model is not None and wanted.model is not None
+    assert went.history == wanted.history and went.model.history == wanted.model.history
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert torch.equal(whole.dynamics.elite, again.dynamics.elite)
     assert torch.equal(whole.rollouts.reward, again.rollouts.reward)
+    saved.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_model_cannot_use_is_said() -> None:

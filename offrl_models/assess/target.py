@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float64
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from offrl_models import bundle, registry, storage
+from offrl_models.assess.graphs import TOLERANCE, require_density, require_interface
 from offrl_models.assess.log import Assessed, make_contract
 from offrl_models.choices import Choices, Draws, Probabilities
 from offrl_models.exported import Exported, OnnxPolicy, open_policy
@@ -23,7 +24,6 @@ from offrl_models.schema import Episodes, InputError
 Function = Callable[
     [np.ndarray, np.ndarray], Any
 ]  # observation [rows, columns], mask [rows, actions] -> [rows, actions]
-TOLERANCE = 1e-5  # of sums of probabilities
 ALIKE = 1e-6  # probabilities in one column for one observation that differ by no more are the same
 ASKED_TWICE = 256  # rows
 
@@ -123,62 +123,16 @@ def of_graph(path: Path, given: Assessed) -> Target:
             "use its own, or correct the categories."
         )
     policy = open_policy(graph)
-    _require_interface(policy, given)
+    require_interface(policy, given)
     card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
     try:
         if isinstance(policy, OnnxPolicy):
             return _of_probs(policy, policy.on(given.episodes), given.episodes, card)
         choices = Draws(given.episodes, policy)
-        _require_density(graph, choices.taken, choices.drawn, given.episodes.known_bounds)
+        require_density(choices)
     except (Fail, InvalidArgument, RuntimeException) as error:
         raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
     return Target(card, choices.taken, choices, policy)
-
-
-def _require_density(
-    graph: Path,
-    density: Float64[np.ndarray, "rows"],
-    drawn: Float[np.ndarray, "rows draws dimensions"],
-    bounds: Float64[np.ndarray, "dimensions 2"],
-) -> None:
-    """Raises InputError for densities or drawn actions that cannot be."""
-    room = TOLERANCE * np.diff(bounds).ravel()
-    inside = ((drawn >= bounds[:, 0] - room) & (drawn <= bounds[:, 1] + room)).all((1, 2))
-    for broken, what in (
-        (~(np.isfinite(density) & (density >= 0)), "gives a density that is NaN, infinite or negative"),
-        (~inside, "draws actions that are NaN or outside the bounds of the contract"),
-    ):
-        if broken.any():
-            raise InputError(f"{graph} {what} in {int(broken.sum())} of {len(density)} rows; export it again.")
-
-
-def _require_interface(policy: Exported, given: Assessed) -> None:
-    """Raises InputError for a graph of other inputs and outputs than those of a policy over the actions of the log."""
-    wanted, asked = {"observation": len(given.contract.features)}, "gives probs"
-    if given.contract.action.continuous:
-        wanted |= {"action": given.contract.action.dimensions}
-        names, asked = {*wanted, "uniform"}, "gives log_density and drawn"
-    else:
-        wanted |= {"mask": given.episodes.n_actions}
-        names = set(wanted)
-    found = {entry.name: entry.shape[-1] for entry in policy.session.get_inputs()}
-    outputs = [entry.name for entry in policy.session.get_outputs()]
-    if set(found) != names or not set(asked.removeprefix("gives ").split(" and ")) <= set(outputs):
-        raise InputError(
-            f"{policy.path} has inputs {', '.join(found)} and outputs {', '.join(outputs)}; a policy over "
-            f"{given.contract.action.space} actions has {' and '.join(sorted(names))}, and {asked}."
-        )
-    if "uniform" in found and not isinstance(found["uniform"], int):
-        raise InputError(
-            f"{policy.path} leaves open how many numbers `uniform` holds for a draw; export it with that size fixed."
-        )
-    for name, size in wanted.items():
-        if isinstance(found[name], int) and found[name] != size:
-            what = {"observation": "observed columns", "mask": "actions", "action": "dimensions of the action"}[name]
-            raise InputError(
-                f"{policy.path} takes {found[name]} {what} and the log has {size}; name those that it was trained on, in their "
-                "order."
-            )
 
 
 def _require_discrete(given: Assessed) -> None:

@@ -32,19 +32,29 @@ def _axes(title: str, width: float = 6.4, height: float = 3.4) -> tuple[Figure, 
     return figure, axes
 
 
-def learning_curves(history: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Loss of each network, one thin line per seed and a thick one for their mean."""
-    names = [name for name in history[0] if name != "gradient_steps"]
-    figure, every = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
-    steps = [row["gradient_steps"] for row in history]
-    for axes, name in zip(every[0], names, strict=True):
-        losses = np.ma.masked_invalid(np.array([row[name] for row in history], float))  # None where a seed was stopped
-        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
-        axes.plot(steps, losses.mean(1), color=BLUE, linewidth=1.6)
-        axes.set_title(f"{name} loss", fontsize=9, loc="left")
-        axes.set_xlabel("gradient steps", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
+def learning_curves(
+    history: list[dict[str, Any]], title: str, path: Path, model: list[dict[str, Any]] | None = None
+) -> None:
+    """Loss of each network, one thin line per seed and a thick one for their mean. Below, where there is one, the same of each
+    member of the model of the world, and its errors on rows held out."""
+    parts = [("", history)] if model is None else [("", history), ("model: ", model)]
+    panels = [[name for name in rows[0] if name != "gradient_steps"] for _, rows in parts]
+    across = max(map(len, panels))
+    figure, grid = plt.subplots(len(parts), across, figsize=(3.6 * across, 2.8 * len(parts)), squeeze=False)
+    for (of, rows), names, line in zip(parts, panels, grid, strict=True):
+        steps = [row["gradient_steps"] for row in rows]
+        for axes in line[len(names) :]:
+            axes.set_visible(False)
+        for axes, name in zip(line, names, strict=False):
+            losses = np.ma.masked_invalid(np.array([row[name] for row in rows], float))  # None where a seed was stopped
+            axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
+            axes.plot(steps, losses.mean(1), color=BLUE, linewidth=1.6)
+            what = name.replace("_", " ") if name.endswith("_error") else f"{name} loss"
+            axes.set_title(of + what, fontsize=9, loc="left")
+            axes.set_xlabel("gradient steps", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     figure.suptitle(title, fontsize=10, x=0.02, ha="left", y=1.04)
     save(figure, path)
 

@@ -16,6 +16,7 @@ from offrl_models.config import Pipeline, plain_config
 from offrl_models.curves import Curves
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
+from offrl_models.dynamics import Dynamics
 from offrl_models.evaluation import Evaluation, evaluate
 from offrl_models.exported import Exported, export_checked
 from offrl_models.learner import Trained
@@ -71,9 +72,8 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
         train = read_episodes(pipeline, "train")
         if config.training.processes > 1:
             together(_train, training, config.training.processes, update)
-            algorithm, went = training.fit(
-                train, processes=1
-            )  # nothing is left to do: they have saved what they learned
+            # Nothing is left to do: they have saved what they learned.
+            algorithm, went = training.fit(train, processes=1)
         else:
             algorithm, went = _train(training, update, train)
         policy = _acting(algorithm, pipeline)
@@ -83,7 +83,11 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             export_checked(policy, train, folder / checkpoint_folder(steps))
         storage.write_json(folder / "losses.json", went.history)
         storage.write_bytes(folder / "losses.csv", _table(went.history).write_csv().encode())
-        plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve)
+        model = went.model and went.model.history
+        if model:
+            table = _table(model, algorithm.dynamics.config.members)
+            storage.write_bytes(folder / "model_losses.csv", table.write_csv().encode())
+        plots.learning_curves(went.history, f"{name}, {config.seeds} seeds", curve, model)
         return {
             "algorithm": config.variants()[name].algorithm,
             "rows": train.n_rows,
@@ -92,6 +96,7 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
             "loss": _last_losses(went.history),
             "stopped": {str(training.seeds[place]): why for place, why in went.stopped.items()},
             "curve": curve.name,
+            "model": _model_card(algorithm.dynamics, model) if model else None,
         }
 
     key = _candidate_key(pipeline, name, made)
@@ -106,31 +111,39 @@ def _train_candidate(job: tuple[Pipeline, str], update: Update) -> Stage:
 
 def _train(job: _Job, update: Update, train: Episodes | None = None) -> tuple[Algorithm, Trained]:
     """Train a variant and tell how it goes; of several processes that do so together, the first one tells."""
-    total = job.pipeline.config.training.gradient_steps
-    started: list[
-        tuple[int, float]
-    ] = []  # steps done before the first report, which a checkpoint may have brought, and when
-
-    def report(steps: int, losses: dict[str, float]) -> None:
-        started.append((steps, time.monotonic()))
-        (before, then), (now, at) = started[0], started[-1]
-        speed = f"{(now - before) / (at - then):,.0f} steps/s, " if at > then else ""
-        update(job.name, steps, total, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-
     train = read_episodes(job.pipeline, "train") if train is None else train
     if place() > 0:
         return job.fit(train)
+    total = job.pipeline.config.training.gradient_steps
+    # Of each task: steps done before the first report, which a checkpoint may have brought, and when.
+    started: dict[str, tuple[int, float]] = {}
+
+    def show(task: str, steps: int, of: int, losses: dict[str, float]) -> None:
+        at = time.monotonic()
+        before, then = started.setdefault(task, (steps, at))
+        speed = f"{(steps - before) / (at - then):,.0f} steps/s, " if at > then else ""
+        update(task, steps, of, speed + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+
     with Curves(job.pipeline.tensorboard / file_name(job.name), job.seeds) as curves:
-        return job.fit(train, report=report, watch=curves)
+        return job.fit(
+            train,
+            report=lambda steps, losses: show(job.name, steps, total, losses),
+            model_report=lambda steps, of, losses: show(f"{job.name} model", steps, of, losses),
+            watch=curves,
+        )
 
 
-def _table(history: list[dict[str, Any]]) -> pl.DataFrame:
-    """One row per chunk and seed, one column per network."""
+def _table(history: list[dict[str, Any]], members: int | None = None) -> pl.DataFrame:
+    """One row per chunk and seed, or member of each seed, and one column per network."""
     networks = sorted(history[0].keys() - {"gradient_steps"})
+
+    def named(place: int) -> dict[str, int]:
+        return {"seed": place} if members is None else {"seed": place // members, "member": place % members}
+
     return pl.DataFrame(
-        {"seed": seed, "gradient_steps": chunk["gradient_steps"], **{name: chunk[name][seed] for name in networks}}
+        {**named(place), "gradient_steps": chunk["gradient_steps"], **{name: chunk[name][place] for name in networks}}
         for chunk in history
-        for seed in range(len(chunk[networks[0]]))
+        for place in range(len(chunk[networks[0]]))
     )
 
 
@@ -143,6 +156,12 @@ def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
         if any(value is not None for value in chunk[name])
     }
     return {name: float(np.mean(values)) for name, values in sorted(known.items())}
+
+
+def _model_card(dynamics: Dynamics, history: list[dict[str, Any]]) -> dict[str, float]:
+    """How long a model of the world was trained, and the mean error of its elites on rows held out."""
+    error = dynamics.holdout_error.gather(1, dynamics.elite).mean()
+    return {"gradient_steps": history[-1]["gradient_steps"], "holdout_error": float(error)}
 
 
 def _candidate_key(pipeline: Pipeline, name: str, made: Stage) -> dict[str, Any]:
