@@ -105,12 +105,7 @@ class Learner(L.LightningModule):
     def _adam(self) -> FusedAdam:
         decay = getattr(self.algorithm, "weight_decay", 0.0)
         groups = [
-            {
-                "params": list(getattr(self.algorithm, name).parameters()),
-                "lr": rate,
-                "name": name,
-                "weight_decay": decay,
-            }
+            {"params": [*getattr(self.algorithm, name).parameters()], "lr": rate, "name": name, "weight_decay": decay}
             for name, rate in self.algorithm.learning_rates().items()
         ]
         return FusedAdam(groups, self.seeds, self.config.clip_norm)
