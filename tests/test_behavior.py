@@ -240,7 +240,7 @@ def test_the_interval_is_as_wide_as_estimates_spread() -> None:
         log, policy = context_free(300, seed)
         log = dataclasses.replace(log, action_prob=behavior.estimate_propensities(log, 1))
         refit = partial(behavior.estimate_propensities, log, 1)
-        found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 100, seed), 0.9)["TIS"]
+        found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 200, seed), 0.9)["TIS"]
         points.append(found.estimate)
         widths.append(found.high - found.low)
     assert np.mean(widths) == pytest.approx(2 * 1.645 * np.std(points), rel=0.15)
