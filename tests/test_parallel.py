@@ -51,6 +51,7 @@ def every_case(folder: Path, update: Any) -> None:
         write_tensors(where, {key: each.detach() for key, each in weights.items() if each.numel()})
         where.with_suffix(".losses").write_text(repr(losses))
         update("cases", number, parallel.place(), "told")
+    parallel.average([torch.zeros(1)])  # until the first has written all of them, too
     if parallel.place() == 1:
         raise InputError("the second one refuses.")
     parallel.average([torch.zeros(1)])
