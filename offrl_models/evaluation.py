@@ -160,6 +160,7 @@ def _measure(
         trajectories and asked.champion == BEHAVIOR and asked.return_range is not None and not gate.truncated.any()
     )
     choices = found.choices[name]
+    weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
     return Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
@@ -179,8 +180,8 @@ def _measure(
         fqe_differences=found.fqe_gains(name, asked.champion),
         effective_transitions=effective_sample_size(mine.weight),
         effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),
-        mean_ratio_z=mean_ratio_z(side.ratio),
-        worst_action_z=choices.worst_z(side.ratio),
+        mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
+        worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
         unsupported_mass=rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob),
         few_visits_mass=_few_visits_mass(found, name, asked.states, thresholds.few_visits),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),

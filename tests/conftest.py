@@ -18,16 +18,22 @@ import tests.typechecker  # noqa: F401  the hook looks it up by name
 install_import_hook("offrl_models", "tests.typechecker.check")
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import settings
 
 from offrl_models import storage, training
-from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.coverage import measure
+from offrl_models.logs.read import Log
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import states_of
 from offrl_models.ope.worlds import World, random_world
+from offrl_models.reports.checks import check_logs
+from offrl_models.reports.quality import CheckResult
 from offrl_models.schema import Episodes, Feature
 
 torch.set_num_threads(1)
@@ -194,3 +200,17 @@ def recorded_paths(world: World, steps: int) -> tuple[Episodes, np.ndarray]:
     last = np.zeros(len(rows), bool)
     last[whole.offsets[1:] - 1] = True
     return dataclasses.replace(whole, truncated=last & ~whole.terminated), np.array([p for p, _ in found])
+
+
+def open_log(contract: Contract, frame: pl.DataFrame, tmp_path: Path) -> Log:
+    """A log of one batch, past ingestion."""
+    storage.write_parquet(tmp_path / "b.parquet", frame.to_arrow())
+    return Log.open([tmp_path / "b.parquet"], contract)
+
+
+def check_log(contract: Contract, frame: pl.DataFrame, tmp_path: Path) -> dict[str, CheckResult]:
+    """What every check of the raw logs says of a log that got past ingestion."""
+    measured = measure(open_log(contract, frame, tmp_path))
+    files = pl.DataFrame({"file": ["b.parquet"], "unchanged": [1]})
+    found = check_logs(measured, contract, CoverageConfig(), files, tmp_path / "coverage")
+    return {result.check: result for result in found}

@@ -1,6 +1,7 @@
 """The calibration study: its smoke version, which fails when the gate is broken, and what it counts with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 from benchmarks import calibrate
 from benchmarks.calibration import small, tables
 from benchmarks.calibration.cartpole import CartPole, controller, fallen, step
-from benchmarks.calibration.judging import KnownPolicy, asked, measured, on_a_log, resampled
+from benchmarks.calibration.judging import KnownPolicy, asked, measured, on_a_log, resampled, with_values
 from benchmarks.calibration.judging import first as prefix
 from benchmarks.calibration.rules import RULES, all_rules
 from benchmarks.calibration.sepsis import has_all_rules
 from benchmarks.calibration.store import Experiment, Line, Lines, done, run
 from benchmarks.calibration.stress import pairs, trait_world
+from offrl_models.evaluation import BEHAVIOR, measure_rungs
+from offrl_models.gate import GateConfig
 from offrl_models.ope.nulls import EXACT
 from offrl_models.ope.tabular import TabularModel
+from tests.conftest import chain_world
 
 
 def test_the_gate_seldom_passes_what_is_no_better_and_mostly_passes_what_is() -> None:
@@ -162,3 +166,20 @@ def test_the_smoke_version_of_the_command_fails_when_it_should(
         monkeypatch.setattr(small, "smoke", lambda counted=counted: counted)
         assert calibrate.main(["--smoke"]) == code
     assert "10 of 60 logs passed a policy that is no better" in capsys.readouterr().out
+
+
+def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found() -> None:
+    """The candidate plays the other actions, so that nothing in its own ratios tells."""
+    world = chain_world()
+    candidate = np.where(np.arange(3) < 2, world.behavior, 0.0)
+    policies = {"candidate": candidate / candidate.sum(1, keepdims=True), "champion": world.behavior}
+    found = on_a_log(world, policies, 1, 700, 600)
+    wrong = found.episodes.action_prob * np.where(found.episodes.action == 2, 0.5, 1.0)
+    gate = replace(found.episodes, action_prob=wrong)
+    found = with_values(found.policies, found.fitted_on, gate, found.fqe)
+    z = {}
+    for champion in (BEHAVIOR, "champion"):
+        question = replace(asked(world.n_states), champion=champion)
+        (measures,) = measure_rungs(["candidate"], found, GateConfig(), question)
+        z[champion] = abs(measures.mean_ratio_z), abs(measures.worst_action_z)
+    assert max(z[BEHAVIOR]) < 4 < min(z["champion"])

@@ -12,19 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from offrl_models import storage
-from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
+from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import measure
 from offrl_models.logs.ingest import ingest
 from offrl_models.logs.read import Log, batch_files
 from offrl_models.logs.rules import rules
 from offrl_models.logs.screen import screen
-from offrl_models.logs.tally import Tally
 from offrl_models.logs.versions import log_version
 from offrl_models.reports import quality
-from offrl_models.reports.checks import check_logs
 from offrl_models.schema import InputError
-from tests.conftest import as_table, attributes, chain_world, write_batches
+from tests.conftest import as_table, attributes, chain_world, check_log, open_log, write_batches
 
 WORLD = chain_world()
 LONG = 3  # steps of the episodes that are broken below
@@ -222,25 +220,13 @@ def test_no_batch_at_all_says_where_to_put_one(tmp_path: Path) -> None:
         ingest(empty.folders, empty.config.logs)
 
 
-def open_log(contract: Contract, frame: pl.DataFrame, tmp_path: Path) -> Log:
-    storage.write_parquet(tmp_path / "b.parquet", frame.to_arrow())
-    return Log.open([tmp_path / "b.parquet"], contract)
-
-
-def check(contract: Contract, frame: pl.DataFrame, tmp_path: Path) -> dict[str, quality.CheckResult]:
-    measured = measure(open_log(contract, frame, tmp_path))
-    files = pl.DataFrame({"file": ["b.parquet"], "unchanged": [1]})
-    found = check_logs(measured, contract, CoverageConfig(), files, tmp_path / "coverage")
-    return {result.check: result for result in found}
-
-
 @pytest.fixture
 def contract() -> Contract:
     return parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
 
 
 def test_a_clean_log_passes_every_check_and_the_pages_need_no_network(contract: Contract, tmp_path: Path) -> None:
-    found = check(contract, pl.DataFrame(as_table(WORLD.simulate(500, seed=3))), tmp_path)
+    found = check_log(contract, pl.DataFrame(as_table(WORLD.simulate(500, seed=3))), tmp_path)
     assert set(found) == {name for name, check in quality.CHECKS.items() if "raw_logs" in check.assets}
     assert [name for name, result in found.items() if not result.passed] == []
     assert all((tmp_path / result.page).exists() for result in found.values())
@@ -254,70 +240,21 @@ def test_a_clean_log_passes_every_check_and_the_pages_need_no_network(contract: 
 def test_great_expectations_sees_what_ingestion_sees(contract: Contract, name: str, tmp_path: Path) -> None:
     """A log that got past ingestion in some other way is still blocked by the suite."""
     spoil, expected = BROKEN[name]
-    found = check(contract, spoil(new_batch()), tmp_path)
+    found = check_log(contract, spoil(new_batch()), tmp_path)
     blocked = {result.check for result in found.values() if result.blocking and not result.passed}
     assert any(f"({check})" in expected.replace("\\", "").replace("[45]", "5") for check in blocked), blocked
 
 
-@pytest.mark.parametrize(("prob", "blocks"), [(0.2, True), (0.5, False)])
-def test_propensities_of_another_policy_fail_the_mean_ratio_test(
-    contract: Contract, tmp_path: Path, prob: float, blocks: bool
-) -> None:
-    """Drawn with probability 1/3: plausible row by row, wrong together. Too large they may be for want of support, which
-    the behavior model tells apart."""
-    log = pl.DataFrame(as_table(WORLD.simulate(500, seed=3)))
-    found = check(contract, log.with_columns(prob=pl.lit(prob)), tmp_path)
-    assert not found["C15"].passed and found["C15"].blocking is blocks
-    assert "mean ratio of" in found["C15"].sentence
-
-
-def test_an_action_that_is_hardly_ever_played_blocks_no_log(contract: Contract, tmp_path: Path) -> None:
-    """The third action has a probability of 1 in 10,000 wherever it is allowed, and was not drawn once."""
-    rare = np.array([0.4999, 0.5, 0.0001])
-    log = dataclasses.replace(WORLD, behavior=np.tile(rare, (WORLD.n_states, 1))).simulate(800, seed=3)
-    assert (log.action < 2).all()
-    found = check(contract, pl.DataFrame(as_table(log)), tmp_path)
-    assert not found["C15"].blocking and "hardly ever played" in found["C15"].sentence
-
-
-def test_mean_ratios_do_not_depend_on_how_a_log_is_cut() -> None:
-    """A chunk in which an allowed action was not taken counts as one in which it was."""
-    rows = 40_000
-    rng = np.random.default_rng(0)
-    p = np.array([0.5995, 0.4, 0.0005])
-    action = rng.choice(3, rows, p=p)
-    contract = parse_pipeline(attributes(WORLD.n_states, 3), "toy").logs
-    contract = contract.model_copy(
-        update={"action": contract.action.model_copy(update={"mask": None}), "next_observation": ()}
-    )
-    log = pl.DataFrame({
-        "episode": np.arange(rows), "step": 0, "state": 0, "action": action, "prob": p[action], "reward": 0.5,
-        "terminated": True, "truncated": False,
-    })  # fmt: skip
-    found = []
-    for size in (rows, 1000):
-        tally = Tally(contract)
-        for start in range(0, rows, size):
-            tally.add(log[start : start + size], np.full(size, 0.5))
-        found.append(tally.mean_ratios())
-    whole, cut = found
-    assert whole["policy"].to_list() == ["always 0", "always 1", "always 2", "uniform"]
-    assert whole["rows"].to_list() == cut["rows"].to_list() == [rows] * 4
-    for column in ("mean_error", "z"):
-        assert cut[column].to_numpy() == pytest.approx(whole[column].to_numpy(), rel=1e-6)
-    assert np.abs(whole["z"].to_numpy()).max() < 4
-
-
 def test_a_log_of_one_action_has_nothing_to_compare(contract: Contract, tmp_path: Path) -> None:
     log = dataclasses.replace(WORLD, behavior=np.eye(3)[np.zeros(WORLD.n_states, int)]).simulate(300, seed=3)
-    found = check(contract, pl.DataFrame(as_table(log)), tmp_path)
+    found = check_log(contract, pl.DataFrame(as_table(log)), tmp_path)
     assert not found["C24"].passed and not found["C24"].blocking
     assert found["C24"].sentence == f"all {log.n_rows} rows have the same action: there is nothing to compare it with"
 
 
 def test_constant_rewards_warn_and_thin_coverage_is_remarked(contract: Contract, tmp_path: Path) -> None:
     log = pl.DataFrame(as_table(WORLD.simulate(30, seed=3)))
-    found = check(contract, log.with_columns(reward=pl.lit(0.0)), tmp_path)
+    found = check_log(contract, log.with_columns(reward=pl.lit(0.0)), tmp_path)
     assert not found["C12"].passed and not found["C12"].blocking
     assert not found["C21"].passed and not found["C21"].blocking
 
@@ -382,7 +319,7 @@ def test_choices_that_were_sure_warn_and_forced_ones_do_not(contract: Contract, 
     """C18: three in ten choices drawn with certainty; where only one action is allowed there is no choice."""
     log = pl.DataFrame(as_table(WORLD.simulate(400, seed=3)))
     sure = pl.int_range(pl.len()) % 10 < 3
-    found = check(contract, log.with_columns(prob=pl.when(sure).then(0.9999).otherwise("prob")), tmp_path)
+    found = check_log(contract, log.with_columns(prob=pl.when(sure).then(0.9999).otherwise("prob")), tmp_path)
     assert not found["C18"].passed and not found["C18"].blocking
     assert found["C18"].sentence.startswith(
         "30.1% of the choices of version 'all' were drawn with a propensity over .999"
@@ -390,13 +327,13 @@ def test_choices_that_were_sure_warn_and_forced_ones_do_not(contract: Contract, 
     taken = pl.concat_list([pl.col("action") == action for action in range(3)]).list.to_array(3)
     forced = pl.when(sure).then(taken).otherwise("allowed")
     certain = pl.when(sure).then(1.0).otherwise("prob")
-    assert check(contract, log.with_columns(allowed=forced, prob=certain), tmp_path)["C18"].passed
+    assert check_log(contract, log.with_columns(allowed=forced, prob=certain), tmp_path)["C18"].passed
 
 
 def test_a_log_with_many_open_episodes_is_blocked(contract: Contract, tmp_path: Path) -> None:
     """C06: each of them is acceptable, 5% of them are not."""
     log = pl.DataFrame(as_table(WORLD.simulate(400, seed=3)))
     goes_on = log["episode"].is_in(range(20)) & log["terminated"]
-    found = check(contract, log.with_columns(terminated=pl.col("terminated") & ~goes_on), tmp_path)
+    found = check_log(contract, log.with_columns(terminated=pl.col("terminated") & ~goes_on), tmp_path)
     assert not found["C06"].passed and found["C06"].blocking
     assert found["C06"].sentence.startswith("5.0% of the episodes are open")

@@ -20,14 +20,17 @@ ALL, UNIFORM, ALWAYS = "all", "uniform", "always "
 
 @dataclass
 class Sums:
-    """n, sum and sum of squares of errors whose expectation is 0."""
+    """n, sum and sum of squares of errors whose expectation is 0; and of the second moments, where those are known."""
 
     n: float = 0.0
     total: float = 0.0
     squares: float = 0.0
+    moments: float = np.nan
 
-    def add(self, n: float, total: float, squares: float) -> None:
+    def add(self, n: float, total: float, squares: float, moments: float = np.nan) -> None:
+        before = self.moments if self.n else 0.0
         self.n, self.total, self.squares = self.n + n, self.total + total, self.squares + squares
+        self.moments = before + moments
 
     @property
     def z(self) -> float:
@@ -35,6 +38,16 @@ class Sums:
         mean = self.total / self.n
         spread = np.sqrt(max(self.squares / self.n - mean**2, 0.0))
         return 0.0 if abs(mean) <= 1e-12 else float(mean / (max(spread, 1e-12) / np.sqrt(self.n)))
+
+    @property
+    def lower_z(self) -> float:
+        """What a mean below 0 proves: 0 or less; NaN where the second moments are not known.
+
+        A z-score that a normal mean falls below as rarely as the mean of X - E[X] can for any X >= 0, however rare and large
+        its values: at most exp(-total^2 / (2 sum of E[X^2])) of the time. Maurer (2003), theorem 1.
+        """
+        bound = min(self.total, 0.0) / max(np.sqrt(self.moments), 1e-12)
+        return float(-stats.norm.isf(np.exp(-(bound**2) / 2) / 2) if bound > -35 else bound)
 
 
 def zero_mean_z(error: Float64[np.ndarray, "rows"]) -> float:
@@ -123,11 +136,7 @@ class Tally:
         choice = np.full(len(p), True) if mask is None else mask.sum(1) > 1
         self.choices[version] += int(choice.sum())
         self.sure[version] += int((choice & (p > SURE)).sum())
-        self._add_ratios(version, action, p, mask)
-
-    def _add_ratio(self, version: str, policy: str, error: Float64[np.ndarray, "rows"]) -> None:
-        sums = self.ratios.setdefault((version, policy), Sums())
-        sums.add(len(error), float(error.sum()), float(error @ error))
+        self._add_ratios(version, action, p, mask, values.probabilities(chunk, contract))
 
     def _add_ratios(
         self,
@@ -135,23 +144,35 @@ class Tally:
         action: Int64[np.ndarray, "rows"],
         p: Float64[np.ndarray, "rows"],
         mask: Bool[np.ndarray, "rows actions"] | None,
+        probs: Float64[np.ndarray, "rows actions"] | None,
     ) -> None:
         """Mean-ratio tests (C15): for any policy pi, E[pi(a|s) / mu(a|s)] is 1 when the logged mu is right and never 0.
 
         Tested for the uniform policy over the allowed actions and for each single action, where the expectation is whether the
         action was allowed. The errors are martingale differences, so rows may be summed as if they were independent. A mean
-        below 1 is no proof of wrong propensities: an action may be allowed where it is played too rarely to be seen.
+        below 1 is no proof of wrong propensities: an action may be allowed where it is played too rarely to be seen. It is one
+        where all of mu was logged, for then both what can be seen and the second moments, the sum of pi^2 / mu, are known.
         """
-        n, ratio = self.contract.action.n_actions, 1.0 / p
-        allowed = np.full(len(action), n) if mask is None else mask.sum(1)
-        self._add_ratio(version, UNIFORM, ratio / np.maximum(allowed, 1) - 1.0)
-        # An error is 1/p - 1 where the action was taken, -1 where it was allowed and not taken.
-        taken, first, second = (np.bincount(action, w, n) for w in (np.ones(len(action)), ratio, ratio**2))
-        could = np.full(n, float(len(action))) if mask is None else mask.sum(0).astype(np.float64)
-        for code in np.flatnonzero(could):
-            total = first[code] - could[code]
-            squares = second[code] - 2 * first[code] + taken[code] + (could[code] - taken[code])
-            self.ratios.setdefault((version, f"{ALWAYS}{code}"), Sums()).add(could[code], total, squares)
+        rows, n, ratio = len(action), self.contract.action.n_actions, 1.0 / p
+        allowed = np.full(rows, n) if mask is None else np.maximum(mask.sum(1), 1)
+        times = np.full(n, float(rows)) if mask is None else mask.sum(0).astype(np.float64)  # an action could be seen
+        mass, moments, uniform = np.ones(rows), np.full(n, np.nan), np.nan
+        if probs is not None:
+            could = (probs > 0) & (True if mask is None else mask)
+            second = np.divide(1.0, probs, out=np.zeros_like(probs), where=could)
+            times, mass = could.sum(0).astype(np.float64), could.sum(1) / allowed
+            moments, uniform = second.sum(0), float((second.sum(1) / allowed**2).sum())
+        error = ratio / allowed - mass
+        self._sums(version, UNIFORM).add(rows, float(error.sum()), float(error @ error), uniform)
+        # The error of a single action is 1/p - 1 where it was taken, -1 where it could have been and was not.
+        taken, first, square = (np.bincount(action, w, n) for w in (np.ones(rows), ratio, ratio**2))
+        for code in np.flatnonzero(times):
+            squares = square[code] - 2 * first[code] + taken[code] + (times[code] - taken[code])
+            total = first[code] - times[code]
+            self._sums(version, f"{ALWAYS}{code}").add(times[code], total, squares, moments[code])
+
+    def _sums(self, version: str, policy: str) -> Sums:
+        return self.ratios.setdefault((version, policy), Sums())
 
     def _add_cells(self, chunk: pl.DataFrame, prob: Float64[np.ndarray, "rows"] | None) -> None:
         states, n = int(self.contract.tabular_states or 0), self.contract.action.n_actions
@@ -174,15 +195,20 @@ class Tally:
             "rows": pl.Int64,
             "mean_error": pl.Float64,
             "z": pl.Float64,
+            "lower_z": pl.Float64,
         }
         tests = [
-            (version, policy, int(sums.n), sums.total / sums.n, sums.z)
+            (version, policy, int(sums.n), sums.total / sums.n, sums.z, sums.lower_z)
             for (version, policy), sums in sorted(self.ratios.items())
             if policy == UNIFORM or self._taken(version, policy) >= FEWEST_TAKEN
         ]
         found = pl.DataFrame(tests, schema=schema, orient="row")
         corrected = holm_z(found["z"].to_numpy()) if found.height else np.zeros(0)
-        return found.with_columns(z_holm=pl.Series(corrected, dtype=pl.Float64))
+        found = found.with_columns(z_holm=pl.Series(corrected, dtype=pl.Float64))
+        known = found["lower_z"].is_not_nan().to_numpy()
+        lower = np.full(found.height, np.nan)
+        lower[known] = holm_z(found["lower_z"].to_numpy()[known])
+        return found.with_columns(lower_z_holm=pl.Series(lower, dtype=pl.Float64).fill_nan(None))
 
     def _taken(self, version: str, policy: str) -> float:
         """How often the action that a policy always plays was taken; never, if there is no such entry."""

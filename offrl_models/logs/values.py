@@ -221,5 +221,15 @@ def propensities(frame: pl.DataFrame, contract: Contract) -> Float64[np.ndarray,
     return frame.select(propensity(contract).fill_null(float("nan"))).to_series().to_numpy()
 
 
+def probabilities(frame: pl.DataFrame, contract: Contract) -> Float64[np.ndarray, "rows actions"] | None:
+    """The whole distribution from which each action was drawn, NaN where it is broken; None where it was not logged."""
+    prob, n = contract.action_prob, contract.action.n_actions
+    if prob is None or prob.of != "vector":
+        return None
+    each = pl.col(prob.column).cast(pl.List(pl.Float64))
+    each = pl.when(each.list.len() == n).then(each)
+    return frame.select(each.list.to_array(n)).to_series().to_numpy().reshape(-1, n)
+
+
 def rewards(frame: pl.DataFrame, contract: Contract, clock: datetime | None = None) -> Float[np.ndarray, "rows"]:
     return frame.select(reward(contract, clock)).to_series().to_numpy()
