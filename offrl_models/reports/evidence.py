@@ -23,7 +23,8 @@ LOGGED = "logged"
 STATEMENT = (
     "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
     "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state. "
-    "It does not cover hidden confounding, later drift, states never visited, harm to subgroups, or poisoned logs."
+    "It does not cover hidden confounding, later drift, states never visited, harm to subgroups that the gate was not run for, "
+    "bad tails behind a good mean, or poisoned logs."
 )
 EXACT_NOTE = (
     "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
