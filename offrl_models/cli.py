@@ -16,7 +16,7 @@ from rich.text import Text
 
 from offrl_models import assess, registry, stages, storage
 from offrl_models.config import Pipeline, read_pipeline
-from offrl_models.reports import assessment, evidence
+from offrl_models.reports import assessment, evidence, quality
 from offrl_models.schema import InputError
 
 
@@ -39,8 +39,8 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     stages.ingest(pipeline).require_clean()
     _, results = stages.coverage(pipeline)
     for result in results:
-        word = "holds " if result.passed else "BLOCKS" if result.blocking else "warns "
-        console.print(Text(f"{result.check} {word} {result.title if result.passed else result.sentence}"))
+        told = result.title if result.passed and result.applies else result.sentence.removeprefix(quality.ABSENT)
+        console.print(Text(f"{result.check} {result.standing:<14} {told}"), soft_wrap=True)
     console.print(Text(f"Data Docs: {pipeline.reports / 'coverage' / 'index.html'}"))
     return int(any(result.blocking and not result.passed for result in results))
 

@@ -23,7 +23,6 @@ from tests.dirty import (
     LOGS,
     NAN,
     NOW,
-    OBSERVED,
     SCHEMA,
     START,
     Row,
@@ -224,24 +223,3 @@ def test_late_rewards_with_steps_from_time_find_their_decision(tmp_path: Path) -
     take_in(pieces).require_clean()
     assert once.count.accepted == len(BASE + ROWS)
     assert dataset_bytes(pipeline, "dataset") == dataset_bytes(pieces, "dataset")
-
-
-@pytest.mark.parametrize("together", [True, False])
-def test_a_late_reward_that_two_decisions_of_one_time_could_claim_is_refused(tmp_path: Path, together: bool) -> None:
-    """Without a step the time tells decisions apart. An exact repetition is no second decision."""
-    pipeline = pipeline_in(tmp_path, step=None, **LATE)
-    follows = {f"next_{name}": ROWS[0][name] for name in OBSERVED}
-    twin = {**ROWS[0], **follows, "prob": 0.5 * ROWS[0]["prob"], "terminated": False, "truncated": False}
-    twins = [untold(twin), untold(ROWS[0]), *(untold(row) for row in ROWS[1:]), untold(ROWS[-1])]
-    write_rows(pipeline.folders.landing / "b0.parquet", [told(row) for row in BASE])
-    write_rows(pipeline.folders.landing / "b1.parquet", twins)
-    if not together:
-        take_in(pipeline).require_clean()
-    schema = pa.schema([LATE_SCHEMA.field(name) for name in ("episode", "at", "reward")])
-    write_rows(pipeline.folders.landing / "c.parquet", [TOLD[1], TOLD[0], TOLD[-1]], schema)
-    report = take_in(pipeline)
-    [reason] = report.quarantined.values()
-    assert named(reason) == Defect("C31", "at", 1, 1) and report.batches == 2
-    assert "landing/c.parquet" in reason and "several decisions of one time could claim" in reason
-    write_rows(pipeline.folders.landing / "d.parquet", [TOLD[1], TOLD[-1]], schema)
-    take_in(pipeline).require_clean()

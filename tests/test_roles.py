@@ -367,29 +367,38 @@ def test_without_a_step_the_order_is_that_of_time(tmp_path: Path) -> None:
     assert episodes.length.tolist() == [2, 1, 1]
 
 
-def test_without_a_step_equal_times_keep_their_order_and_repeated_rows_count_once(tmp_path: Path) -> None:
+def test_without_a_step_a_time_is_one_decision(tmp_path: Path) -> None:
+    """An exact repetition counts once. Of two rows that differ nobody knows which came first, nor whether both did."""
     roles = {"step": None, "decided_at": "at"}
-    first = {
-        "id": [TRAIN] * 5,
-        "at": [day(1)] * 5,
-        "x": [3.0, 1.0, 3.0, 2.0, 1.0],
-        "a": [0] * 5,
-        "r": [0.0] * 5,
-        "end": [False] * 5,
-        "t": [0] * 5,
+    one = {
+        "id": [TRAIN] * 3,
+        "at": [day(1)] * 3,
+        "x": [3.0] * 3,
+        "a": [0] * 3,
+        "r": [0.0] * 3,
+        "end": [False] * 3,
+        "t": [0] * 3,
     }
-    again = {**{name: values[:2] for name, values in first.items()}, "x": [1.0, 3.0]}
     last = {
         **LOG,
         "at": [day(2)] * 4,
-        "id": [TRAIN, TRAIN, SELECTION, GATE],
-        "end": [False, True, True, True],
+        "id": [TRAIN, 10_000, SELECTION, GATE],
+        "end": [True, True, True, True],
         "x": [4.0, 5.0, 6.0, 7.0],
     }
-    episodes = dataset(tmp_path, roles, first, again, last)
-    assert episodes.observation.ravel().tolist() == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0]
-    found = screen(log_of(tmp_path, roles, first, again, last)).index
-    assert found.duplicates == {0: 2, 1: 2} and sum(found.rows.values()) == 11
+    episodes = dataset(tmp_path, roles, one, one, last)
+    assert sorted(episodes.observation.ravel().tolist()) == [3.0, 4.0, 5.0, 6.0, 7.0]
+    found = screen(log_of(tmp_path, roles, one, one, last)).index
+    assert found.duplicates == {0: 2, 1: 3} and sum(found.rows.values()) == 10
+    for batches, blamed, rows in (
+        ([one | {"x": [3.0, 1.0, 3.0]}, last], 0, 1),
+        ([one, one | {"x": [1.0] * 3}, last], 1, 3),
+    ):
+        (found,) = screen(log_of(tmp_path, roles, *batches)).violations
+        assert (found.check, found.column, found.batch, found.rows) == ("C03", "at", blamed, rows)
+        assert (
+            found.problem == "contradicting another row of the same episode and time" and "log a step" in found.remedy
+        )
 
 
 def test_a_bandit_log_with_ids(tmp_path: Path) -> None:

@@ -157,11 +157,12 @@ def analyse(read: Runs, log: Log) -> Index:
     found, repeated = problems(ordered, by_batch, contract), {}
     if (ordered["overlap"] > 0).any():
         repeated, *conflicts = _repeated_rows(ordered, log)
-        said = f"contradicting another row of the same {'episode and step' if contract.step else 'episode'}"
+        order = "" if contract.horizon == 1 else " and step" if contract.step else " and time"
+        column = str(contract.step or contract.decided_at) if order else contract.episode_column
+        said, remedy = f"contradicting another row of the same episode{order}", "keep one row for each decision"
+        remedy += ", or log a step: the time does not tell which came first." if order == " and time" else "."
         found += [
-            Problem(
-                "C03", contract.step or contract.episode_column, *rows, said, "keep one row for each decision.", across
-            )
+            Problem("C03", column, *rows, said, remedy, across)
             for across, rows in zip((False, True), conflicts, strict=True)
         ]
     if log.late_rewards is not None:

@@ -245,10 +245,8 @@ class Log:
         return joined.with_columns(filled).drop(f"_late_{name}" for name in names)
 
     def with_steps(self) -> "Log":
-        """Number the decisions of every episode by time, where the log names no step.
-
-        Rows of one time keep their order; those that repeat one exactly have its number.
-        """
+        """Number the decisions of every episode by time, where the log names no step. Rows of one time are one decision; that
+        they agree is asked where rows are held against each other (C03)."""
         contract = self.contract
         if contract.horizon == 1 or contract.step is not None or self.derived_steps is not None:
             return self
@@ -256,13 +254,9 @@ class Log:
         read = [frame.select(BATCH, *keys) for frame in self.chunks(keys)]
         if not read:
             return self
-        rows = pl.concat(read, how="vertical_relaxed").with_row_index("row")
-        if rows.select(pl.struct(keys).is_duplicated().any()).item():
-            told = (values.row_hash(frame.drop(BATCH)) for frame in self.chunks(contract.content))
-            rows = rows.with_columns(content=pl.concat(told))
-            keys = [*keys, "content"]
-        rows = rows.with_columns(first=pl.col("row").min().over(keys)).sort(*keys[:2], "first", "row")
-        step = (pl.col("row") == pl.col("first")).cast(pl.Int64).cum_sum().over(keys[0]) - 1
+        rows = pl.concat(read, how="vertical_relaxed").with_row_index("row").sort(*keys, "row")
+        later = pl.any_horizontal(pl.col(key).ne_missing(pl.col(key).shift(1)) for key in keys)
+        step = later.cast(pl.Int64).cum_sum().over(keys[0]) - 1
         numbered = rows.with_columns(step=step).sort("row").partition_by(BATCH, as_dict=True)
         return replace(self, derived_steps={int(n): part["step"].to_numpy() for (n,), part in numbered.items()})
 

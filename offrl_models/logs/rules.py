@@ -243,8 +243,7 @@ def rules(contract: Contract, clock: datetime | None = None, now: datetime | Non
 
 
 def late_reward_rules(contract: Contract, now: datetime | None, columns: Sequence[str]) -> list[Rule]:
-    """The rules of a batch of rewards with these columns, joined by key to the decisions: `_known` is null where there is none,
-    and `_several` says that there is more than one."""
+    """The rules of a batch of rewards with these columns, joined by key to the decisions: `_known` is null where there is none."""
     name, keys, bounds = contract.reward.name, contract.reward_keys, contract.reward.range
     value, told = values.reward_sum(contract), pl.struct(list(contract.reward.terms))
     unlike_first = told != told.first().over(keys)
@@ -254,8 +253,6 @@ def late_reward_rules(contract: Contract, now: datetime | None, columns: Sequenc
     found = [
         Rule("C31", keys[0], pl.col("_known").is_null(), "with a reward for a decision that no batch has",
              "land its decisions first, or correct the key."),
-        Rule("C31", keys[-1], pl.col("_several"), "with a reward that several decisions of one time could claim",
-             "log a step, or times that tell them apart.", across=True),
         Rule("C03", name, usable & unlike_first, other, once),
         Rule("C03", name, usable & contradicts & ~unlike_first, other, once, across=True),
         Rule("C10", name, ~value.is_finite() | value.is_null(), MISSING, "leave out rewards that have not come."),

@@ -7,7 +7,6 @@ from typing import Any
 
 import polars as pl
 
-from offrl_models.logs.contract import STEP
 from offrl_models.logs.index import Index, index
 from offrl_models.logs.read import BATCH, Log, ahead
 from offrl_models.logs.rules import Rule, late_reward_rules, rules
@@ -120,9 +119,8 @@ def late_reward_violations(log: Log, now: datetime | None = None) -> list[Violat
     contract = log.contract
     keys, facts = list(contract.reward_keys), [*contract.reward_keys, *contract.reward.terms]
     facts += [contract.decided_at] if contract.decided_at and contract.decided_at not in keys else []
-    several = pl.col(STEP).n_unique().over(keys) > 1 if contract.step is None else pl.lit(False)
     known = pl.concat((frame.drop(BATCH) for frame in log.chunks(facts)), how="vertical_relaxed")
-    known = known.select(*facts, several.alias("_several"), pl.lit(True).alias("_known"))
+    known = known.select(*facts, pl.lit(True).alias("_known"))
     known = known.unique(keys, keep="first", maintain_order=True)
     found = []
     for number in numbers:

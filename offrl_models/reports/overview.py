@@ -11,7 +11,7 @@ import polars as pl
 from offrl_models import storage
 from offrl_models.logs.coverage import Coverage
 from offrl_models.reports import plots
-from offrl_models.reports.quality import CHECKS, INFO, CheckResult
+from offrl_models.reports.quality import CheckResult
 
 SHOWN_STATES = 60  # most visited states in the heatmap
 SHOWN_VERSIONS = 6
@@ -52,12 +52,12 @@ figure { display: inline-block; width: 48%; margin: 0 0 1rem; } img { width: 100
 {% for q in quarantined %}<tr><td>{{ q.file }}</td><td>{{ q.reason }}</td></tr>{% endfor %}</table>{% endif %}
 <h2>Checks</h2><table><tr><th>check</th><th></th><th>finding</th><th>details</th></tr>
 {% for r in results %}<tr><td>{{ r.check }}</td>
-<td>{% if r.sentence.startswith("not applicable") %}<span class="off">not applicable</span>
+<td>{% if not r.applies %}<span class="off">not applicable</span>
 {% elif r.passed %}<b class="ok">holds</b>
-{% elif r.blocking %}<b class="no">blocks</b>{% elif r.check in noted %}notes{% else %}<b class="warn">warns</b>{% endif %}</td>
-<td>{{ r.sentence if not r.passed or r.sentence.startswith("not applicable") else r.title }}</td>
-<td>{% if not r.sentence.startswith("not applicable") %}
-<a href="{{ r.page.removeprefix(prefix) }}">expectations</a>{% endif %}</td></tr>{% endfor %}</table>
+{% elif r.blocking %}<b class="no">blocks</b>{% elif r.standing == "notes" %}notes
+{% else %}<b class="warn">warns</b>{% endif %}</td>
+<td>{{ r.sentence if not r.passed or not r.applies else r.title }}</td>
+<td>{% if r.applies %}<a href="{{ r.page.removeprefix(prefix) }}">expectations</a>{% endif %}</td></tr>{% endfor %}</table>
 <h2>What the log covers</h2>
 {% for file, caption in pictures.items() %}<figure>
 <img src="../{{ file }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption>
@@ -162,14 +162,12 @@ def write(
     docs: Path,
 ) -> None:
     """Write the page and its pictures. `problems` are broken rules by batch, `quarantined` batches with their reasons."""
-    noted = {name for name, check in CHECKS.items() if check.severity == INFO}
     page = PAGE.render(
         dataset=dataset,
         card=measured.card,
         results=results,
         blocked=[r for r in results if r.blocking and not r.passed],
-        warned=[r for r in results if not r.blocking and not r.passed and r.check not in noted],
-        noted=noted,
+        warned=[r for r in results if r.standing == "warns"],
         problems=problems,
         quarantined=quarantined,
         pictures=draw(measured, reports),

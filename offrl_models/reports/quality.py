@@ -25,6 +25,7 @@ from offrl_models import storage
 from offrl_models.logs.coverage import FEW_VISITS
 
 BLOCKING, WARNING, INFO = "critical", "warning", "info"
+ABSENT = "not applicable: "  # how the sentence of a check begins that a log gives nothing to assert on
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,17 @@ class CheckResult:
     sentence: str
     page: str  # relative to the reports folder
 
+    @property
+    def applies(self) -> bool:
+        return not self.sentence.startswith(ABSENT)
+
+    @property
+    def standing(self) -> str:
+        """What came of it, in a word or two."""
+        if self.passed:
+            return "holds" if self.applies else "not applicable"
+        return "BLOCKS" if self.blocking else "notes" if CHECKS[self.check].severity == INFO else "warns"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -131,9 +143,7 @@ def run_suites(
             results.append(_result(name, mine, tables, (said or {}).get(name)))
         elif name in absent:
             results.append(
-                CheckResult(
-                    name, check.title, True, False, f"not applicable: {absent[name]}", f"{docs.name}/index.html"
-                )
+                CheckResult(name, check.title, True, False, f"{ABSENT}{absent[name]}", f"{docs.name}/index.html")
             )
         else:
             raise RuntimeError(f"check {name} of {asset} was not asserted on anything")
