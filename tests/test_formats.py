@@ -18,6 +18,7 @@ import h5py
 import minari
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +28,7 @@ from minari.data_collector import EpisodeBuffer
 from pyarrow import feather
 
 from offrl_models.logs import formats
+from offrl_models.logs.contract import matches_kind
 from offrl_models.logs.hdf5 import number_steps
 from offrl_models.logs.minari import write_minari
 from offrl_models.schema import Episodes, InputError
@@ -215,6 +217,19 @@ def test_arrow_buffers_that_contradict_each_other_are_refused(tmp_path: Path) ->
         writer.write(pa.record_batch([text], ["a"]))
     with pytest.raises(InputError, match="cannot be read as Arrow"):
         read(path, "arrow", ["a"], {})
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_what_polars_writes_is_read(tmp_path: Path, name: str) -> None:
+    """Its strings are views, on their own, in lists and as categories."""
+    values = {"id": ["a", "one that is longer", None], "shown": [["a"], ["b", None], None], "kind": ["u", "v", "u"]}
+    frame = pl.DataFrame(values).with_columns(pl.col("kind").cast(pl.Categorical))
+    frame.write_parquet(tmp_path / name) if name == "x.parquet" else frame.write_ipc(tmp_path / name)
+    format = "parquet" if name == "x.parquet" else "arrow"
+    assert read(tmp_path / name, format, list(values), {}).to_pydict() == values
+    found = formats.schema(tmp_path / name, format, {})
+    kinds = {"id": "key", "shown": "labels", "kind": "label"}
+    assert all(matches_kind(kind, found.field(column).type) for column, kind in kinds.items())
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])

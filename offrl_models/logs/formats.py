@@ -192,18 +192,30 @@ def _open_arrow(path: Path, columns: Sequence[str] | None = None) -> Iterator[An
             yield open_reader(source)
 
 
+def _without_views(dtype: pa.DataType) -> pa.DataType:
+    """The type with plain strings in the place of string views, as which polars writes them."""
+    if pa.types.is_string_view(dtype):
+        return pa.large_string()
+    if pa.types.is_dictionary(dtype):
+        return pa.dictionary(dtype.index_type, _without_views(dtype.value_type), dtype.ordered)
+    if pa.types.is_large_list(dtype):
+        return pa.large_list(_without_views(dtype.value_type))
+    return pa.list_(_without_views(dtype.value_type)) if pa.types.is_list(dtype) else dtype
+
+
 def _arrow_schema(path: Path, types: Types) -> pa.Schema:
     with _open_arrow(path) as reader:
-        return reader.schema
+        return pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema])
 
 
 def _arrow_chunks(path: Path, columns: Sequence[str], types: Types, rows: int) -> Iterator[pa.Table]:
     with _open_arrow(path, columns) as reader:
+        plain = pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema])
         is_file = hasattr(reader, "num_record_batches")
         found: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in found:
             batch.validate(full=True)  # the format has no checksums
-            yield pa.Table.from_batches([batch])
+            yield pa.Table.from_batches([batch]).cast(plain)
 
 
 FORMATS: dict[str, Format] = {
