@@ -149,16 +149,17 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
     import torch
 
     from offrl_models.learner import Learner, TrainingConfig
+    from offrl_models.processor import ready_to_train
 
     learner = Learner(algorithm, transitions, sampler, TrainingConfig())
-    torch.set_flush_denormal(True)
     started = time.process_time()
-    for batch in transitions.batches(sampler, steps):
-        losses = algorithm.losses(batch._replace(step=learner.gradient_steps))
-        torch.cat(list(losses.values())).sum().backward()
-        learner.adam.step()
-        learner.gradient_steps += 1
-        learner.move_targets()
+    with ready_to_train():
+        for batch in transitions.batches(sampler, steps):
+            losses = algorithm.losses(batch._replace(step=learner.gradient_steps))
+            torch.cat(list(losses.values())).sum().backward()
+            learner.adam.step()
+            learner.gradient_steps += 1
+            learner.move_targets()
     return time.process_time() - started
 
 

@@ -19,6 +19,7 @@ from offrl_models.compiled import compiled_losses
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
 from offrl_models.early_stopping import Stopping
 from offrl_models.optimizer import FusedAdam, rate_factor
+from offrl_models.processor import ready_to_train
 from offrl_models.schema import InputError
 from offrl_models.training_config import TrainingConfig
 
@@ -285,14 +286,10 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        # Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at.
-        torch.set_flush_denormal(True)
-        try:
-            chunks = _Chunks(learner.gradient_steps, config.kept_after, chunk)
-            if stop is None or not stop.done:
+        chunks = _Chunks(learner.gradient_steps, config.kept_after, chunk)
+        if stop is None or not stop.done:
+            with ready_to_train():
                 trainer.fit(learner, DataLoader(chunks, batch_size=None))
-        finally:
-            torch.set_flush_denormal(False)
     if checkpoint:
         learner.save(checkpoint)  # what follows may be cut short, too
     return Trained(learner.history, learner.stopped, dict(sorted(learner.kept.items())))

@@ -34,8 +34,8 @@ class SeedLinear(nn.Module):
         self.weight = initial_weights(seeds, name + ".w", (inputs, outputs), inputs)
         self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs) if bias else None
 
-    def forward(self, x: Float[Tensor, "seed batch inputs"]) -> Float[Tensor, "seed batch outputs"]:
-        return affine(x, self.weight, self.bias)
+    def forward(self, x: Float[Tensor, "seed batch inputs"], relu: bool = False) -> Float[Tensor, "seed batch outputs"]:
+        return affine(x, self.weight, self.bias, relu=relu)
 
 
 class ObservationLayer(nn.Module):
@@ -99,9 +99,9 @@ class MLP(nn.Module):
 
     def after(self, x: Float[Tensor, "seed batch hidden"]) -> Float[Tensor, "seed batch outputs"]:
         """What follows the first layer."""
-        for layer in self.rest:
-            x = torch.relu(x)
-            x = layer(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
+        x = torch.relu(x)
+        for left, layer in zip(range(len(self.rest))[::-1], self.rest, strict=True):
+            x = layer(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x, relu=left > 0)
         return x.float() if x.dtype == torch.bfloat16 else x  # only products of matrices are taken in half precision
 
 

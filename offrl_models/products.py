@@ -19,15 +19,19 @@ def affine(
     x: Float[Tensor, "seed batch inputs"],
     weight: Float[Tensor, "seed inputs outputs"],
     bias: Float[Tensor, "seed 1 outputs"] | None = None,
+    *,
+    relu: bool = False,
 ) -> Float[Tensor, "seed batch outputs"]:
-    """x @ weight + bias, which can be differentiated as often as one likes."""
+    """x @ weight + bias, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # which an exported graph is, too
         if _suits_onednn(x, weight):
-            return _ByOneDNN.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+            return _ByOneDNN.apply(x, weight, bias, relu)  # pyright: ignore[reportReturnType]
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             product = (x * weight.mT).sum(-1, keepdim=True)
-            return product if bias is None else product + bias
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+            product = product if bias is None else product + bias
+            return torch.relu(product) if relu else product
+    product = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+    return torch.relu(product) if relu else product
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -43,19 +47,22 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 class _ByOneDNN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        biases = [None] * len(x) if bias is None else bias.squeeze(1)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        biases, after = [None] * len(x) if bias is None else bias.squeeze(1), "relu" if relu else "none"
         multiply: Any = torch.ops.mkldnn._linear_pointwise
-        each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
-        return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+        each = [multiply(x[seed], weight[seed].t(), biases[seed], after, [], "") for seed in range(len(x))]
+        product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+        ctx.save_for_backward(x, weight, product if relu else None)
+        return product
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, above = ctx.saved_tensors
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        if above is not None:
+            gradient = torch.ops.aten.threshold_backward(gradient, above, 0.0)
         of_weight = None
         if for_weight:  # the wider side of a product comes last
             wide = weight.shape[2] >= weight.shape[1]
@@ -64,4 +71,5 @@ class _ByOneDNN(torch.autograd.Function):
             affine(gradient, weight.mT) if for_x else None,
             of_weight,
             gradient.sum(1, keepdim=True) if for_bias else None,
+            None,
         )

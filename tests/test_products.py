@@ -17,10 +17,10 @@ SHAPES = [  # seeds, rows, inputs, outputs
 ]
 
 
-def everything(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+def everything(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> list[Tensor]:
     """A product that looks at every place, its gradients, and theirs: the slopes of a function of them."""
     given = [each for each in (x, weight, bias) if each is not None]
-    y = affine(x, weight, bias)
+    y = affine(x, weight, bias, relu=relu)
     first = torch.autograd.grad(torch.tanh(y).sum(), given, create_graph=True)
     second = torch.autograd.grad(sum((each.square().sum() for each in first), torch.zeros(())), given)
     return [y, *first, *second]
@@ -28,9 +28,10 @@ def everything(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_and_all_their_gradients(
-    shape: tuple[int, ...], biased: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], relu: bool, biased: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "BY_ONEDNN", onednn and torch.backends.mkldnn.is_available())
     seeds, rows, inputs, outputs = shape
@@ -38,7 +39,7 @@ def test_products_and_all_their_gradients(
     sizes = [(seeds, rows, inputs), (seeds, inputs, outputs), (seeds, 1, outputs)]
     given = [torch.randn(size, generator=generator, dtype=torch.float64) / inputs**0.25 for size in sizes]
     exact, found = (
-        everything(x, weight, bias if biased else None)
+        everything(x, weight, bias if biased else None, relu)
         for x, weight, bias in (
             [each.detach().to(kind).requires_grad_() for each in given] for kind in (torch.float64, torch.float32)
         )

@@ -1,0 +1,33 @@
+"""How a process that trains uses its processor and memory: nothing that is computed depends on it."""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+KEPT = 2**28  # bytes at the end of the heap that are not given back
+LARGE = 2**25  # bytes from which a block is a mapping of its own; glibc takes no more
+
+
+@contextlib.contextmanager
+def ready_to_train() -> Iterator[None]:
+    """Denormal numbers are 0, and the memory that a gradient step frees is there for the next one.
+
+    Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at. And glibc gives large blocks
+    back to the system at every step, which has to clear their pages for the next: a third of the time of CQL over continuous
+    actions. It keeps them from now on, in the whole process.
+    """
+    if sys.platform == "linux":
+        adjust: Any = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if adjust is not None:
+            adjust(TRIM_THRESHOLD, KEPT)
+            adjust(MMAP_THRESHOLD, LARGE)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
