@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
-    {"schema", "storage", "mapped", "tensors", "progress", "curves", "parallel", "products"},
+    {"schema", "storage", "mapped", "tensors", "progress", "curves", "parallel", "products", "processor"},
     {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"}
     | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},
