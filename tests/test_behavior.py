@@ -220,6 +220,15 @@ def test_fitted_again_with_every_episode_once_propensities_are_the_same() -> Non
     assert behavior.estimate_propensities(log, WORLD.n_states, half)[: len(alone)] == pytest.approx(alone, abs=1e-12)
 
 
+def test_no_estimated_propensity_is_below_a_hundredth() -> None:
+    """One action in 200, and in a sample without it none."""
+    log, _ = context_free(200, 0)
+    log = dataclasses.replace(log, action=(np.arange(200) == 7).astype(int))
+    for copies, often in ((None, 0.995), ((np.arange(200) != 7).astype(float), 1.0)):
+        found = behavior.estimate_propensities(log, 1, copies)
+        assert found == pytest.approx(np.where(log.action == 1, 0.01, often), abs=1e-12)
+
+
 def test_with_propensities_fitted_again_weights_need_no_normalising_in_any_sample() -> None:
     """In one context the fitted weights average 1 exactly, so TIS and WIS agree in every bootstrap sample."""
     log, policy = context_free(400, 4)
@@ -284,6 +293,13 @@ def test_equal_propensities_that_add_up_to_more_than_one_are_refused() -> None:
     log = dataclasses.replace(log, action_prob=log.action_prob * 1.02)
     with pytest.raises(InputError, match="add up to 1.0200 over its actions"):
         behavior.fit_table(log, 1)
+
+
+def test_of_several_policies_propensities_may_add_up_to_more_than_one() -> None:
+    """Each was logged with what it plays most, 0.9, and once with the 0.5 of the other: harmonic means of 9/14."""
+    log, _ = context_free(4, 0)
+    log = dataclasses.replace(log, action=np.array([0, 0, 1, 1]), action_prob=np.array([0.9, 0.5, 0.9, 0.5]))
+    assert behavior.fit_table(log, 1).known.numpy()[0] == pytest.approx([9 / 14, 9 / 14, 0.0])
 
 
 def versioned(seed: int) -> Episodes:
