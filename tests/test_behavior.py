@@ -91,6 +91,8 @@ def test_temperature_one_changes_nothing_and_the_mask_holds() -> None:
     with torch.no_grad():
         probs = hot(torch.as_tensor(masked.observation), torch.as_tensor(mask)).numpy()
     assert (probs[~mask] == 0).all() and np.abs(probs.sum(1) - 1).max() < 1e-12
+    powered = np.where(mask, np.cbrt(probs_of(table, masked)), 0.0)
+    assert probs == pytest.approx(powered / powered.sum(1, keepdims=True), abs=1e-9)
 
 
 def test_smoothing_is_chosen_by_what_was_not_counted() -> None:
@@ -157,6 +159,14 @@ def test_a_curve_of_two_predictions_is_their_frequencies() -> None:
     action = np.r_[np.zeros(10, int), np.ones(40, int), np.zeros(40, int), np.ones(10, int)]
     knots, levels = behavior.fit_curve(probs, np.ones_like(probs, bool), action)
     assert knots.tolist() == [0, 0.25, 0.75, 1] and levels == pytest.approx([0.2, 0.2, 0.8, 0.8])
+
+
+def test_a_curve_that_has_to_rise_counts_every_row() -> None:
+    """Taken at 0.1 in 6 of 10 rows and at 0.4 in 9 of 30: together in 15 of 40, at 0.325 on average; the others mirror it."""
+    probs = np.repeat([[0.1, 0.9], [0.4, 0.6]], [10, 30], axis=0)
+    action = np.repeat([0, 1, 0, 1], [6, 4, 9, 21])
+    knots, levels = behavior.fit_curve(probs, np.ones_like(probs, bool), action)
+    assert knots == pytest.approx([0, 0.325, 0.675, 1]) and levels == pytest.approx([0.375, 0.375, 0.625, 0.625])
 
 
 @pytest.mark.parametrize(
