@@ -146,6 +146,23 @@ def bandit_of(probs: np.ndarray, mask: np.ndarray, action: np.ndarray) -> Episod
     )  # fmt: skip
 
 
+def test_calibration_by_hand() -> None:
+    """Bins of 0.05 twice, of 0.15 and of 0.95 and 1: off by 0.45, 0.15 and 0.025."""
+    predicted, happened = np.array([0.05, 0.05, 0.15, 0.95, 1.0]), np.array([False, True, False, True, True])
+    found = behavior.expected_calibration(predicted, happened)
+    assert found["ece"] == pytest.approx((2 * 0.45 + 0.15 + 2 * 0.025) / 5)
+    assert found["brier"] == pytest.approx((0.05**2 + 0.95**2 + 0.15**2 + 0.05**2) / 5)
+    rows = [tuple(row.values()) for row in found["reliability"]]
+    assert [row[2] for row in rows] == [2, 1, 2] and [row[1] for row in rows] == [0.5, 0.0, 1.0]
+    assert [row[0] for row in rows] == pytest.approx([0.05, 0.15, 0.975])
+
+
+def test_calibration_is_of_the_actions_that_were_allowed() -> None:
+    probs, mask, action = curved(200, 0)
+    told = behavior.calibration(bandit_of(probs, mask, action), probs)
+    assert sum(row["pairs"] for row in told["reliability"]) == mask.sum() < mask.size
+
+
 @given(st.integers(0, 1000), st.integers(2, 400))
 def test_a_calibration_curve_rises_and_makes_nothing_impossible(seed: int, rows: int) -> None:
     probs, mask, action = curved(rows, seed)
