@@ -329,6 +329,13 @@ def test_of_several_policies_propensities_may_add_up_to_more_than_one() -> None:
     assert behavior.fit_table(log, 1).known.numpy()[0] == pytest.approx([9 / 14, 9 / 14, 0.0])
 
 
+def test_what_calibrates_and_what_is_held_against_are_different_episodes() -> None:
+    log = WORLD.simulate(7, 0)
+    even, odd = behavior.halves(log)
+    assert even.episode_id.tolist() == log.episode_id[::2].tolist()
+    assert odd.episode_id.tolist() == log.episode_id[1::2].tolist()
+
+
 def versioned(seed: int) -> Episodes:
     """Two policies in turn, each named and with its own propensities."""
     first, second = bandit(1, 3, 1, seed=0), bandit(1, 3, 1, seed=5)
