@@ -164,6 +164,15 @@ def test_a_fitted_model_knows_the_rows_of_its_log() -> None:
     assert model.recorded == pytest.approx(counted, abs=1e-12)
 
 
+def test_an_action_that_was_never_taken_is_given_what_its_state_does_on_average() -> None:
+    """In state 0 that is what the other action does, which was always taken there."""
+    log = circling_world(0.9).simulate(60, 0)
+    model = TabularModel.fit(dataclasses.replace(log, action=np.where(states_of(log)[0] == 0, 0, log.action)), 3)
+    assert model is not None and model.visits[0, 1] == 0
+    assert model.reward[0, 1] == model.reward[0, 0] != 0 and model.reward[1, 1] != model.reward[1, 0]
+    assert np.array_equal(model.transition[0, 1], model.transition[0, 0]) and model.transition[0, 0].sum() > 0.5
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_step_ratios_take_a_truncation_for_the_end_of_a_completed_episode(steps: int) -> None:
     world = circling_world(0.9)
