@@ -178,7 +178,8 @@ def test_recordings_of_one_step_that_go_on_are_no_bandit() -> None:
     for policy in (random_policy(world, 1), world.behavior):
         side = exact_side(world, policy, gate)
         sides.append(dataclasses.replace(side, fitted=exact_side(world, policy, fitted_on).judged))
-    found = legs.paired(*sides, fitted_on, gate, legs.TabularModel.fit(fitted_on, world.n_states))
+    side, base = sides
+    found = legs.paired(side, base, fitted_on, gate, legs.TabularModel.fit(fitted_on, world.n_states))
     assert isinstance(found, legs.Paired) and found.method == "marginalised doubly robust paired difference"
 
 
