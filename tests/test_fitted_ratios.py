@@ -140,6 +140,25 @@ def test_a_large_ridge_leaves_every_weight_at_one() -> None:
     assert 0.001 < less < some
 
 
+def test_the_ridge_counts_in_squares_of_the_largest_singular_value() -> None:
+    """Against the stacked least-squares problem: imbalance within the ball, and distance of omega from 1 over the log."""
+    world = circling_world(0.8)
+    episodes, policy, share = coded(world.simulate(80, 0), 3), random_policy(world, 1), np.full(80, 1 / 80)
+    flow = Flow.by_state(episodes, ratio_of(policy, episodes))
+    features = Features.fit(episodes, fourier=0, by_step=False, seed=0)
+    means = minimax._mean(minimax._moments(flow, features, False, share, np.zeros(80, np.int64)))
+    ball, values = minimax._ball(means.second), np.linalg.eigh(means.second)
+    root = values[1] * np.sqrt(values[0].clip(min=0.0)) @ values[1].T
+    largest = np.linalg.norm(ball @ means.system @ np.linalg.pinv(root, rcond=1e-6), 2)
+    assert abs(largest - 1.0) > 0.1
+    for ridge in (0.01, 1.0):
+        penalty = np.sqrt(ridge) * largest * root
+        wanted = np.concatenate([ball @ means.start, penalty.sum(1)])
+        expected = np.linalg.lstsq(np.vstack([ball @ means.system, penalty]), wanted, rcond=1e-9)[0]
+        found = minimax.solve(flow, features, by_step=False, ridge=ridge, share=share).coefficients
+        assert found[:2] == pytest.approx(expected[:2], abs=1e-6)
+
+
 # --- closed-form Gaussian densities --------------------------------------------------------------------------------------
 
 
