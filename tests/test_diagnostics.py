@@ -24,6 +24,7 @@ from offrl_models.ope.diagnostics import (
     largest_share,
     pareto_k,
     pareto_k_limit,
+    without_most_influential,
     worst_action_z,
 )
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
@@ -102,6 +103,13 @@ def test_the_test_of_each_action_has_its_size() -> None:
     assert far <= 20  # it was 114 by the errors alone
 
 
+def test_shares_of_draws_vary_by_themselves() -> None:
+    """The second action has errors of sum 1 and of variance 1; shares of 2 draws add (1 * 2 + 1) / 4 to it."""
+    action, ratio, probs = np.array([0, 0, 1, 1]), np.array([2.0, 2.0, 1.0, 1.0]), np.tile([0.75, 0.25], (4, 1))
+    assert worst_action_z(action, ratio, probs) == pytest.approx(1.0)
+    assert worst_action_z(action, ratio, probs, draws=2) == pytest.approx(1 / np.sqrt(1.75))
+
+
 # Effective sample sizes, shares, clips, agreement
 
 
@@ -170,6 +178,27 @@ def test_gaps_at_the_edges() -> None:
     assert math.isnan(largest_gap({"a": point, "b": other, "c": none}).standardized)
     with pytest.raises(InputError, match="at least 2"):
         largest_gap({"a": point})
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_most_influential_are_those_that_pull_most_in_the_direction_of_the_difference(sign: float) -> None:
+    """A self-normalised estimate less a mean: influences w (x - estimate) / mean(w) less deviations, 5 of 1,000 left out."""
+    rng = np.random.default_rng(0)
+    weight, value, base = rng.exponential(size=1000), rng.normal(size=1000) + sign, 2.0 * rng.normal(size=1000)
+    estimate = (weight * value).sum() / weight.sum()
+    pull = sign * (weight * (value - estimate) / weight.mean() - (base - base.mean()))
+    kept = pull.argsort()[:995]
+    expected = (weight * value)[kept].sum() / weight[kept].sum() - base[kept].mean()
+    minuend, subtrahend = Terms((weight * value)[:, None], weight[:, None]), Terms(base[:, None])
+    assert without_most_influential(minuend, subtrahend) == pytest.approx(expected, abs=1e-12)
+    assert abs(expected) < abs(estimate - base.mean()) - 0.02
+
+
+def test_at_least_one_episode_is_left_out_and_one_is_left() -> None:
+    one, nothing = Terms(np.array([[1.0], [2.0], [6.0]])), Terms(np.zeros((3, 1)))
+    assert without_most_influential(one, nothing) == pytest.approx(1.5)
+    assert without_most_influential(nothing, one, share=0.4) == pytest.approx(-1.0)
+    assert math.isnan(without_most_influential(one, nothing, share=0.9))
 
 
 # Tails

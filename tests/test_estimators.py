@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models.ope import estimates, sequences
-from offrl_models.ope.doubly_robust import Model
+from offrl_models.ope.diagnostics import effective_sample_size
+from offrl_models.ope.doubly_robust import Model, dr, wdr
 from offrl_models.ope.fqe import FQEValues
-from offrl_models.ope.importance import Terms, pdis, trajectory_weights, wis
+from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import bootstrap
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
 from offrl_models.ope.resampling import bootstrap_shares
@@ -117,6 +118,22 @@ def test_dr_without_a_model_is_pdis_and_wdr_is_wpdis(tiny: World) -> None:
     found = all_terms(tiny, random_policy(tiny, 3), episodes, np.zeros((tiny.n_states, 2)))
     assert found["DR"].estimate() == pytest.approx(found["PDIS"].estimate(), abs=EXACT)
     assert found["WDR"].estimate() == pytest.approx(found["WPDIS"].estimate(), abs=EXACT)
+
+
+def test_what_is_estimated_together_is_what_each_estimator_says_alone(tiny: World) -> None:
+    """In a log, where weights do not average to 1, and in its resamples."""
+    episodes, policy = tiny.simulate(30, 0), random_policy(tiny, 3)
+    table = np.random.default_rng(0).normal(size=(tiny.n_states, 2))
+    ratio, (q, v, _) = ratios(episodes, probs_of(policy, episodes)), value_model(tiny, policy, episodes, table)
+    alone = {
+        name: each(episodes, ratio) for name, each in (("TIS", tis), ("PDIS", pdis), ("WIS", wis), ("WPDIS", wpdis))
+    }
+    alone |= {name: each(episodes, ratio, q, v) for name, each in (("DR", dr), ("WDR", wdr))}
+    found, shares = estimates.all_terms(episodes, ratio, Model.of(episodes, q, v)), bootstrap_shares(30, 5, 0)
+    assert set(found) == set(alone) and len({round(terms.estimate(), 6) for terms in alone.values()}) == 6
+    for name, terms in found.items():
+        assert terms.estimate() == pytest.approx(alone[name].estimate(), abs=EXACT), name
+        assert terms.resampled(shares) == pytest.approx(alone[name].resampled(shares), abs=EXACT), name
 
 
 def test_dr_with_the_true_model_has_no_variance_where_the_world_is_deterministic() -> None:
@@ -226,7 +243,7 @@ def test_policies_that_are_estimated_together_are_estimated_as_if_alone(tiny: Wo
         np.stack(part)
         for part in zip(*(value_model(tiny, each, episodes, tiny.q_values(each)) for each in policies), strict=True)
     )
-    next_v += 1.0  # for the task had ended where the recording is said to have
+    next_v += np.arange(1.0, 4.0)[:, None]  # for the task had ended where the recording is said to have
     initial = v[:, None, episodes.offsets[:-1]] + np.array([[[0.0], [1.0]]])
     found = estimates.estimate(episodes, ratio, FQEValues(q, v, next_v, initial), shares, refit)
     for number, together in enumerate(found):
@@ -234,7 +251,8 @@ def test_policies_that_are_estimated_together_are_estimated_as_if_alone(tiny: Wo
         values = FQEValues(q[one], v[one], next_v[one], initial[one])
         (alone,) = estimates.estimate(episodes, ratio[one], values, shares, refit)
         assert list(together.intervals) == list(estimates.ESTIMATORS)
-        assert together.effective_episodes == alone.effective_episodes
+        effective = effective_sample_size(trajectory_weights(episodes, ratio[number]))
+        assert together.effective_episodes == alone.effective_episodes == effective
         valued = completed(episodes, next_v[number])
         terms = estimates.all_terms(valued, ratio[number], Model.of(valued, q[number], v[number]))
         for name, interval in together.intervals.items():

@@ -71,6 +71,10 @@ def test_indicators_give_the_exact_ratios_of_visits(gamma: float, seed: int) -> 
     exact = world.occupancy(policy)[live] / world.occupancy(world.behavior)[live]
     by_state = fit_ratios(Flow.by_state(episodes, ratio_of(policy, episodes)), ridge=0.0, share=probability)
     assert by_state.coefficients[live] == pytest.approx(exact, abs=EXACT)
+    flow, c = Flow.by_state(episodes, ratio_of(policy, episodes)), by_state.coefficients
+    given = {"by_step": False, "limited": False, "share": probability}
+    left = fitted_ratios._balance(flow, by_state.features, c, by_state.features, **given)
+    assert left.mean == pytest.approx(np.zeros(world.n_states), abs=EXACT)
     by_pair = fit_ratios(pair_flow(episodes, policy), ridge=0.0, share=probability)
     found = by_pair.coefficients.reshape(3, world.n_states).T[live]
     assert found == pytest.approx(exact[:, None] * (policy / world.behavior)[live], abs=EXACT)
@@ -140,6 +144,25 @@ def test_a_large_ridge_leaves_every_weight_at_one() -> None:
     assert 0.001 < less < some
 
 
+def test_the_ridge_counts_in_squares_of_the_largest_singular_value() -> None:
+    """Against the stacked least-squares problem: imbalance within the ball, and distance of omega from 1 over the log."""
+    world = circling_world(0.8)
+    episodes, policy, share = coded(world.simulate(80, 0), 3), random_policy(world, 1), np.full(80, 1 / 80)
+    flow = Flow.by_state(episodes, ratio_of(policy, episodes))
+    features = Features.fit(episodes, fourier=0, by_step=False, seed=0)
+    means = minimax._mean(minimax._moments(flow, features, False, share, np.zeros(80, np.int64)))
+    ball, values = minimax._ball(means.second), np.linalg.eigh(means.second)
+    root = values[1] * np.sqrt(values[0].clip(min=0.0)) @ values[1].T
+    largest = np.linalg.norm(ball @ means.system @ np.linalg.pinv(root, rcond=1e-6), 2)
+    assert abs(largest - 1.0) > 0.1
+    for ridge in (0.01, 1.0):
+        penalty = np.sqrt(ridge) * largest * root
+        wanted = np.concatenate([ball @ means.start, penalty.sum(1)])
+        expected = np.linalg.lstsq(np.vstack([ball @ means.system, penalty]), wanted, rcond=1e-9)[0]
+        found = minimax.solve(flow, features, by_step=False, ridge=ridge, share=share).coefficients
+        assert found[:2] == pytest.approx(expected[:2], abs=1e-6)
+
+
 # --- closed-form Gaussian densities --------------------------------------------------------------------------------------
 
 
@@ -167,6 +190,20 @@ def test_fitted_ratios_come_close_to_the_ratios_of_gaussian_densities(
     assert np.corrcoef(omega, exact)[0, 1] > 0.95
     checks = weights.checks
     assert abs(checks.mean - 1) < 0.1 and max(map(abs, (checks.mean_z, checks.worst_z, checks.ratio_z))) < checks.limit
+
+
+def test_the_checks_are_two_sided_and_of_weighted_rows(controlled: tuple[Episodes, Episodes], weights: Weights) -> None:
+    fitted_on, episodes = controlled
+    checks, omega = weights.checks, weights.weight / gaussian_ratio(episodes)
+    assert checks.limit == pytest.approx(stats.norm.isf(0.01 / 2 / (checks.functions + 2)))
+    drift = episodes.sum_per_episode(episodes.time_discount * (weights.weight - omega))
+    assert checks.ratio_z == pytest.approx(drift.mean() / (drift.std() / np.sqrt(800)), abs=1e-6)
+    fitted = fit_ratios(Flow.by_state(fitted_on, gaussian_ratio(fitted_on)), ridge=1e-4)
+    flow, worst = Flow.by_state(episodes, gaussian_ratio(episodes)), []
+    for factor in (0.5, 1.5):  # what is missing of one function is too much by the other
+        scaled = dataclasses.replace(fitted, coefficients=factor * fitted.coefficients)
+        worst.append(scaled.weights(flow).checks.worst_z)
+    assert min(worst) < -checks.limit and max(worst) > checks.limit
 
 
 def test_weighted_rewards_and_pseudo_outcomes_have_the_value_of_the_policy(

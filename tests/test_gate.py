@@ -49,6 +49,12 @@ def test_a_number_that_is_nan_refuses(name: str) -> None:
     assert judge("abc", dataclasses.replace(GOOD, **{field: unknown}), CONFIG).status is not Status.PASS
 
 
+@pytest.mark.parametrize("field", ["mean_ratio_z", "worst_action_z"])
+def test_mean_ratios_may_be_wrong_on_either_side(field: str) -> None:
+    for z, status in ((-4.1, Status.INVALID), (-3.9, Status.PASS), (3.9, Status.PASS), (4.1, Status.INVALID)):
+        assert judge("abc", dataclasses.replace(GOOD, **{field: z}), CONFIG).status is status
+
+
 @given(st.sets(st.sampled_from(sorted(BAD)), min_size=1))
 def test_the_gravest_objection_decides(names: set[str]) -> None:
     shown = dataclasses.replace(GOOD, trajectory_lower=-1.0, trajectory_upper=-0.001)  # harm needs no Markov state here
@@ -76,6 +82,8 @@ def test_of_several_ladders_the_highest_bound_decides() -> None:
     assert decisive_ladder([first, second]) == 1  # +0.005 at its last rung, against +0.01
     assert decisive_ladder([none, first]) == 1
     assert decisive_ladder([none, none]) == 0
+    doubtful = ladder(["a", "b"], [dataclasses.replace(GOOD, lower_bound=0.02, largest_share=0.06)] * 2, CONFIG)
+    assert decisive_ladder([doubtful, first]) == 1  # a higher bound decides nothing where the rung did not pass
 
 
 def test_a_verdict_survives_json() -> None:
@@ -93,6 +101,11 @@ def test_leg_c_objects_only_where_enough_episodes_stand_behind_it() -> None:
     harmful = dataclasses.replace(GOOD, trajectory_difference=-1.0)
     for episodes, status in ((299.0, Status.PASS), (301.0, Status.INCONCLUSIVE)):  # 5% of 6,000 are 300
         assert judge("abc", dataclasses.replace(harmful, effective_episodes=episodes), CONFIG).status is status
+    for difference, status in (
+        (-0.0199, Status.PASS),
+        (-0.0201, Status.INCONCLUSIVE),
+    ):  # twice its standard error of 0.01
+        assert judge("abc", dataclasses.replace(GOOD, trajectory_difference=difference), CONFIG).status is status
     off = dataclasses.replace(GOOD, trajectory_difference=None, trajectory_error=None)
     assert judge("abc", off, CONFIG).status is Status.PASS
 
@@ -114,6 +127,24 @@ def test_without_a_markov_state_leg_c_has_to_show_the_gain(
         GOOD, markov_z=z, trajectory_lower=lower, trajectory_upper=upper, effective_episodes=episodes
     )
     assert judge("abc", shown, CONFIG).status is status
+
+
+def test_without_a_markov_state_leg_c_has_to_show_the_margin() -> None:
+    shown = dataclasses.replace(GOOD, markov_z=4.1, trajectory_lower=0.004, trajectory_upper=0.03)
+    for margin, status in ((0.0039, Status.PASS), (0.0041, Status.INCONCLUSIVE)):
+        assert judge("abc", shown, GateConfig(margin=margin)).status is status
+
+
+@pytest.mark.parametrize(("difference", "without_top"), [(0.02, -0.001), (-0.02, 0.001)])
+def test_a_few_episodes_may_not_turn_the_sign(difference: float, without_top: float) -> None:
+    shown = dataclasses.replace(GOOD, difference=difference)
+    for without, holds in ((without_top, False), (-without_top, True)):
+        (found,) = [
+            finding
+            for finding in findings(dataclasses.replace(shown, without_top=without), CONFIG)
+            if finding.name == "influence"
+        ]
+        assert found.holds is holds
 
 
 @pytest.mark.parametrize(
@@ -159,6 +190,21 @@ def test_no_group_may_be_harmed(margin: float, lower: float, upper: float, statu
     group = Contrast("sex f", 900, (lower + upper) / 2, lower, upper)
     config = GateConfig(subgroups=("sex",), subgroup_margin=margin)
     assert judge("abc", dataclasses.replace(GOOD, subgroups=[group]), config).status is status
+
+
+@pytest.mark.parametrize(
+    ("propensities", "alpha", "status", "certificate"),
+    [
+        ("logged", 0.05, Status.PASS, "GREEN"),
+        ("estimated", 0.0251, Status.INVALID, "AMBER"),
+        ("estimated", 0.025, Status.PASS, "AMBER"),
+    ],
+)
+def test_estimated_propensities_leave_half_of_the_error_rate(
+    propensities: str, alpha: float, status: Status, certificate: str
+) -> None:
+    verdict = judge("abc", dataclasses.replace(GOOD, propensities=propensities, alpha=alpha), CONFIG)
+    assert (verdict.status, verdict.certificate) == (status, certificate)
 
 
 def test_a_large_e_value_makes_the_certificate_exact() -> None:

@@ -232,13 +232,19 @@ def test_a_betting_sequence_takes_nothing_back() -> None:
 
 def test_the_clipped_bound_is_the_one_of_the_theorem() -> None:
     """Written out as in the paper, with the sum over all pairs."""
-    values = np.random.default_rng(3).exponential(size=60)
-    chosen, rest = (np.random.default_rng(7).permutation(values)[part] for part in (slice(0, 3), slice(3, None)))
-    c, n, penalty = hcope_threshold(chosen, planned=57, alpha=0.1), 57, np.log(2 / 0.1)
-    y = np.minimum(rest, c)
-    pairs = ((y[:, None] / c - y / c) ** 2).sum()
-    total = (y / c).sum() - 7 * n * penalty / (3 * (n - 1)) - np.sqrt(penalty / (n - 1) * pairs)
-    assert hcope_lower_bound(values, alpha=0.1, seed=7) == pytest.approx(total / (n / c))
+    values, place = np.random.default_rng(3).exponential(size=60), np.random.default_rng(7).permutation(60)
+    for last in (
+        values[place[:3]],
+        5.0 + values.max(),
+    ):  # of the second kind no other value is as large as the threshold
+        values[place[:3]] = last
+        chosen, rest = values[place[:3]], values[place[3:]]
+        c, n, penalty = hcope_threshold(chosen, planned=57, alpha=0.1), 57, np.log(2 / 0.1)
+        y = np.minimum(rest, c)
+        pairs = ((y[:, None] / c - y / c) ** 2).sum()
+        total = (y / c).sum() - 7 * n * penalty / (3 * (n - 1)) - np.sqrt(penalty / (n - 1) * pairs)
+        assert hcope_lower_bound(values, alpha=0.1, seed=7) == pytest.approx(total / (n / c))
+    assert c > rest.max()
 
 
 def test_the_threshold_is_the_best_of_the_values_seen() -> None:
@@ -423,6 +429,11 @@ def test_no_overlap_is_no_bound() -> None:
         bca_lower_bound(nothing, shares, alpha=0.05)
     with pytest.raises(InputError, match="does not overlap"):
         delta_method_lower_bound(nothing, alpha=0.05)
+    rare = Terms(np.eye(10)[:, :1], np.eye(10)[:, :1])  # a sample without the first episode has no estimate
+    with pytest.raises(InputError, match="does not overlap"):
+        bca_lower_bound(rare, shares, alpha=0.05)
+    with pytest.raises(InputError, match="does not overlap"):
+        bootstrap_lower_bound(rare, Terms(np.zeros((10, 1))), shares, 0.95)
     assert bca(nothing, shares, 0.9).to_json()["low"] is None
     assert delta_method(nothing, 0.9).to_json()["high"] is None
 

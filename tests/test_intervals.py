@@ -89,9 +89,9 @@ def test_the_bound_on_a_difference_uses_the_same_episodes_for_both() -> None:
 
 
 def test_an_ensemble_interval_is_a_t_interval_and_needs_two_members() -> None:
-    found = ensemble([1.0, 2.0, 3.0], np.zeros(10), 0.95)
+    found = ensemble([1.0, 2.0, 3.0], np.array([0.0, 2.0] * 5), 0.95)  # initial values of variance 1, in 10 episodes
     assert found.estimate == 2.0
-    assert found.high - 2.0 == pytest.approx(stats.t.ppf(0.975, 2) * np.sqrt(1 + 1 / 3))
+    assert found.high - 2.0 == pytest.approx(stats.t.ppf(0.975, 2) * np.sqrt(1 + 1 / 3 + 1 / 10))
     with pytest.raises(InputError, match="at least 2 members"):
         ensemble([1.0], np.zeros(3), 0.95)
 

@@ -37,6 +37,14 @@ def test_later_looks_at_a_hypothesis_cost_nothing() -> None:
     assert (found.alpha, found.spends, found.number, found.looks) == (0.01, 0.0, 1, 2)
 
 
+def test_a_look_at_new_data_is_entered_and_its_hypothesis_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    both = [look("a", verdict=Status.PASS), look("a", "e", spent=0.0, verdict=Status.PASS)]
+    assert [ledger.enter(path, entry) for entry in both] == [True, True]
+    found = level(ledger.read(path), "b", "d", CONFIG, DAY)
+    assert found.number == 2 and found.alpha == elond_level(0.05, 2, 1)
+
+
 def test_a_look_that_is_taken_again_is_given_what_it_was_given(tmp_path: Path) -> None:
     """A kill between the ledger and the verdict's folder must change nothing."""
     before = [look("a"), look("b", verdict=Status.PASS)]

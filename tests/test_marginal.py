@@ -164,6 +164,16 @@ def test_a_fitted_model_knows_the_rows_of_its_log() -> None:
     assert model.recorded == pytest.approx(counted, abs=1e-12)
 
 
+def test_an_action_that_was_never_taken_is_given_what_its_state_does_on_average() -> None:
+    """In state 0 that is what the other action does, which was always taken there."""
+    log = circling_world(0.9).simulate(60, 0)
+    model = TabularModel.fit(dataclasses.replace(log, action=np.where(states_of(log)[0] == 0, 0, log.action)), 3)
+    assert model is not None and model.visits[0, 1] == 0
+    assert model.reward[0, 1] == model.reward[0, 0] != 0 and model.reward[1, 1] != model.reward[1, 0]
+    assert np.array_equal(model.transition[0, 1], model.transition[0, 0]) and model.transition[0, 0].sum() > 0.5
+    assert model.behavior[0].tolist() == [1.0, 0.0] and model.behavior[2].tolist() == [0.5, 0.5]  # 2 is never acted in
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_step_ratios_take_a_truncation_for_the_end_of_a_completed_episode(steps: int) -> None:
     world = circling_world(0.9)
@@ -346,6 +356,8 @@ def test_a_policy_without_an_end_or_a_table_too_large_is_refused(monkeypatch: py
         tabular_dm(episodes, circling)
     with pytest.raises(InputError, match="never ends an episode"):
         drl(episodes, np.ones(episodes.n_rows), circling, form="markov")
+    rounded = TabularModel(np.full((1, 1, 1), 1.0 + 2.0**-52), np.ones((1, 1)), np.ones(1), np.ones((1, 1)))
+    assert not rounded.ends(np.ones((1, 1)))  # though it leaves with a probability that is not exactly 0
     monkeypatch.setattr("offrl_models.ope.tabular.LARGEST_TABLE", 10)
     with pytest.raises(InputError, match="too large"):
         tabular_dm(episodes, world.behavior)
@@ -551,7 +563,7 @@ def test_the_order_of_episodes_and_what_lies_past_their_end_never_matter(seed: i
     shuffled = dataclasses.replace(
         episodes,
         episode_id=episodes.episode_id[order],
-        final_observation=np.full((20, 1), np.nan, np.float32),
+        final_observation=np.where(np.arange(20)[:, None] % 2 == 0, np.nan, 99.0).astype(np.float32),
         **{name: getattr(episodes, name)[rows] for name in names},
         offsets=np.append(0, episodes.length[order].cumsum()),
     )

@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from offrl_models.evaluation import BEHAVIOR, Evaluation
+from offrl_models.ope.estimates import LEVEL, Estimates
+from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.intervals import ensemble
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.tabular import states_of
@@ -20,6 +23,7 @@ from offrl_models.selection import (
     error_rates,
     first_order_gain,
     order,
+    rank,
     regret_at_k,
     sharpe_ratio_at_k,
     spearman,
@@ -193,6 +197,33 @@ def test_the_error_of_the_episodes_is_theirs_and_what_is_in_common_cancels() -> 
     assert draws.mean(0) == pytest.approx(gains[:, 0].mean(1), abs=0.005)
     assert draws.std(0) == pytest.approx([luck.std() / 20] * 2, rel=0.05)
     assert beats(draws, 0, 1) == 1.0 and np.ptp(draws[:, 0] - draws[:, 1]) < 1e-12
+
+
+def test_candidates_are_ranked_by_the_least_gain_of_a_member_and_by_name_where_that_is_equal(tiny: World) -> None:
+    """Whatever the mean of the members, or the value of the behavior, which stands among the candidates."""
+    gains = {"z": [1.5, 1.6], "a": [1.0, 3.0], "b": [1.0, 9.0], "c": [-2.0, 7.0]}
+    names, log = ["b", "c", BEHAVIOR, "z", "a"], tiny.simulate(30, 0)
+    rng = np.random.default_rng(0)
+    base, luck = rng.normal(size=(2, 30)), 0.1 * rng.normal(size=(5, 2, 30))
+    luck -= luck.mean(2, keepdims=True)
+    initial = base + luck + np.array([gains.get(name, [0.0, 0.0]) for name in names])[:, :, None]
+    rows, samples = np.zeros((5, log.n_rows)), BootstrapSamples(30, 200, 1)
+    estimates = {name: Estimates({}, float(place)) for place, name in enumerate(names)}
+    values = FQEValues(rows, rows, rows, initial)
+    found = rank(Evaluation(names, {}, log, log, {}, {}, values, samples, estimates))
+    assert [(row["rank"], row["candidate"]) for row in found] == [(1, "z"), (2, "a"), (3, "b"), (4, "c")]
+    assert [row["effective_episodes"] for row in found] == [3.0, 4.0, 0.0, 1.0]
+    places = [names.index(name) for name in gains]
+    draws = draw_gains(initial[places] - initial[2], samples)
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    sure = order(draws)
+    for place, row in enumerate(found):
+        mine = gains[row["candidate"]]
+        assert row["gain_by_member"] == pytest.approx(mine, abs=1e-12)
+        assert (row["score"], row["gain"]) == pytest.approx((min(mine), np.mean(mine)), abs=1e-12)
+        assert row["gain_interval"] == [low[place], high[place]] and row["probability_best"] == sure.best[place]
+        assert row["rank_interval"] == [sure.low_rank[place], sure.high_rank[place]]
+        assert row["beats_next"] == (beats(draws, place, place + 1) if place < 3 else None)
 
 
 def test_the_first_order_gain_is_the_slope_of_the_value(tiny: World) -> None:
