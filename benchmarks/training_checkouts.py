@@ -267,7 +267,7 @@ def unifloral(path: Path, row: str, given: Given, steps: int) -> Callable[[], Lo
 WORKS: dict[str, Prepare] = {"corl": corl, "offlinerl-kit": offlinerl_kit, "unifloral": unifloral}
 
 
-def _fit(name: str, path: Path, row: str, folder: Path, steps: int | None) -> Work:
+def fit(name: str, path: Path, row: str, folder: Path, steps: int | None) -> Work:
     assert steps is not None
     np.random.seed(0)  # what their buffers draw by
     if name != "unifloral":
@@ -286,7 +286,7 @@ def _fit(name: str, path: Path, row: str, folder: Path, steps: int | None) -> Wo
 
 def main(arguments: Sequence[str]) -> None:
     name, path, *rest = arguments
-    measured({row: partial(_fit, name, Path(path), row) for row in CHECKOUTS[name].files}, *rest)
+    measured({row: partial(fit, name, Path(path), row) for row in CHECKOUTS[name].files}, *rest)
 
 
 if __name__ == "__main__":
