@@ -505,7 +505,7 @@ def test_losses_that_are_no_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("name", checkouts.CHECKOUTS)
 def test_what_is_no_checkout_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=rf"is no checkout of {checkouts.CHECKOUTS[name].title}: it has no .*/"):
-        training.main([f"--{name}", str(tmp_path)])
+        training.main([f"--{name}", str(tmp_path), "--row", "bc/8", "--gradient-steps", "1", "--peers", str(tmp_path)])
 
 
 def test_checkouts_without_an_environment_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
