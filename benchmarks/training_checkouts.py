@@ -6,7 +6,7 @@ Runs in the environment of the peers, or in one with jax, which have none of thi
 
 What a script imports for environments and logging is replaced by something empty where it is missing. Stacks of more hidden
 layers than ours are cut. Settings are the repositories' own but for sizes, learning rates and discount, and for ours where they
-change the work: SAC-N's ten critics, CQL's ten actions and fixed weight. CORL and OfflineRL-Kit log a few numbers in each step.
+change the work: SAC-N's ten critics, CQL's ten actions and fixed weight. CORL and OfflineRL-Kit read their losses in each step.
 """
 
 import dataclasses
@@ -139,6 +139,7 @@ CORL_NETWORKS = {  # argument of the trainer -> names that the class of its netw
 
 
 def corl(path: Path, row: str, given: Given, steps: int) -> Callable[[], Losses]:
+    """As in the other two, behavior is cloned by squared errors of a single action, where ours and d3rlpy's is a density."""
     torch: Any = importlib.import_module("torch")
     script: Any = imported(CHECKOUTS["corl"].file(path, row))
     sizes, data = Sizes.of(given), transitions(given)
@@ -223,11 +224,14 @@ UNIFLORAL_NETWORKS = {  # name within the state of training -> names that its cl
 
 
 def unifloral(path: Path, row: str, given: Given, steps: int) -> Callable[[], Losses]:
+    """All steps are one `scan`, as in its scripts, compiled before the clock starts; it draws its batches within.
+
+    A step of its TD3+BC is two of ours, for it updates the critics twice, on one batch.
+    """
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # XLA has as many threads as it may use cores
     jax: Any = importlib.import_module("jax")
-    jax.block_until_ready(
-        jax.numpy.zeros(1)
-    )  # the scripts set flags for GPUs, which an XLA that has begun does not read
+    # The scripts set flags for GPUs, which an XLA that has begun does not read.
+    jax.block_until_ready(jax.numpy.zeros(1))
     script: Any = imported(CHECKOUTS["unifloral"].file(path, row))
     script.range = lambda _layers: range(2)  # their networks count hidden layers with it, and nothing else here does
     sizes, data = Sizes.of(given), transitions(given)
