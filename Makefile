@@ -55,8 +55,8 @@ bench-data: install  ## from 10 million raw rows to episodes, and every check of
 bench-ope: install  ## off-policy evaluation beside SCOPE-RL, OBP and d3rlpy, which get an environment of their own in .peers
 	@python -m benchmarks.ope --make-peers
 
-bench-training: install  ## gradient steps per second beside d3rlpy, in the same environment of the peers
-	@python -m benchmarks.training --make-peers
+bench-training: install  ## gradient steps per second beside d3rlpy, and CORL: make bench-training CHECKOUTS="--corl ../CORL"
+	@python -m benchmarks.training --make-peers $(CHECKOUTS)
 
 bench-control: install  ## what continuous methods earn on Pendulum and MuJoCo's Reacher beside d3rlpy's, in the same environment
 	@python -m benchmarks.control --make-peers

@@ -2,6 +2,7 @@
 
     python -m benchmarks.training --make-peers            # make the peers' environment first, where it is missing
     python -m benchmarks.training --row bc/8 --repeats 5  # one row only; may be repeated
+    python -m benchmarks.training --corl ../CORL          # and CORL from a checkout; --offlinerl-kit, --unifloral likewise
 
 Each run is a process of its own: it trains for two steps before the clock starts, then `fit` is measured from logs in memory to
 a trained policy. Where both sides add up the same terms, over discrete actions, their mean losses must agree. Ratios are of CPU
@@ -23,7 +24,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks import harness, ope, ope_peers
+from benchmarks import checkouts, harness, ope, ope_peers
+from benchmarks.checkouts import CHECKOUTS
 from benchmarks.harness import Cost, Costs, Figure
 from benchmarks.ope import BATCH, HIDDEN
 from benchmarks.ope_peers import Values, Work
@@ -219,12 +221,15 @@ def require_same(name: str, found: float, other: str, wanted: float, steps: int)
         raise ValueError(f"{name} and {other} differ in their mean losses: {found} and {wanted}")
 
 
-def compete(name: str, log: Path, steps: int, peers: Path | None, repeats: int) -> Costs:
+def compete(
+    name: str, log: Path, steps: int, peers: Path | None, others: Mapping[str, list[str]], repeats: int
+) -> Costs:
     """Run one row in turns. Raises ValueError when the losses differ."""
     row, given = ROWS[name], (str(steps), str(log))
     commands = {"offrl": [sys.executable, "-m", "benchmarks.training", "--measure", name, *given]}
     if peers and row.target:
         commands["d3rlpy"] = [str(peers / "bin" / "python"), "-m", "benchmarks.training_peers", name, *given]
+    commands |= {who: [*start, name, *given] for who, start in others.items() if name in CHECKOUTS[who].files}
     first: list[tuple[str, float]] = []
 
     def check(who: str, cost: Cost) -> None:
@@ -243,11 +248,12 @@ def compared(name: str, costs: Costs, steps: int, about: dict[str, Any]) -> list
     found = [
         Figure(f"{title}/{who}/speed", speed, "steps/CPU s", None, None, None, about) for who, speed in speeds.items()
     ]
-    if "d3rlpy" in costs:
-        ratios = [theirs.cpu_s / mine.cpu_s for mine, theirs in zip(ours, costs["d3rlpy"], strict=True)]
+    for who in [each for each in costs if each != "offrl"]:
+        target = CHECKOUTS[who].target if who in CHECKOUTS else row.target
+        ratios = [theirs.cpu_s / mine.cpu_s for mine, theirs in zip(ours, costs[who], strict=True)]
         for what, ratio in (("", statistics.median(ratios)), ("/from", min(ratios)), ("/to", max(ratios))):
             figure = f"{title}/offrl/ratio{what}"
-            found.append(Figure(figure, speeds["offrl"], "steps/CPU s", "d3rlpy", ratio, row.target, about))
+            found.append(Figure(figure, speeds["offrl"], "steps/CPU s", who, ratio, target, about))
     rates = [cost.result["flop"][0] * steps / cost.cpu_s / 1e9 for cost in ours]
     share = statistics.median(rate / cost.result["gflops"][0] for rate, cost in zip(rates, ours, strict=True))
     found.append(
@@ -295,13 +301,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gradient-steps", type=int, default=1000)
     parser.add_argument("--episodes", type=int, default=2000, help=f"of {STEPS} steps, in the log")
     parser.add_argument("--measure", nargs=3, metavar=("ROW", "STEPS", "LOG"), help="one run, in this process")
+    checkouts.add_options(parser)
     options = parser.parse_args(arguments)
     if options.measure:
         ope_peers.measured(WORKS, *options.measure)
         return
+    try:
+        paths = checkouts.given_paths(options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     peers, steps = options.peers.absolute(), options.gradient_steps
     found = peers if ope.ready(peers, options.make_peers) else None
-    about = {**harness.machine("numpy", "torch", "lightning"), "peers": ope.PEERS if found else ()}
+    others = checkouts.commands(paths, found, options.jax, options.make_peers)
+    of_peers = (ope.PEERS if found else ()) + (checkouts.JAX if "unifloral" in others else ())
+    about = {**harness.machine("numpy", "torch", "lightning"), "peers": of_peers}
+    figures: list[Figure] = []
     for name in options.row or [*ROWS, MEMORY]:
         if name == MEMORY:
             tell(memory(about))
@@ -309,9 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             log = Path(temporary) / "log"
             make_log(log, options.episodes, ROWS[name].actions)
-            costs = compete(name, log, steps, found, options.repeats)
+            costs = compete(name, log, steps, found, others, options.repeats)
         harness.print_table(f"training/{name}", costs, [])
-        tell(compared(name, costs, steps, about))
+        figures += (new := compared(name, costs, steps, about))
+        tell(new)
+    if any(figure.peer in CHECKOUTS for figure in figures):
+        print(checkouts.ahead(figures), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch import nn
 
-from benchmarks import control, control_tasks, data, harness, ope, ope_peers, peers, training
+from benchmarks import (
+    checkouts,
+    control,
+    control_tasks,
+    data,
+    harness,
+    ope,
+    ope_peers,
+    peers,
+    training,
+    training_checkouts,
+)
 from benchmarks.harness import Cost
 from offrl_models.algorithms import ALGORITHMS
 from offrl_models.datasets.encoding import Encoder
@@ -401,14 +413,104 @@ def test_training_is_compared_round_by_round() -> None:
         return Cost(1.0, cpu, 1.0, 1.0, 0.0, {name: [value] for name, value in result.items()})
 
     ours = [cost(cpu, bare_s=1.0, gflops=100.0, flop=3e9) for cpu in (1.0, 2.0, 4.0)]
-    costs = {"offrl": ours, "d3rlpy": [cost(cpu) for cpu in (4.0, 4.0, 4.0)]}
-    found = {figure.name.removeprefix("training/bc/8/"): figure for figure in training.compared("bc/8", costs, 100, {})}
+    costs = {"offrl": ours, "d3rlpy": [cost(4.0)] * 3, "corl": [cost(1.0)] * 3, "unifloral": [cost(3.0)] * 3}
+    every = training.compared("bc/8", costs, 100, {})
+    found = {each.name.removeprefix("training/bc/8/"): each for each in every if each.peer not in checkouts.CHECKOUTS}
     assert (found["offrl/speed"].value, found["d3rlpy/speed"].value) == (50.0, 25.0)
     ratios = [found[f"offrl/ratio{what}"] for what in ("", "/from", "/to")]
     assert [(each.ratio, each.target) for each in ratios] == [(2.0, 3.0), (1.0, 3.0), (4.0, 3.0)]
     rate = 3e9 * 100 / 2.0 / 1e9
     assert (found["offrl/rate"].value, found["offrl/rate"].ratio) == (pytest.approx(rate), pytest.approx(rate / 100))
     assert (found["offrl/overhead"].ratio, found["offrl/overhead"].target) == (2.0, 1.03)
+    others = {each.peer: each for each in every if each.name.endswith("ratio")}
+    assert [(others[who].ratio, others[who].target) for who in ("corl", "unifloral")] == [(0.5, 1.2), (1.5, 0.9)]
+    assert checkouts.ahead(every) == "ahead of us: CORL in training/bc/8 (ratio 0.50)"
+
+
+FAKE = """
+import d4rl, gym, pyrallis, torch, wandb
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class TrainConfig:
+    env: "gym.Env" = None
+
+class Actor(nn.Module):
+    def __init__(self, state_dim, action_dim, max_action):
+        super().__init__()
+        wide = [layer for _ in range(2) for layer in (nn.Linear(256, 256), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(state_dim, 256), nn.ReLU(), *wide, nn.Linear(256, action_dim), nn.Tanh())
+
+class ReplayBuffer:
+    def __init__(self, state_dim, action_dim, buffer_size):
+        self.shape = (buffer_size, state_dim, action_dim)
+
+    def load_d4rl_dataset(self, data):
+        assert self.shape == (*data["observations"].shape, data["actions"].shape[1])
+        follows = (data["next_observations"][:-1] == data["observations"][1:]).all(1)
+        assert (follows | (data["terminals"][:-1] == 1)).all() and data["terminals"].sum() == 2
+
+    def sample(self, batch_size):
+        return batch_size
+
+class BC:
+    def __init__(self, max_action, actor, actor_optimizer, discount=0.99):
+        assert discount == 0.95 and [type(layer).__name__ for layer in actor.net] == 2 * ["Linear", "ReLU"] + ["Linear", "Tanh"]
+        assert actor_optimizer.param_groups[0]["params"] == list(actor.parameters())
+        self.rows = 0
+
+    def train(self, batch):
+        self.rows += batch
+        return {"actor_loss": float(self.rows), "other": float("nan")}
+
+@pyrallis.wrap()
+def train(config: TrainConfig):
+    wandb.init()
+"""
+
+
+def test_a_checkout_trains_by_its_own_means(tmp_path: Path) -> None:
+    corl = checkouts.CHECKOUTS["corl"]
+    (tmp_path / corl.folder).mkdir(parents=True)
+    for row in corl.files:
+        corl.file(tmp_path, row).write_text(FAKE)
+    training.make_log(tmp_path / "log", 2, training.CONTINUOUS)
+    start = checkouts.commands({"corl": tmp_path}, Path(sys.prefix), tmp_path, False)["corl"]
+    cost = harness.run([*start, "bc/c", "3", str(tmp_path / "log")], threads=1)
+    assert cost.result == {"loss": [3.0 * ope.BATCH]}
+
+
+def test_networks_of_checkouts_are_cut_to_ours() -> None:
+    def stack(*sizes: int) -> nn.Module:
+        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+        return nn.ModuleList([nn.Sequential(*layers, nn.Linear(sizes[-1], 1))])
+
+    (cut,) = training_checkouts.cut(stack(5, 8, 8, 8, 8), (8, 8))
+    assert [tuple(layer.weight.shape) for layer in cut[::2]] == [(8, 5), (8, 8), (1, 8)]
+    assert len(training_checkouts.cut(stack(5, 8, 8), (8, 8))[0]) == 5
+    for other in (stack(5, 8), stack(5, 9, 9), nn.Linear(5, 8)):
+        with pytest.raises(ValueError, match="other hidden layers|no stack"):
+            training_checkouts.cut(other, (8, 8))
+
+
+def test_losses_that_are_no_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training_checkouts, "replace_dispensable", lambda: None)
+    for losses in ({"q_loss": float("nan")}, {"q": 1.0}):
+        monkeypatch.setitem(training_checkouts.WORKS, "corl", lambda *_, losses=losses: lambda: losses)
+        with pytest.raises(ValueError, match=r"CORL ended bc/c with losses that are no numbers"):
+            training_checkouts.fit("corl", tmp_path, "bc/c", tmp_path, 1)()
+
+
+@pytest.mark.parametrize("name", checkouts.CHECKOUTS)
+def test_what_is_no_checkout_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"is no checkout of {checkouts.CHECKOUTS[name].title}: it has no .*/"):
+        training.main([f"--{name}", str(tmp_path), "--row", "bc/8", "--gradient-steps", "1", "--peers", str(tmp_path)])
+
+
+def test_checkouts_without_an_environment_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkouts.commands(dict.fromkeys(checkouts.CHECKOUTS, tmp_path), None, tmp_path / "none", False) == {}
+    assert capsys.readouterr().err.count("Unifloral is left out") == 1
 
 
 def test_other_losses_are_noticed() -> None:
