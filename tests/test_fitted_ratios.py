@@ -418,6 +418,27 @@ def test_weights_are_never_negative_nor_above_the_limit(controlled: tuple[Episod
         assert (omega.min() >= low and omega.max() <= high) and (limited or omega.min() < 0)
 
 
+@pytest.mark.parametrize("limited", [True, False])
+def test_the_slope_is_that_of_what_leaves(controlled: tuple[Episodes, Episodes], limited: bool) -> None:
+    """Against differences; where omega is limited, its coefficients move nothing."""
+    log = controlled[0].take(np.arange(800) < 50)
+    flow = Flow.by_state(log, gaussian_ratio(log))
+    fitted = fit_ratios(flow, fourier=20, ridge=1e-3)
+    wild, step = fitted.coefficients * -3.0, 1e-6
+
+    def balance(coefficients: np.ndarray) -> fitted_ratios._Balance:
+        return fitted_ratios._balance(
+            flow, fitted.features, coefficients, fitted.checked, by_step=False, limited=limited
+        )
+
+    found = balance(wild)
+    assert not limited or 0.2 < (found.omega == 0.0).mean() < 1.0
+    for place in (0, 5, len(wild) - 1):
+        shift = step * (np.arange(len(wild)) == place)
+        left = (balance(wild + shift).mean - balance(wild - shift).mean) / (2 * step)
+        assert -left == pytest.approx(found.slope[:, place], abs=1e-6)
+
+
 def test_other_functions_are_checked_than_those_fitted_with(controlled: tuple[Episodes, Episodes]) -> None:
     log = controlled[0].take(np.arange(800) < 50)
     fitted = fit_ratios(Flow.by_state(log, gaussian_ratio(log)), fourier=50, ridge=1e-3)
