@@ -176,7 +176,8 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
     found = on_a_log(world, policies, 1, 700, 600)
     wrong = found.episodes.action_prob * np.where(found.episodes.action == 2, 0.5, 1.0)
     gate = replace(found.episodes, action_prob=wrong)
-    found = with_values(found.policies, found.fitted_on, gate, found.fqe)
+    known = {name: KnownPolicy.of(table) for name, table in {**policies, BEHAVIOR: world.behavior}.items()}
+    found = with_values(known, found.fitted_on, gate, found.fqe)
     z = {}
     for champion in (BEHAVIOR, "champion"):
         question = replace(asked(world.n_states), champion=champion)
