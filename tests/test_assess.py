@@ -469,7 +469,7 @@ MISTAKES = {
     "raises": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:breaks"], "raised IndexError"),
     "NaN": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:not_a_number"], "returned NaN or infinity"),
     "draws": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:draws"], "answers the same observation in two ways"),
-    "few rows": (["few.csv", *COLUMNS, "--policy-column", "pi"], "tells 60 entities apart"),
+    "few rows": (["few.csv", *COLUMNS, "--policy-column", "pi"], "it has 60 decisions, and an estimate needs 100 at least"),
     "one name twice": (["clicks.csv", "again/clicks.csv", *COLUMNS, "--policy-column", "pi"], "2 files are called clicks.csv"),
     "empty folder": (["again/empty", *COLUMNS, "--policy-column", "pi"], "does not say its format"),
     "binary": (["clicks.bin", *COLUMNS, "--policy-column", "pi"], "does not say its format"),

@@ -98,9 +98,12 @@ def _entities(episodes: Episodes) -> Shaped[np.ndarray, "episodes"]:
 
 def _require_enough(entities: int, log: Log, which: str) -> None:
     if entities < FEWEST:
+        contract = log.contract
+        alone = contract.entity is None and contract.episode_id is None
+        told = f"column {contract.entity_column!r} tells {entities} entities{which} apart"
         raise InputError(
-            f"{log.batches[0].path}: column {log.contract.entity_column!r} tells {entities} entities{which} apart, and an "
-            f"estimate needs {FEWEST} at least; collect more."
+            f"{log.batches[0].path}: {f'it has {entities} decisions{which}' if alone else told}, and an estimate needs {FEWEST} at "
+            "least; collect more."
         )
 
 
