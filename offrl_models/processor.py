@@ -11,13 +11,14 @@ import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 KEPT = 2**28  # bytes at the end of the heap that are not given back
+NEVER = 2**30  # collections of middle-aged objects until one of all
 LARGE = 2**25  # bytes from which a block is a mapping of its own; glibc takes no more
 
 
 @contextlib.contextmanager
 def ready_to_train() -> Iterator[None]:
     """Denormal numbers are 0, the memory that a gradient step frees is there for the next one, and Python looks for garbage among
-    new objects alone: with all that was imported, a look takes as long as a hundred steps of a small network.
+    young objects alone: a look at all that was imported takes as long as a hundred steps of a small network.
 
     Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at. And glibc gives large blocks
     back to the system at every step, which has to clear their pages for the next: a third of the time of CQL over continuous
@@ -29,12 +30,10 @@ def ready_to_train() -> Iterator[None]:
             adjust(TRIM_THRESHOLD, KEPT)
             adjust(MMAP_THRESHOLD, LARGE)
     torch.set_flush_denormal(True)
-    mine = gc.get_freeze_count() == 0
-    if mine:
-        gc.freeze()
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, NEVER)
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
-        if mine:
-            gc.unfreeze()
+        gc.set_threshold(young, middle, old)

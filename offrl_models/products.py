@@ -48,10 +48,12 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 class _ByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        biases, after = [None] * len(x) if bias is None else bias.squeeze(1), "relu" if relu else "none"
+        biases = [None] * len(x) if bias is None else bias.squeeze(1)
         multiply: Any = torch.ops.mkldnn._linear_pointwise
-        each = [multiply(x[seed], weight[seed].t(), biases[seed], after, [], "") for seed in range(len(x))]
+        each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
         product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+        if relu:
+            product = product.relu_()  # oneDNN's own would make NaN 0
         ctx.save_for_backward(x, weight, product if relu else None)
         return product
 

@@ -71,6 +71,14 @@ class Layer(torch.nn.Module):
         return affine(x, self.weight)
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+def test_what_is_no_number_stays_none(rows: int) -> None:
+    """Training stops a seed whose loss is NaN; a layer that made it 0 would hide that."""
+    x = torch.zeros(1, rows, 128)
+    x[0, 1, 5] = torch.nan
+    assert affine(x, torch.randn(1, 128, 96), torch.zeros(1, 1, 96), relu=True)[0, 1].isnan().all()
+
+
 def test_a_frozen_weight_costs_no_gradient() -> None:
     x, weight = torch.randn(1, 64, 128).requires_grad_(), torch.randn(1, 128, 96)
     affine(x, weight, torch.zeros(1, 1, 96)).sum().backward()

@@ -44,7 +44,7 @@ class Sums:
         """What a mean below 0 proves: 0 or less; NaN where the second moments are not known.
 
         A z-score that a normal mean falls below as rarely as the mean of X - E[X] can for any X >= 0, however rare and large
-        its values: at most exp(-total^2 / (2 sum of E[X^2])) of the time. Maurer (2003), theorem 1.
+        its values: at most exp(-total^2 / (2 sum of E[X^2])) of the time. Maurer (2003), theorem 1, for states and mu as they are.
         """
         bound = min(self.total, 0.0) / max(np.sqrt(self.moments), 1e-12)
         return float(-stats.norm.isf(np.exp(-(bound**2) / 2) / 2) if bound > -35 else bound)
