@@ -1,5 +1,6 @@
 """Training that is cut short, seeds that fail, clipped gradients and schedules."""
 
+import gc
 import itertools
 import pickle
 from functools import partial
@@ -19,6 +20,7 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.learner import NonFiniteLossError, TrainingConfig, train
 from offrl_models.optimizer import FusedAdam, clip_per_seed, rate_factor
+from offrl_models.processor import ready_to_train
 from offrl_models.reports import plots
 from offrl_models.schema import InputError
 from offrl_models.stages import learning
@@ -305,3 +307,11 @@ def test_a_candidate_with_a_model_that_was_cut_short_is_finished(
     error = pytest.approx(elites["transition_holdout_error"].mean(), rel=0.01)  # less than that is no better
     assert stage.summary["model"] == {"gradient_steps": 200, "holdout_error": error}
     assert [row["gradient_steps"] for row in drawn[0][3]] == [100, 200]
+
+
+def test_a_process_is_as_it_was_once_training_failed() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(RuntimeError, match="in the midst"), ready_to_train():
+        assert gc.get_threshold()[:2] == before[:2] and gc.get_threshold()[2] > 10**6
+        raise RuntimeError("in the midst")
+    assert gc.get_threshold() == before
