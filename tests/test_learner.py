@@ -310,8 +310,14 @@ def test_a_candidate_with_a_model_that_was_cut_short_is_finished(
 
 
 def test_a_process_is_as_it_was_once_training_failed() -> None:
-    before = gc.get_threshold()
-    with pytest.raises(RuntimeError, match="in the midst"), ready_to_train():
-        assert gc.get_threshold()[:2] == before[:2] and gc.get_threshold()[2] > 10**6
-        raise RuntimeError("in the midst")
+    before, within = gc.get_threshold(), []
+
+    def fail() -> None:
+        with ready_to_train():
+            within.extend(gc.get_threshold())
+            raise RuntimeError("in the midst")
+
+    with pytest.raises(RuntimeError, match="in the midst"):
+        fail()
+    assert within[:2] == list(before[:2]) and within[2] > 10**6
     assert gc.get_threshold() == before
