@@ -351,8 +351,52 @@ def test_counts_of_each_logging_policy_find_the_one_that_writes_wrong_propensiti
     if wrong:
         newer = other.labels["logger"] == "newer"
         other = dataclasses.replace(other, action_prob=np.where(newer, 1.0, other.action_prob))
-    found = behavior.held_against_logged(*behavior.counted_ratios(train, other, 1, "logger"), counted=True)
-    assert (abs(found["mean_ratio_z"]) < 4) is holds and (found["mean_ratio"] == pytest.approx(1.0, abs=0.05)) is holds
+    newer, older = behavior.held_against_logged(behavior.counted_ratios(train, other, 1, "logger"), least=1.0)
+    assert (newer["version"], older["version"]) == ("newer", "older")
+    assert abs(older["z"]) < 4 and older["mean_ratio"] == pytest.approx(1.0, abs=0.05)
+    assert (abs(newer["z"]) < 4) is holds and (newer["mean_ratio"] == pytest.approx(1.0, abs=0.05)) is holds
+    assert (newer["shortfall_z"] > -4) is holds
+
+
+def shy(episodes: int, wrong: bool) -> tuple[Episodes, np.ndarray]:
+    """Bandit rounds of two policies, each of which never plays an action that the other one plays most often; and who wrote them.
+    One may log 1.5 times its propensities."""
+    rng = np.random.default_rng(0)
+    newer, seen = np.arange(episodes) % 2 == 1, rng.normal(size=(episodes, 1)).astype(np.float32)
+    often = 0.6 + 0.05 * np.sign(seen[:, 0]).astype(float)  # of the action that the other one never plays
+    other = rng.random(episodes) > often
+    action = np.where(other, 1, np.where(newer, 2, 0))
+    log = bandit_of(np.zeros((episodes, 3)), np.ones((episodes, 3), bool), action)
+    prob = np.where(other, 1.0 - often, often) * np.where(newer & wrong, 1.5, 1.0)
+    return dataclasses.replace(log, observation=seen, final_observation=0 * seen, action_prob=prob), newer
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_each_of_two_logging_policies_is_held_against_a_model_of_its_own(tmp_path: Path, wrong: bool) -> None:
+    """The mixture alone would play .3 where a policy has 0, and its mean ratio be .7 of right propensities."""
+    log, newer = shy(4000, wrong)
+    configured = attributes(None, 3, training={"gradient_steps": 600, "batch_size": 256})
+    configured["logs"]["policy_version"] = "logger"
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    named = as_table(log, numeric=True).append_column("logger", pa.array(np.where(newer, "newer", "older")))
+    storage.write_parquet(pipeline.raw / "b.parquet", named)
+    for stage in (stages.ingest, stages.coverage, stages.episodes):
+        stage(pipeline)
+    found = stages.behavior_policy(pipeline)
+    assert {row["version"]: row["mean_ratio"] for row in found.summary["mean_ratios"]} == pytest.approx(
+        {"newer": 1 / 1.5 if wrong else 1.0, "older": 1.0}, abs=0.07
+    )
+    c15 = next(result for result in stages.check_results(found) if result.check == "C15")
+    assert (c15.blocking and not c15.passed) is wrong
+    assert not wrong or "logged propensities of newer is 0.6" in c15.sentence
+
+
+def test_a_policy_that_is_new_in_other_episodes_is_held_against_nothing() -> None:
+    """And the others keep their code, whatever their place in the alphabet."""
+    log = dataclasses.replace(versioned(1), labels={"logger": np.array(["c", "a", "b"])[np.arange(6000) % 3]})
+    found = behavior.version_observed(log, "logger", ["b", "c"])
+    assert found.n_episodes == 4000 and found.features[-1].categories == 2
+    assert found.observation[:2, -1].tolist() == [1.0, 0.0] and found.final_observation[:2, -1].tolist() == [1.0, 0.0]
 
 
 def test_states_that_were_not_counted_say_nothing_of_propensities() -> None:
@@ -365,5 +409,6 @@ def test_states_that_were_not_counted_say_nothing_of_propensities() -> None:
         seen = states[:, None].astype(np.float32)
         return dataclasses.replace(log, observation=seen, final_observation=0 * seen, action_prob=np.ones(rows))
 
-    (ratio,) = behavior.counted_ratios(sure(np.arange(20).repeat(5)), sure(np.arange(40).repeat(5)), 40, None)
+    ratio = behavior.counted_ratios(sure(np.arange(20).repeat(5)), sure(np.arange(40).repeat(5)), 40, None)["all rows"]
     assert len(ratio) == 100 and (ratio == 1.0).all()
+    assert behavior.counted_ratios(sure(np.arange(20)), sure(np.arange(20, 40)), 40, None) == {}

@@ -168,23 +168,29 @@ def test_the_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "z", "kind", "passed", "blocking"),
+    ("z", "shortfall_z", "passed", "blocking"),
     [
-        (1.01, 1.0, "counted", True, True),
-        (1.5, 9.0, "learned", False, True),  # too small, whatever the model
-        (0.95, -9.0, "counted", False, True),
-        (0.95, -9.0, "learned", False, False),  # a model that was learned may put mass where the behavior has none
-        (0.85, -9.0, "learned", False, True),  # but not so much
-        (0.4, -9.0, "several", False, False),  # unless another policy of the log has
-        (1.5, 9.0, "several", False, True),
+        (1.0, 0.0, True, True),
+        (9.0, 0.0, False, True),  # too small, whatever the model
+        (-9.0, -9.0, False, True),
+        (-9.0, -3.0, False, False),  # no further below 1 than the model may be
     ],
 )
 def test_the_mean_ratio_of_the_behavior_model(
-    tmp_path: Path, mean: float, z: float, kind: str, passed: bool, blocking: bool
+    tmp_path: Path, z: float, shortfall_z: float, passed: bool, blocking: bool
 ) -> None:
-    found = {"ece": 0.0, "brier": 0.1, "mean_ratio": mean, "mean_ratio_z": z, kind: True}
-    result = check_behavior(found, THRESHOLDS, tmp_path / "docs")[0]
+    rows = [
+        {"version": "older", "mean_ratio": 1.0, "z": 0.0, "shortfall_z": 0.0},
+        {"version": "newer", "mean_ratio": 1.0 + z / 50, "z": z, "shortfall_z": shortfall_z},
+    ]
+    result = check_behavior({"ece": 0.0, "brier": 0.1, "mean_ratios": rows}, THRESHOLDS, tmp_path / "docs")[0]
     assert result.check == "C15" and result.passed is passed and result.blocking is blocking
+    assert passed or f"logged propensities of newer is {1 + z / 50:.3f}" in result.sentence
+
+
+def test_a_behavior_model_that_knows_no_state_of_other_episodes(tmp_path: Path) -> None:
+    result = check_behavior({"ece": 0.0, "brier": 0.1, "mean_ratios": []}, THRESHOLDS, tmp_path / "docs")[0]
+    assert result.check == "C15" and not result.applies and "no state of the held-out episodes" in result.sentence
 
 
 def test_the_behavior_model_and_the_newest_batch(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_a_clone_finds_the_density_that_was_logged(cloned: MixtureDensity) -> No
     other = logged(3000, 1)
     log_density = log_density_of(cloned, other)
     assert np.abs(log_density - np.log(other.action_prob)).mean() < 0.25
-    assert abs(behavior.held_against_logged(np.exp(log_density) / other.action_prob)["mean_ratio_z"]) < 4
+    ratios = behavior.learned_ratios(np.exp(log_density), other, None)
+    assert abs(behavior.held_against_logged(ratios, least=0.9)[0]["z"]) < 4
     told = density.calibration(other, cloned)
     assert told["ece"] < 0.02 and sum(row["pairs"] for row in told["reliability"]) == other.n_rows * 2 * 9
 
@@ -195,8 +196,8 @@ def test_no_estimated_density_is_below_a_hundredth_of_the_median() -> None:
 
 
 def pipeline_of(root: Path, log: Episodes, **logs: Any) -> Pipeline:
-    """Over a log of continuous actions; keys of `logs` that are None are left out."""
-    table = {
+    """Over a log of continuous actions and of `log.labels`; keys of `logs` that are None are left out."""
+    table = {name: values[log.episode_of_row] for name, values in log.labels.items()} | {
         "episode": log.episode_of_row, "step": log.step, "seen": log.observation[:, 0], "a": log.action[:, 0],
         "b": log.action[:, 1], "density": log.action_prob, "reward": log.reward, "terminated": log.terminated,
         "truncated": log.truncated,
@@ -226,19 +227,42 @@ def test_a_log_of_densities_has_a_behavior_model_that_agrees(tmp_path: Path) -> 
     pipeline = pipeline_of(tmp_path, logged(1500, 6))
     found = behaved(pipeline).summary
     assert (found["kind"], found["propensities"]) == ("behavior cloning, density", "logged")
-    assert found["ece"] < 0.05 and abs(found["mean_ratio_z"]) < 4
+    assert found["ece"] < 0.05 and abs(found["mean_ratios"][0]["z"]) < 4
     assert {check["check"]: check["passed"] for check in found["checks"]}["C15"] is True
     assert (pipeline.reports / "behavior.png").exists() and (pipeline.folder / "behavior" / "policy.onnx").exists()
 
 
-@pytest.mark.parametrize(("factor", "said"), [(1 / 50, "has z = "), (50.0, "is 0.0")])
+@pytest.mark.parametrize("factor", [1.0, 1.4])
+def test_each_of_two_logging_policies_is_held_against_its_own_model(tmp_path: Path, factor: float) -> None:
+    """One never plays below 0 where the other hardly plays above: of their mixture, half lies where each has nothing."""
+    log = logged(3000, 6)
+    newer = np.arange(3000) % 2 == 1
+    of_row = newer[log.episode_of_row]
+    log.action[:, 1] = np.where(of_row, -1.0, 1.0) * np.abs(log.action[:, 1])
+    first = log.action[:, 0].astype(float)
+    folded = cut(log.action[:, 1], first - 0.5, RELATED, -1, 1) + cut(-log.action[:, 1], first - 0.5, RELATED, -1, 1)
+    density_of_first = log.action_prob / cut(logged(3000, 6).action[:, 1], first - 0.5, RELATED, -1, 1)
+    log = dataclasses.replace(
+        log, action_prob=density_of_first * folded * np.where(of_row, factor, 1.0),
+        labels={"logger": np.where(newer, "newer", "older")},
+    )  # fmt: skip
+    found = behaved(pipeline_of(tmp_path, log, policy_version="logger")).summary
+    (c15,) = [check for check in found["checks"] if check["check"] == "C15"]
+    assert {row["version"]: row["mean_ratio"] for row in found["mean_ratios"]} == pytest.approx(
+        {"newer": 1 / factor, "older": 1.0}, abs=0.1
+    )
+    assert (not c15["passed"] and c15["blocking"]) is (factor > 1)
+    assert factor == 1 or "logged propensities of newer is 0." in c15["sentence"]
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1 / 50, "is 4"), (50.0, "is 0.0")])
 def test_densities_of_another_scale_block_the_behavior_policy(tmp_path: Path, factor: float, said: str) -> None:
     """Logged for an action in other units."""
     log = logged(1500, 6)
     pipeline = pipeline_of(tmp_path, dataclasses.replace(log, action_prob=log.action_prob * factor))
     found = {check["check"]: check for check in behaved(pipeline).summary["checks"]}["C15"]
     assert not found["passed"] and found["blocking"]
-    assert f"the mean ratio of the behavior model to the logged propensities {said}" in found["sentence"]
+    assert f"the mean ratio of the behavior model to the logged propensities of all rows {said}" in found["sentence"]
     with pytest.raises(InputError, match="check C15 blocks the behavior policy: the mean ratio"):
         current_behavior(pipeline)
 

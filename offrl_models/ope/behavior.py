@@ -5,6 +5,8 @@ ratios use estimates that are fitted on the very split that evaluates: Hirano, I
 (2019), https://arxiv.org/abs/1806.01347.
 """
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ from jaxtyping import Bool, Float, Float64, Int64
 from scipy import optimize
 from torch import Tensor, nn
 
+from offrl_models.logs.tally import holm_z, zero_mean_z
 from offrl_models.ope.diagnostics import mean_ratio_z
 from offrl_models.policies import BehaviorTable, probs_of
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes, Feature, InputError
 
 FLOOR = 0.01  # of an estimated propensity: no single row may weigh more than the log can tell
 SMOOTHING = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0)  # rows that a state lends to its actions that were never taken
@@ -212,41 +215,65 @@ def calibration(episodes: Episodes, probs: Float64[np.ndarray, "rows actions"]) 
     return expected_calibration(probs[episodes.mask], taken[episodes.mask])
 
 
-def held_against_logged(
-    *ratios: Float64[np.ndarray, "_"], counted: bool = False, several: bool = False
-) -> dict[str, Any]:
-    """Modelled probabilities or densities of the actions taken, on episodes not fitted, over the logged ones.
+def held_against_logged(ratios: Mapping[str, Float64[np.ndarray, "_"]], least: float) -> list[dict[str, Any]]:
+    """Mean ratio of each logging policy: modelled probabilities or densities of the actions it took, on episodes not fitted,
+    over the logged ones.
 
-    The mean of p(a|s) / mu(a|s) is 1 for any p that is 0 wherever mu is, if the logged mu is right; `mean_ratio_z` tells how many
-    standard errors it is from there. Of several groups of rows the one furthest from there is told. `counted` says that p is a
-    share of visits, so that it is 0 there; `several`, that p is a mixture of several logging policies, and may not be.
+    The mean of p(a|s) / mu(a|s) is 1 for any p that is 0 wherever mu is, if the logged mu is right, and less where p is not.
+    `z` tells how many standard errors it is from 1, and `shortfall_z`, below 0, how many it is below `least`; both are corrected
+    for the number of policies (Holm).
     """
-    worst = max(ratios, key=lambda ratio: abs(mean_ratio_z(ratio)))
-    return {
-        "mean_ratio": float(worst.mean()),
-        "mean_ratio_z": mean_ratio_z(worst),
-        "counted": counted,
-        "several": several,
-    }
+    z = holm_z(np.array([mean_ratio_z(ratio) for ratio in ratios.values()]))
+    short = holm_z(np.array([min(zero_mean_z(ratio - least), 0.0) for ratio in ratios.values()]))
+    return [
+        {"version": version, "mean_ratio": float(ratio.mean()), "z": float(z[i]), "shortfall_z": float(short[i])}
+        for i, (version, ratio) in enumerate(ratios.items())
+    ]
+
+
+def _by_version(episodes: Episodes, column: str | None) -> dict[str, Episodes]:
+    """The episodes of each logging policy, where a label column of the log names them."""
+    if column is None:
+        return {"all rows": episodes}
+    wrote = episodes.labels[column].astype(str)
+    return {str(name): episodes.take(wrote == name) for name in np.unique(wrote)}
 
 
 def counted_ratios(
-    train: Episodes, held_out: Episodes, states: int, version: str | None
-) -> list[Float64[np.ndarray, "_"]]:
-    """Of each logging policy that `version` names: its share of visits in `train` over the logged propensity of every row of
-    `held_out` whose state it has visited there. One of 1 where nothing can be compared."""
-    found = []
-    for name in version_shares(train, version) or (None,):
-        mine, other = (
-            part if name is None else part.take(part.labels[str(version)].astype(str) == name)
-            for part in (train, held_out)
-        )
-        visits = _visits(mine, states)
+    train: Episodes, held_out: Episodes, states: int, column: str | None
+) -> dict[str, Float64[np.ndarray, "_"]]:
+    """Of each logging policy: its share of visits in `train` over the logged propensity of every row of `held_out` whose state it
+    has visited there."""
+    found = {}
+    trained = _by_version(train, column)
+    for name, other in _by_version(held_out, column).items():
+        visits = _visits(trained[name], states) if name in trained else np.zeros((states, other.n_actions))
         state, total = other.observation[:, 0].astype(np.int64), visits.sum(1)
         seen = total[state] > 0
-        share = visits[state[seen], other.action[seen]] / total[state[seen]]
-        found += [share / other.action_prob[seen]] if seen.sum() > 1 else []
-    return found or [np.ones(2)]
+        if seen.sum() > 1:
+            share = visits[state[seen], other.action[seen]] / total[state[seen]]
+            found[name] = share / other.action_prob[seen]
+    return found
+
+
+def version_observed(episodes: Episodes, column: str, names: Sequence[str]) -> Episodes:
+    """The episodes that the policies `names`, in order, wrote, with the one that did as one more category of the observation."""
+    known = episodes.take(np.isin(episodes.labels[column].astype(str), names))
+    code = np.searchsorted(names, known.labels[column].astype(str)).astype(known.observation.dtype)
+    return dataclasses.replace(
+        known,
+        observation=np.column_stack([known.observation, code[known.episode_of_row]]),
+        final_observation=np.column_stack([known.final_observation, code]),
+        features=(*known.features, Feature(column, categories=len(names))),
+    )
+
+
+def learned_ratios(
+    modelled: Float64[np.ndarray, "rows"], held_out: Episodes, column: str | None
+) -> dict[str, Float64[np.ndarray, "_"]]:
+    """Of each logging policy: the modelled over the logged propensities of its rows."""
+    found = _by_version(dataclasses.replace(held_out, action_prob=modelled / held_out.action_prob), column)
+    return {name: part.action_prob for name, part in found.items() if part.n_rows > 1}
 
 
 def version_shares(episodes: Episodes, column: str | None) -> dict[str, float]:

@@ -206,34 +206,36 @@ def check_shift(columns: list[dict[str, Any]], amber: float, red: float, docs: P
     )
 
 
-LEAST_MEAN_RATIO = (
-    0.9  # of a behavior model that was learned: what it puts where the behavior has nothing is less than the rest
-)
+LEAST_MEAN_RATIO = 0.9  # of a model that was learned: what it puts where the behavior has nothing is less than the rest
 
 
 def check_behavior(found: Mapping[str, Any], thresholds: CoverageConfig, docs: Path) -> list[CheckResult]:
     """C16: the expected calibration error of the behavior model on episodes that it was not fitted on; C15: its mean ratio.
 
     A mean ratio above 1 shows that logged propensities are too small. One below 1 shows that they are too large where visits were
-    counted. A model that was learned puts a little where the behavior has nothing, and the mixture of several logging policies
-    much where one of them has nothing.
+    counted; a model that was learned puts a little where the behavior has nothing.
     """
-    t, counted = thresholds, bool(found.get("counted"))
-    least = None if counted or found.get("several") else LEAST_MEAN_RATIO
+    t = thresholds
+    says = (
+        "the mean ratio of the behavior model to the logged propensities of {version} is {mean_ratio:.3f} (z = {z:.1f})"
+    )
     asked = [
-        Expected("C15", "calibration", "mean_ratio_z", -t.propensity_z if counted else None, t.propensity_z, BLOCKING, "the mean "
-                 "ratio of the behavior model to the logged propensities has z = {mean_ratio_z:.1f}: they are not those with which "
-                 "actions were drawn"),
-        Expected("C15", "calibration", "mean_ratio", least, None, BLOCKING, "the mean ratio of the behavior model to the logged "
-                 "propensities is {mean_ratio:.3f}: they are not those with which actions were drawn, or the model needs longer "
-                 "training"),
-        Expected("C15", "calibration", "mean_ratio_z", -t.propensity_z, None, WARNING, "the mean ratio of the behavior model to "
-                 "the logged propensities has z = {mean_ratio_z:.1f}: they are too large, or several policies wrote the log"),
+        Expected("C15", "ratios", "z", None, t.propensity_z, BLOCKING, f"{says}: they are not those with which actions were drawn"),
+        Expected("C15", "ratios", "shortfall_z", -t.propensity_z, None, BLOCKING, f"{says}: they are not those with which actions "
+                 "were drawn; or several policies wrote these rows and `policy_version` does not tell them apart, or the model "
+                 "needs longer training"),
+        Expected("C15", "ratios", "z", -t.propensity_z, None, WARNING, f"{says}: they may be too large"),
         Expected("C16", "calibration", "ece", 0, t.propensity_ece, WARNING, "the expected calibration error is {ece:.3f}; "
                  "capped policies are capped by probabilities that are off by as much"),
     ]  # fmt: skip
-    measured = {name: found[name] for name in ("ece", "brier", "mean_ratio", "mean_ratio_z") if name in found}
-    asked = [one for one in asked if one.column in measured and (one.low, one.high) != (None, None)]
-    absent = {"C15": "no propensities are logged; they are estimated and the certificate is AMBER"}
-    tables = {"calibration": pl.DataFrame([measured])}
+    tables = {"calibration": pl.DataFrame([{name: found[name] for name in ("ece", "brier")}])}
+    if found.get("mean_ratios"):
+        tables["ratios"] = pl.DataFrame(found["mean_ratios"])
+    asked = [one for one in asked if one.table in tables]
+    logged = "mean_ratios" in found
+    absent = {
+        "C15": "no state of the held-out episodes was visited in training"
+        if logged
+        else "no propensities are logged; they are estimated and the certificate is AMBER"
+    }
     return run_suites(tables, asked, docs, asset="behavior_policy", absent=absent)

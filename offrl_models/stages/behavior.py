@@ -109,12 +109,35 @@ def _probabilities(
     found = behavior.calibration(held_out, probs)
     if tuned_on is not None:
         return found
-    column = pipeline.config.logs.policy_version
     if states is None:
-        one = len(behavior.version_shares(train, column)) <= 1
-        return found | behavior.held_against_logged(probs[taken] / held_out.action_prob, several=not one)
+        return found | {"mean_ratios": _learned_ratios(pipeline, train, held_out, probs[taken])}
     # The table is made of logged propensities, and would agree with them whatever they are; counts do not.
-    return found | behavior.held_against_logged(*behavior.counted_ratios(train, held_out, states, column), counted=True)
+    counted = behavior.counted_ratios(train, held_out, states, pipeline.config.logs.policy_version)
+    return found | {"mean_ratios": behavior.held_against_logged(counted, least=1.0)}
+
+
+def _learned_ratios(
+    pipeline: Pipeline, train: Episodes, held_out: Episodes, modelled: Float64[np.ndarray, "rows"]
+) -> list[dict[str, Any]]:
+    """A model that was learned, `modelled` at the logged actions, held against what was logged.
+
+    Where several policies wrote the log another one is learned, which knows whose decision it models: their mixture puts much where
+    one of them has nothing.
+    """
+    column = pipeline.config.logs.policy_version
+    names = sorted(behavior.version_shares(train, column))
+    if column is not None and len(names) > 1:
+        train, held_out = (behavior.version_observed(part, column, names) for part in (train, held_out))
+        clone = _cloned(pipeline, train, Encoder.fit(train))
+        if held_out.bounds is not None:
+            modelled = np.exp(
+                log_density_of(MixtureDensity(clone, pipeline.config.seeds, len(held_out.bounds)), held_out)
+            )
+        else:
+            probs = probs_of(Mixture(clone, pipeline.config.seeds), held_out)
+            modelled = probs[np.arange(held_out.n_rows), held_out.action]
+    ratios = behavior.learned_ratios(modelled, held_out, column)
+    return behavior.held_against_logged(ratios, least=checks.LEAST_MEAN_RATIO)
 
 
 def _density(
@@ -129,15 +152,15 @@ def _density(
     found = density.calibration(held_out, model)
     if tuned_on is not None:
         return found
-    several = len(behavior.version_shares(train, pipeline.config.logs.policy_version)) > 1
-    return found | behavior.held_against_logged(logged / held_out.action_prob, several=several)
+    return found | {"mean_ratios": _learned_ratios(pipeline, train, held_out, logged)}
 
 
-def _cloned(pipeline: Pipeline, episodes: Episodes) -> Algorithm:
+def _cloned(pipeline: Pipeline, episodes: Episodes, encoder: Encoder | None = None) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
     how = _clone_training(pipeline)
-    cloned, went = fit("bc", _clone_config(pipeline), episodes, encoder_of(pipeline), seeds=seeds, **how)
+    encoder = encoder or encoder_of(pipeline)
+    cloned, went = fit("bc", _clone_config(pipeline), episodes, encoder, seeds=seeds, **how)
     went.require_all()
     return cloned
 
