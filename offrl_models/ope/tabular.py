@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64
 
+from offrl_models.logs.tally import zero_mean_z
 from offrl_models.schema import Episodes, InputError
 
 LARGEST_TABLE = 150_000_000  # states x actions x states
 LONGEST_STAY = 1e7  # expected visits to a state beyond which a policy counts as never ending
+CONTRADICTED = 3.0  # standard errors between what was chosen and what propensities say
 SAME = 1e-6  # propensities that differ by less are the same
 RATIO_LIMIT = 20.0  # of the state ratio; what is cut off there is left to the value model
 
@@ -59,7 +61,8 @@ class TabularModel:
         """The model of `fitted_on`, with the policy that wrote both logs, where their propensities tell it.
 
         They do where every state-action cell has one propensity only, and those of a state add up to 1: one policy, of the state
-        alone. What they leave goes to the actions that the model has never seen there, whose values are all the same.
+        alone. What they leave goes to the actions that the model has never seen there, whose values are all the same. And what
+        was chosen in `judged` is worth, by the values of that policy, what they say: the mean of Q(s, a) - V(s) is 0 (z < 3).
         """
         (state, action), seen = (states_of(fitted_on)[0], fitted_on.action), self.visits > 0
         known = np.zeros_like(self.visits)
@@ -72,8 +75,15 @@ class TabularModel:
         off = max(off, -left[visited].min(initial=0.0), left[visited & (unseen == 0)].max(initial=0.0))
         if not off < SAME:
             return self
-        table = np.where(seen, known, left[:, None] / np.maximum(unseen, 1)[:, None])
-        return replace(self, logger=table / table.sum(1, keepdims=True))
+        table = np.where(seen, known, np.maximum(left, 0.0)[:, None] / np.maximum(unseen, 1)[:, None])
+        table /= table.sum(1, keepdims=True)
+        if not self.ends(table):
+            return self
+        q = self.q_values(table)
+        surplus = judged.time_discount * (q - (table * q).sum(1, keepdims=True))[here]
+        if abs(zero_mean_z(judged.sum_per_episode(surplus))) >= CONTRADICTED:
+            return self
+        return replace(self, logger=table)
 
     def _onward(self, policy: Float64[np.ndarray, "states actions"]) -> Float64[np.ndarray, "states states"]:
         return np.einsum("sa,sat->st", policy, self.transition, optimize=True)
