@@ -68,7 +68,8 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     found = paired_differences(model, table, gate, side.ratio)
     if found is None:
         return "the policy never ends an episode in the model of the log, so that its value does not exist"
-    return Paired(*found, "marginalised doubly robust paired difference")
+    net = "" if model.logger is None else ", net of what the logger's own choices were worth"
+    return Paired(*found, f"marginalised doubly robust paired difference{net}")
 
 
 def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
