@@ -68,13 +68,6 @@ class Evaluation:
         gains = self.pseudo_outcome(name)
         return gains if champion == BEHAVIOR else gains - self.pseudo_outcome(champion)
 
-    def model(self, asked: "Question") -> TabularModel | None:
-        """The model of leg A, where the observation is one category, with the policy that wrote the log, where that is known."""
-        model = None if asked.states is None else TabularModel.fit(self.fitted_on, asked.states)
-        if model is None or asked.propensities != "logged":
-            return model
-        return model.logged_by(self.fitted_on, self.episodes)
-
     def paired(self, name: str, model: TabularModel | None) -> legs.Paired | str:
         """Leg A against the behavior, or the sentence that says why there is none."""
         return legs.paired(self.side(name), self.side(BEHAVIOR), self.fitted_on, self.episodes, model)
@@ -132,11 +125,11 @@ class Question:
 
 def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfig, asked: Question) -> list[Measures]:
     """What the gate asks of each rung."""
-    model = found.model(asked)
+    model = TabularModel.fit(found.fitted_on, asked.states) if asked.states is not None else None
     names = [*rungs, asked.champion] if asked.champion != BEHAVIOR else rungs
     paired = {name: found.paired(name, model) for name in names}
     markov = None if model is None else markov_z(model, found.fitted_on, found.episodes)
-    return [replace(_measure(name, found, thresholds, asked, paired, model), markov_z=markov) for name in rungs]
+    return [replace(_measure(name, found, thresholds, asked, paired), markov_z=markov) for name in rungs]
 
 
 def _against_champion(
@@ -154,12 +147,7 @@ def _against_champion(
 
 
 def _measure(
-    name: str,
-    found: Evaluation,
-    thresholds: GateConfig,
-    asked: Question,
-    paired: Mapping[str, legs.Paired | str],
-    model: TabularModel | None,
+    name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
 ) -> Measures:
     gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
     mine, doubt = _against_champion(name, found, asked, paired)
@@ -204,7 +192,7 @@ def _measure(
         sure_share=sure,
         propensities=asked.propensities,
         costs=[
-            legs.contrast(column, _cost_rise(column, name, found, asked, paired, model), asked.alpha, planned)
+            legs.contrast(column, _cost_rise(column, name, found, asked, paired), asked.alpha, planned)
             for column in thresholds.constraints
         ],
         subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned),
@@ -212,17 +200,14 @@ def _measure(
 
 
 def _cost_rise(
-    column: str,
-    name: str,
-    found: Evaluation,
-    asked: Question,
-    paired: Mapping[str, legs.Paired | str],
-    model: TabularModel | None,
+    column: str, name: str, found: Evaluation, asked: Question, paired: Mapping[str, legs.Paired | str]
 ) -> Float64[np.ndarray, "episodes"]:
     """Per episode a number whose mean is the rise in the expected total of a cost over the champion's."""
 
     def rise(policy: str) -> np.ndarray:
-        return legs.cost_outcome(column, found.side(policy), paired[policy], found.fitted_on, found.episodes, model)
+        return legs.cost_outcome(
+            column, found.side(policy), paired[policy], found.fitted_on, found.episodes, asked.states
+        )
 
     return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)
 

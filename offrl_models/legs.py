@@ -68,8 +68,7 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     found = paired_differences(model, table, gate, side.ratio)
     if found is None:
         return "the policy never ends an episode in the model of the log, so that its value does not exist"
-    net = "" if model.logger is None else ", net of what the logger's own choices were worth"
-    return Paired(*found, f"marginalised doubly robust paired difference{net}")
+    return Paired(*found, "marginalised doubly robust paired difference")
 
 
 def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
@@ -103,9 +102,7 @@ def _gains(
     behavior: Side,
     behavior_weight: Float64[np.ndarray, "rows"],
 ) -> Float64[np.ndarray, "episodes"]:
-    return value_gains(
-        gate, weight, side.q, side.v, side.next_v, behavior_weight, behavior.v, behavior.v, behavior.next_v
-    )
+    return value_gains(gate, weight, side.q, side.v, side.next_v, behavior_weight, behavior.v, behavior.next_v)
 
 
 def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int) -> Contrast:
@@ -126,21 +123,19 @@ def by_subgroup(found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: 
 
 
 def cost_outcome(
-    column: str, side: Side, leg: Paired | str, fitted_on: Episodes, gate: Episodes, model: TabularModel | None
+    column: str, side: Side, leg: Paired | str, fitted_on: Episodes, gate: Episodes, states: int | None
 ) -> Float64[np.ndarray, "episodes"]:
     """Per episode a number whose mean is the rise in the expected discounted total of a cost over the behavior's.
 
-    Doubly robust where there is a model of the observation as one category; by the weights of leg A elsewhere. Where leg A cannot
-    be trusted, per-decision importance sampling of what was recorded.
+    Doubly robust where the observation is one category of `states`; by the weights of leg A elsewhere. Where leg A cannot be
+    trusted, per-decision importance sampling of what was recorded.
     """
+    model = TabularModel.fit(replace(fitted_on, reward=fitted_on.costs[column]), states) if states else None
     paid = replace(gate, reward=gate.costs[column])
     if isinstance(leg, str):
         return pdis(paid, side.ratio).numerator.sum(1) - paid.return_
     if model is not None:
-        table, model = (
-            _table(side, len(model.initial)),
-            model.rewarded(replace(fitted_on, reward=fitted_on.costs[column])),
-        )
+        table = _table(side, len(model.initial))
         found = None if table is None else paired_differences(model, table, paid, side.ratio)
         if found is not None:
             return found[0]

@@ -135,9 +135,7 @@ def test_values_come_from_the_other_fold(tmp_path: Path) -> None:
     known = target.Target({}, choices.taken, choices, None)
     first = values.first_fold(episodes)[episodes.episode_of_row]
     shifted = Episodes(**{**vars_of(episodes), "reward": episodes.reward + first})
-    before, after = (
-        values.tabular_values(e, known, known.ratio(e), world.n_states, known=True) for e in (episodes, shifted)
-    )
+    before, after = (values.tabular_values(e, known, known.ratio(e), world.n_states) for e in (episodes, shifted))
     assert before is not None and after is not None
     np.testing.assert_allclose(after.v[first], before.v[first])
     assert (after.v[~first] > before.v[~first] + 0.5).all()
@@ -640,7 +638,7 @@ def test_a_state_that_is_only_ever_reached_is_worth_the_mean_return() -> None:
         gamma=0.9,
     )  # fmt: skip
     known = target.Target({}, np.full(n, 0.5), Probabilities(episodes, np.full((n, 2), 0.5)), None)
-    found = values.tabular_values(episodes, known, np.ones(n), 2, known=False)
+    found = values.tabular_values(episodes, known, np.ones(n), 2)
     assert found is not None
     first = values.first_fold(episodes)
     assert found.next_v[first] == pytest.approx(np.full(first.sum(), episodes.return_[~first].mean()))

@@ -20,6 +20,7 @@ from benchmarks.calibration.stress import pairs, trait_world
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
 from offrl_models.gate import GateConfig
 from offrl_models.ope.nulls import EXACT
+from offrl_models.ope.tabular import TabularModel
 from tests.conftest import chain_world
 
 
@@ -45,7 +46,7 @@ def test_a_prefix_measures_what_a_shorter_log_would() -> None:
     """Leg A is one number per episode, so that what was computed on the whole holds for the first ones."""
     world = small.world()
     found = on_a_log(world, {"better": small.better(world, 0.02)}, 1, 800, 900)
-    model = found.model(asked(world.n_states))
+    model = TabularModel.fit(found.fitted_on, world.n_states)
     early = prefix(found, 600, {"better": found.paired("better", model)})
     (by_look,) = measured(found, asked(world.n_states), [600])["better"]
     shorter = on_a_log(world, {"better": small.better(world, 0.02)}, 1, 800, 900)

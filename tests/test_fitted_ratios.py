@@ -218,9 +218,9 @@ def test_weighted_rewards_and_pseudo_outcomes_have_the_value_of_the_policy(
     v = MASS.state_values(STEADY, episodes.observation)
     zero = np.zeros(episodes.n_rows)
     for weight, share, within in ((weights.weight, 1.0, 0.04), (weights.weight, 0.5, 0.06), (zero + 1, 1.0, 0.04)):
-        x = value_gains(episodes, weight, share * q, share * v, zero, zero + 1, v, v, zero)
+        x = value_gains(episodes, weight, share * q, share * v, zero, zero + 1, v, zero)
         assert x.mean() == pytest.approx(gain, abs=within), share
-    off = value_gains(episodes, zero + 1, 0.5 * q, 0.5 * v, zero, zero + 1, v, v, zero).mean()
+    off = value_gains(episodes, zero + 1, 0.5 * q, 0.5 * v, zero, zero + 1, v, zero).mean()
     assert abs(off - gain) > 0.08  # neither right
 
 

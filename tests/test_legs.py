@@ -100,9 +100,9 @@ def test_the_rise_of_a_cost_over_several_steps() -> None:
     model = legs.TabularModel.fit(fitted_on, world.n_states)
     found = legs.paired(side, side, fitted_on, gate, model)
     assert isinstance(found, legs.Paired)
-    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, model)
+    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, world.n_states)
     assert rise == pytest.approx(found.outcome, abs=1e-12)
-    twice = legs.cost_outcome("twice", side, found, fitted_on, gate, model)
+    twice = legs.cost_outcome("twice", side, found, fitted_on, gate, world.n_states)
     assert twice == pytest.approx(2.0 * found.outcome, abs=1e-12)
     difference = world.value(table) - world.value(world.behavior)
     assert abs(found.outcome.mean() - difference) < 4 * found.outcome.std() / np.sqrt(800)
@@ -274,7 +274,7 @@ def test_a_log_that_stops_early_is_compared_by_what_was_cut_off_too(tabular: boo
     found = legs.paired(side, base, fitted_on, gate, wrong)
     assert isinstance(found, legs.Paired)
     difference = world.value(table) - world.value(world.behavior)
-    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, wrong)
+    rise = legs.cost_outcome("paid", side, found, fitted_on, gate, world.n_states if tabular else None)
     for outcome in (found.outcome, rise):
         error = outcome.std() / np.sqrt(6000)
         assert error < 0.1 * abs(difference) and abs(outcome.mean() - difference) < 4 * error
@@ -287,7 +287,7 @@ def test_a_cost_without_leg_a_is_weighed_by_decisions() -> None:
     table = random_policy(world, 3)
     probs, zeros = table[world.states(log.observation)], np.zeros(log.n_rows)
     side = legs.Side(Probabilities(log, probs), Probabilities(log, probs), ratios(log, probs), zeros, zeros, zeros)
-    rise = probability @ legs.cost_outcome("paid", side, "no weights", log, log, None)
+    rise = probability @ legs.cost_outcome("paid", side, "no weights", log, log, world.n_states)
     assert rise == pytest.approx(world.value(table) - world.value(world.behavior), abs=1e-9)
 
 

@@ -218,13 +218,13 @@ def test_marginal_weights_by_hand() -> None:
     x = pseudo_outcomes(episode, weight, q, v, np.array([9.0, 9.0]))
     assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 - 0.4)])
     one = np.ones(2)
-    assert value_gains(episode, weight, q, v, v, one, q, q, v) == pytest.approx(x - (1 + 0.5 * 2.0))
+    assert value_gains(episode, weight, q, v, v, one, q, v) == pytest.approx(x - (1 + 0.5 * 2.0))
     cut = dataclasses.replace(episode, terminated=np.zeros(2, bool), truncated=np.array([False, True]))
     x = pseudo_outcomes(cut, weight, q, v, np.array([9.0, 10.0]))
     assert x == pytest.approx([0.1 + 0.5 * (1 + 0.5 * 0.2 - 0.3) + 0.5 * 3.0 * (2 + 0.5 * 10.0 - 0.4)])
-    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), one, q, q, np.array([9.0, 4.0]))
+    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), one, q, np.array([9.0, 4.0]))
     assert gains == pytest.approx(x - (1 + 0.5 * (2.0 + 0.5 * 4.0)))
-    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), np.array([1.0, 3.0]), q, q, np.array([9.0, 4.0]))
+    gains = value_gains(cut, weight, q, v, np.array([9.0, 10.0]), np.array([1.0, 3.0]), q, np.array([9.0, 4.0]))
     assert gains == pytest.approx(x - (1 + 0.5 * 0.4 + 0.5 * 3.0 * (2.0 + 0.5 * 4.0 - 0.4)))
 
 
@@ -267,7 +267,7 @@ def test_pseudo_outcomes_are_right_when_the_weights_are_or_the_values_are(world:
     assert probability @ pseudo_outcomes(episodes, weight, *wrong) == pytest.approx(value, abs=EXACT)
     assert probability @ pseudo_outcomes(episodes, wrong_weight, *right) == pytest.approx(value, abs=EXACT)
     assert abs(probability @ pseudo_outcomes(episodes, wrong_weight, *wrong) - value) > 0.01
-    gains = value_gains(episodes, weight, *wrong, np.ones(episodes.n_rows), wrong[1], *wrong[1:])
+    gains = value_gains(episodes, weight, *wrong, np.ones(episodes.n_rows), *wrong[1:])
     assert probability @ gains == pytest.approx(value - world.value(world.behavior), abs=EXACT)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.calibration.judging import CONFIG, MEMBERS, Table, asked, evaluation
+from benchmarks.calibration.judging import CONFIG, MEMBERS, Table, evaluation
 from benchmarks.calibration.small import world as small_world
 from benchmarks.calibration.store import Experiment, Found, Lines
 from benchmarks.calibration.tables import clopper_pearson, cost, prose, table
@@ -126,7 +126,7 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
         name: _digits(interval.low <= value <= interval.high for interval in map(of_level, LEVELS))
         for name, of_level in intervals.items()
     }
-    model = found.model(asked(world.n_states))
+    model = TabularModel.fit(found.fitted_on, world.n_states)
     assert model is not None
     for name, what, bound in lower_bounds(found, model, seed):
         truth = value - base if what == "gain" else value

@@ -180,7 +180,7 @@ def measured(found: Evaluation, question: Question, looks: Sequence[int] | None 
     if looks is None:
         each = [measure_rungs(names, found, CONFIG, question)]
     else:
-        model = found.model(question)
+        model = TabularModel.fit(found.fitted_on, question.states) if question.states is not None else None
         known = {name: found.paired(name, model) for name in names}
         each = [measure_rungs(names, first(found, n, known), CONFIG, question) for n in looks]
     return {name: [measures[place] for measures in each] for place, name in enumerate(names)}

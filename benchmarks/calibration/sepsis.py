@@ -29,6 +29,7 @@ from benchmarks.calibration.tables import allowed, cell, clopper_pearson, cost, 
 from offrl_models.evaluation import Evaluation, measure_rungs
 from offrl_models.ope.eprocess import elond_level
 from offrl_models.ope.nulls import FAMILIES, Family
+from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World, icu_sepsis
 from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
 
@@ -94,7 +95,7 @@ def retraining(seed: int) -> Found:
     """A new null every week on a growing log, each at the error rate that e-LOND would give it."""
     nulls = {f"{name}, {half}": each for half in range(2) for name, each in tables(0.0, FAMILIES[:5], half).items()}
     found = evaluated(nulls, seed, FIRST_WEEK + WEEKS * PER_WEEK)
-    model = found.model(asked(world().n_states))
+    model = TabularModel.fit(found.fitted_on, world().n_states)
     known = {name: found.paired(name, model) for name in nulls}
     passes: list[int] = []
     for week in range(WEEKS):

@@ -92,9 +92,7 @@ def _values(
 ) -> tuple[Values | None, str]:
     """The values of the policy, or why there are none."""
     states = given.contract.tabular_states
-    known, found = given.contract.action_prob is not None, None
-    if states is not None and target.probs is not None:
-        found = tabular_values(episodes, target, ratio, states, known=known)
+    found = tabular_values(episodes, target, ratio, states) if states is not None and target.probs is not None else None
     if found is None and target.policy is not None:
         found = fitted_values(episodes, target.policy, effort, update)
     return found, "" if found else target.without

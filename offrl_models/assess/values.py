@@ -125,9 +125,9 @@ def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture | MixtureDens
 
 
 def tabular_values(
-    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], states: int, *, known: bool
+    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], states: int
 ) -> Values | None:
-    """Values from the empirical Markov decision process of the other fold. `known` says that the propensities were logged.
+    """Values from the empirical Markov decision process of the other fold.
 
     None where the policy is no function of the state, never ends an episode in the model, or the table would be too large.
     """
@@ -140,12 +140,10 @@ def tabular_values(
     weight, gains = np.empty(episodes.n_rows), np.empty(episodes.n_episodes)
     for fold in _folds(episodes):
         model = TabularModel.fit(fold.others, states)
-        if known and model is not None:
-            model = model.logged_by(fold.others, fold.held)
         paired = model and paired_differences(model, table, fold.held, ratio[fold.rows])
         if model is None or paired is None or not whole.ends(table):
             return None
-        of_action, base = model.q_values(table), model.base
+        of_action, base = model.q_values(table), model.behavior
         of_state, of_base = (table * of_action).sum(1), (base * model.q_values(base)).sum(1)
         state, following = states_of(fold.held)
         q[fold.rows], v[fold.rows] = of_action[state, fold.held.action], of_state[state]

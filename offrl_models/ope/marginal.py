@@ -154,19 +154,16 @@ def value_gains(
     v: Float64[np.ndarray, "rows"],
     next_v: Float64[np.ndarray, "rows"],
     behavior_weight: Float64[np.ndarray, "rows"],
-    behavior_q: Float64[np.ndarray, "rows"],
     behavior_v: Float64[np.ndarray, "rows"],
     behavior_next_v: Float64[np.ndarray, "rows"],
 ) -> Float64[np.ndarray, "episodes"]:
     """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior), from weights and values of any origin.
 
-    `behavior_q` is of the logged action and may be any whose mean over the behavior's own choice is `behavior_v`: it takes out
-    what that choice, which says nothing of the policy, adds to the spread. Where the behavior is not known exactly `behavior_v`
-    stands in its place; then the behavior's pseudo-outcome is the realised return, whatever the values, where its weights
-    are 1: in a log without truncations. Elsewhere they stand for the visits that were cut off.
+    Of the behavior it takes the pseudo-outcome with v in the place of q, which is the realised return, whatever the values,
+    where its weights are 1: in a log without truncations. Elsewhere they stand for the visits that were cut off.
     """
     gained = pseudo_outcomes(episodes, weight, q, v, next_v)
-    return gained - pseudo_outcomes(episodes, behavior_weight, behavior_q, behavior_v, behavior_next_v)
+    return gained - pseudo_outcomes(episodes, behavior_weight, behavior_v, behavior_v, behavior_next_v)
 
 
 def tabular_dm(episodes: Episodes, policy: Float64[np.ndarray, "states actions"]) -> Terms:
@@ -198,21 +195,18 @@ def paired_differences(
 
     X_i = V(s_0) + sum_t gamma^t omega(s_t) rho_t [r_t + gamma V(s_{t+1}) - Q(s_t, a_t)] - G_i, where the return of a
     truncated episode counts what was cut off as well (`value_gains`). omega is at most RATIO_LIMIT; what is above is left to
-    the values. Where the model knows the policy that wrote the log, sum_t gamma^t [Q_mu(s_t, a_t) - V_mu(s_t)] is added, whose
-    mean is 0 whatever the values. The model must be fitted on other episodes than these.
+    the values. The model must be fitted on other episodes than these.
     """
-    if not (model.ends(policy) and model.ends(model.base)):
+    if not (model.ends(policy) and model.ends(model.behavior)):
         return None
     state, next_state = states_of(episodes)
     q = model.q_values(policy)
     v = (policy * q).sum(1)
-    behavior_q = model.q_values(model.base)
-    behavior_v = (model.base * behavior_q).sum(1)
+    behavior_v = (model.behavior * model.q_values(model.behavior)).sum(1)
     weight = state_weights(model, policy, episodes, ratio, RATIO_LIMIT)
     behavior_weight = np.ones(len(ratio))
     if episodes.truncated.any():
-        behavior_weight = state_weights(model, model.base, episodes, behavior_weight, RATIO_LIMIT)
-    of_choice = behavior_v[state] if model.logger is None else behavior_q[state, episodes.action]
+        behavior_weight = state_weights(model, model.behavior, episodes, behavior_weight, RATIO_LIMIT)
     gains = value_gains(episodes, weight, q[state, episodes.action], v[state], v[next_state], behavior_weight,
-                        of_choice, behavior_v[state], behavior_v[next_state])  # fmt: skip
+                        behavior_v[state], behavior_v[next_state])  # fmt: skip
     return gains, weight
