@@ -55,6 +55,7 @@ SOME = (
 WIDE = (Family("random half", 2.0), Family("severe half", 2.0), Family("action swap", 2.0))
 GAIN = 0.02
 EFFECT, ODDS = 0.1, (1.2, 1.5, 2.5)
+OVERRIDDEN = (0.01, 0.02, 0.05)
 REFUSED = "REFUSED"  # by the pipeline, before there is a gate
 
 
@@ -165,6 +166,10 @@ def spoiled(seed: int) -> Found:
         "propensities of the policy before": verdict_of(
             stale(world, previous).simulate(ALL, own[2]), nulls, mask, seed
         ),
+        **{
+            f"better choices in {share:.0%} of the rows, not logged": _overridden(share, own[9], seed)
+            for share in OVERRIDDEN
+        },
         "rewards three steps late": verdict_of(delayed(log, 3), nulls, mask, seed),
         "last 10% of the rewards not in": verdict_of(unsettled(log, 0.1), nulls, mask, seed),
         "aliased states": _aliased(own[3], seed),
@@ -176,6 +181,15 @@ def spoiled(seed: int) -> Found:
         "several behavior policies, their mean known": _several(own[8], seed, "known"),
     }
     return found
+
+
+def _overridden(share: float, log_seed: int, seed: int) -> Found:
+    """Somebody who knows better overrides the policy whose propensities are logged; no better than both together."""
+    world = small.world()
+    both = (1 - share) * world.behavior + share * world.optimal()
+    acted = stale(replace(world, behavior=both), world.behavior)
+    nulls = same(world).nulls(acted.value(both))
+    return verdict_of(acted.simulate(ALL, log_seed), nulls, world.mask, seed)
 
 
 def _aliased(log_seed: int, seed: int) -> Found:
