@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from offrl_models import stages, storage
 from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
@@ -389,6 +390,22 @@ def test_each_of_two_logging_policies_is_held_against_a_model_of_its_own(tmp_pat
     c15 = next(result for result in stages.check_results(found) if result.check == "C15")
     assert (c15.blocking and not c15.passed) is wrong
     assert not wrong or "logged propensities of newer is 0.6" in c15.sentence
+
+
+def test_mean_ratios_of_many_policies_are_corrected_for_their_number() -> None:
+    """Holm: of one policy that is off and 19 that are not, the probability counts 20 times."""
+    rng = np.random.default_rng(0)
+    off = rng.normal(0.8, 1.0, 400)
+    alone = behavior.held_against_logged({"off": off}, least=0.9)[0]
+    right = {str(name): rng.normal(1.0, 1.0, 400) for name in range(19)}
+    among = behavior.held_against_logged({"off": off, **right}, least=0.9)[0]
+    assert alone["mean_ratio"] == among["mean_ratio"] == pytest.approx(off.mean())
+    assert alone["z"] == pytest.approx((off.mean() - 1.0) / (off.std() / 20))
+    assert alone["shortfall_z"] == pytest.approx((off.mean() - 0.9) / (off.std() / 20))
+    for key in ("z", "shortfall_z"):
+        assert 2 * stats.norm.sf(abs(among[key])) == pytest.approx(20 * 2 * stats.norm.sf(abs(alone[key])))
+    (above,) = behavior.held_against_logged({"off": off + 0.2}, least=0.9)
+    assert above["shortfall_z"] == 0.0
 
 
 def test_a_policy_that_is_new_in_other_episodes_is_held_against_nothing() -> None:

@@ -86,8 +86,31 @@ def test_of_several_ladders_the_highest_bound_decides() -> None:
     assert decisive_ladder([doubtful, first]) == 1  # a higher bound decides nothing where the rung did not pass
 
 
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("alpha", CONFIG.alpha),
+        ("unsupported_mass", CONFIG.unsupported_mass),
+        ("few_visits_mass", CONFIG.few_visits_mass),
+        ("episodes", CONFIG.first_look),
+        ("effective_transitions", CONFIG.effective_transitions),
+        ("largest_share", CONFIG.largest_share),
+        ("without_top", 0.0),
+    ],
+)
+def test_what_is_just_enough_is_enough(field: str, limit: float) -> None:
+    assert judge("abc", dataclasses.replace(GOOD, **{field: limit}), CONFIG).status is Status.PASS
+
+
+def test_a_bound_at_no_error_rate_is_none() -> None:
+    verdict = judge("abc", dataclasses.replace(GOOD, alpha=0.0), CONFIG)
+    assert (verdict.status, verdict.decided_by) == (Status.INVALID, "error rate")
+
+
 def test_a_verdict_survives_json() -> None:
-    verdict = judge("abc", GOOD, CONFIG)
+    group = Contrast("unit surgery", 300, 0.01, -0.02, 0.04)
+    verdict = judge("abc", dataclasses.replace(GOOD, subgroups=[group], costs=[dataclasses.replace(group, name="days")]),
+                    GateConfig(constraints={"days": 0.05}, subgroups=("unit",)))  # fmt: skip
     assert verdict_from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
 
 

@@ -171,6 +171,7 @@ def test_an_action_that_was_never_taken_is_given_what_its_state_does_on_average(
     assert model is not None and model.visits[0, 1] == 0
     assert model.reward[0, 1] == model.reward[0, 0] != 0 and model.reward[1, 1] != model.reward[1, 0]
     assert np.array_equal(model.transition[0, 1], model.transition[0, 0]) and model.transition[0, 0].sum() > 0.5
+    assert (model.reward[2] == log.return_.mean()).all() and not model.transition[2].any()
     assert model.behavior[0].tolist() == [1.0, 0.0] and model.behavior[2].tolist() == [0.5, 0.5]  # 2 is never acted in
 
 
@@ -358,7 +359,9 @@ def test_a_policy_without_an_end_or_a_table_too_large_is_refused(monkeypatch: py
         drl(episodes, np.ones(episodes.n_rows), circling, form="markov")
     rounded = TabularModel(np.full((1, 1, 1), 1.0 + 2.0**-52), np.ones((1, 1)), np.ones(1), np.ones((1, 1)))
     assert not rounded.ends(np.ones((1, 1)))  # though it leaves with a probability that is not exactly 0
-    monkeypatch.setattr("offrl_models.ope.tabular.LARGEST_TABLE", 10)
+    monkeypatch.setattr("offrl_models.ope.tabular.LARGEST_TABLE", 3 * 2 * 3)
+    assert np.isfinite(tabular_dm(episodes, world.behavior).estimate())
+    monkeypatch.setattr("offrl_models.ope.tabular.LARGEST_TABLE", 3 * 2 * 3 - 1)
     with pytest.raises(InputError, match="too large"):
         tabular_dm(episodes, world.behavior)
 
