@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=3000)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that stopping this process stops both of its own
+    os.environ.setdefault("DAGSTER_HOME", str(ROOT / ".dagster"))  # as `make` has it: the daemon does not start without
     serving = "import orchestration.webserver as w; w.serve()"
     commands = [
         [sys.executable, "-m", "dagster._daemon", "run"],
