@@ -113,7 +113,8 @@ class LogisticMixture(NamedTuple):
         """Logarithm of the density; OUTSIDE the bounds, where nothing is ever played, it is as good as minus infinity."""
         unit = self._unit(action)
         joint = self.log_weight + self._log_densities(unit.clamp(0.0, 1.0)).sum(-1)
-        inside = torch.logsumexp(joint, -1) - self.width.log().sum()
+        total = joint.squeeze(-1) if joint.shape[-1] == 1 else torch.logsumexp(joint, -1)
+        inside = total - self.width.log().sum()
         return torch.where(_within(unit).all(-1).squeeze(-1), inside, OUTSIDE)
 
     def conditionals(
@@ -233,7 +234,8 @@ class MixtureHead(nn.Module):
         center, raw = rest.unflatten(-1, (2, self.components, self.dimensions)).unbind(-3)
         middle, reach = (WIDEST + NARROWEST) / 2, (WIDEST - NARROWEST) / 2
         log_scale = middle + reach * torch.tanh(raw)
-        return LogisticMixture(logit.log_softmax(-1), self.start + center, log_scale, self.low, self.width)
+        log_weight = logit.log_softmax(-1) if self.components > 1 else torch.zeros_like(logit)
+        return LogisticMixture(log_weight, self.start + center, log_scale, self.low, self.width)
 
 
 class PointHead(nn.Module):
