@@ -159,7 +159,7 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
         for batch in transitions.batches(sampler, steps):
             losses = algorithm.losses(batch._replace(step=learner.gradient_steps))
             torch.cat(list(losses.values())).sum().backward()
-            learner.adam.step()
+            learner.adam.advance()
             learner.gradient_steps += 1
             learner.move_targets()
     return time.process_time() - started

@@ -112,10 +112,9 @@ class LogisticMixture(NamedTuple):
     def log_prob(self, action: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch"]:
         """Logarithm of the density; OUTSIDE the bounds, where nothing is ever played, it is as good as minus infinity."""
         unit = self._unit(action)
-        joint = self.log_weight + self._log_densities(unit.clamp(0.0, 1.0)).sum(-1)
-        total = joint.squeeze(-1) if joint.shape[-1] == 1 else torch.logsumexp(joint, -1)
-        inside = total - self.width.log().sum()
-        return torch.where(_within(unit).all(-1).squeeze(-1), inside, OUTSIDE)
+        each = self._log_densities(unit.clamp(0.0, 1.0)).sum(-1)
+        mixed = each.squeeze(-1) if each.shape[-1] == 1 else torch.logsumexp(self.log_weight + each, -1)
+        return mixed + torch.where(_within(unit).all(-1).squeeze(-1), -self.width.log().sum(), OUTSIDE)
 
     def conditionals(
         self, action: Float[Tensor, "*batch dimensions"]

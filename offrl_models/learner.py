@@ -118,7 +118,7 @@ class Learner(L.LightningModule):
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler, batch):
             losses = self.losses(transitions._replace(step=self.gradient_steps))
-            self.manual_backward(torch.cat(list(losses.values())).sum())
+            torch.cat(list(losses.values())).sum().backward()  # nothing that the trainer does around it is of use here
             if self.config.processes > 1:
                 losses = self._averaged(losses)
             self.adam.factor = rate_factor(
@@ -127,7 +127,7 @@ class Learner(L.LightningModule):
                 schedule=self.config.schedule,
                 warmup_steps=self.config.warmup_steps,
             )
-            self.adam.step()
+            self.adam.advance()
             self.gradient_steps += 1
             self.move_targets()
             for name, loss in losses.items():
@@ -272,7 +272,7 @@ def train(
         learner.resume(checkpoint)
     if watch:
         watch(learner.history)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ready_to_train():
         # The loader yields numbers, not data; workers would only slow it down.
         warnings.filterwarnings("ignore", ".*does not have many workers.*", UserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 against torch 2.13
@@ -288,8 +288,7 @@ def train(
         )
         chunks = _Chunks(learner.gradient_steps, config.kept_after, chunk)
         if stop is None or not stop.done:
-            with ready_to_train():
-                trainer.fit(learner, DataLoader(chunks, batch_size=None))
+            trainer.fit(learner, DataLoader(chunks, batch_size=None))
     if checkpoint:
         learner.save(checkpoint)  # what follows may be cut short, too
     return Trained(learner.history, learner.stopped, dict(sorted(learner.kept.items())))

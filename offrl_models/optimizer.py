@@ -34,8 +34,12 @@ class FusedAdam(torch.optim.Optimizer):
         self.seeds, self.clip_norm, self.factor = seeds, clip_norm, 1.0
         self.work = [_Network(group) for group in self.param_groups]
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.advance()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One step, without what torch puts around `step` for hooks and profilers, which a small network feels."""
         for network in self.work:
             gradients = [each.grad for each in network.parameters]
             if gradients[0] is not None:

@@ -25,6 +25,8 @@ def affine(
     """x @ weight + bias, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # which an exported graph is, too
         if _suits_onednn(x, weight):
+            if not torch.is_grad_enabled():
+                return _by_onednn(x, weight, bias, relu)
             return _ByOneDNN.apply(x, weight, bias, relu)  # pyright: ignore[reportReturnType]
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             product = (x * weight.mT).sum(-1, keepdim=True)
@@ -45,15 +47,18 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    biases = [None] * len(x) if bias is None else bias.squeeze(1)
+    multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+    each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
+    product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+    return product.relu_() if relu else product  # oneDNN's own ReLU would make NaN 0
+
+
 class _ByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        biases = [None] * len(x) if bias is None else bias.squeeze(1)
-        multiply: Any = torch.ops.mkldnn._linear_pointwise
-        each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
-        product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-        if relu:
-            product = product.relu_()  # oneDNN's own would make NaN 0
+        product = _by_onednn(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, product if relu else None)
         return product
 
