@@ -372,18 +372,32 @@ def shy(episodes: int, wrong: bool) -> tuple[Episodes, np.ndarray]:
     return dataclasses.replace(log, observation=seen, final_observation=0 * seen, action_prob=prob), newer
 
 
+def modelled(root: Path, log: Episodes, logger: np.ndarray, gradient_steps: int) -> storage.Stage:
+    """The behavior policy of a log of numbers and of who wrote each round, learned."""
+    configured = attributes(None, 3, training={"gradient_steps": gradient_steps, "batch_size": 256})
+    configured["logs"]["policy_version"] = "logger"
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), root)
+    named = as_table(log, numeric=True).append_column("logger", pa.array(logger))
+    storage.write_parquet(pipeline.raw / "b.parquet", named)
+    for stage in (stages.ingest, stages.coverage, stages.episodes):
+        stage(pipeline)
+    return stages.behavior_policy(pipeline)
+
+
+def test_logging_policies_that_training_has_never_seen_are_held_against_nothing(tmp_path: Path) -> None:
+    log, newer = shy(400, wrong=False)
+    salt = parse_pipeline(attributes(None, 3), "toy").salt
+    held_out = np.array([bucket(number, salt) in SPLITS["selection"] for number in range(400)])
+    found = modelled(tmp_path, log, np.where(held_out, "newest", np.where(newer, "newer", "older")), 20)
+    c15 = next(result for result in stages.check_results(found) if result.check == "C15")
+    assert not c15.applies and c15.passed and "no logging policy" in c15.sentence
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_each_of_two_logging_policies_is_held_against_a_model_of_its_own(tmp_path: Path, wrong: bool) -> None:
     """The mixture alone would play .3 where a policy has 0, and its mean ratio be .7 of right propensities."""
     log, newer = shy(4000, wrong)
-    configured = attributes(None, 3, training={"gradient_steps": 600, "batch_size": 256})
-    configured["logs"]["policy_version"] = "logger"
-    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
-    named = as_table(log, numeric=True).append_column("logger", pa.array(np.where(newer, "newer", "older")))
-    storage.write_parquet(pipeline.raw / "b.parquet", named)
-    for stage in (stages.ingest, stages.coverage, stages.episodes):
-        stage(pipeline)
-    found = stages.behavior_policy(pipeline)
+    found = modelled(tmp_path, log, np.where(newer, "newer", "older"), 600)
     assert {row["version"]: row["mean_ratio"] for row in found.summary["mean_ratios"]} == pytest.approx(
         {"newer": 1 / 1.5 if wrong else 1.0, "older": 1.0}, abs=0.07
     )

@@ -234,7 +234,7 @@ def check_behavior(found: Mapping[str, Any], thresholds: CoverageConfig, docs: P
     asked = [one for one in asked if one.table in tables]
     logged = "mean_ratios" in found
     absent = {
-        "C15": "no state of the held-out episodes was visited in training"
+        "C15": "nothing in the episodes held out, no state or no logging policy, was seen in training"
         if logged
         else "no propensities are logged; they are estimated and the certificate is AMBER"
     }

@@ -128,6 +128,8 @@ def _learned_ratios(
     names = sorted(behavior.version_shares(train, column))
     if column is not None and len(names) > 1:
         train, held_out = (behavior.version_observed(part, column, names) for part in (train, held_out))
+        if not held_out.n_rows:
+            return []
         clone = _cloned(pipeline, train, Encoder.fit(train))
         if held_out.bounds is not None:
             modelled = np.exp(
