@@ -36,7 +36,12 @@ from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
 FITTED_ON, JUDGED_ON = 11_667, 5_000
 LOOKS = tuple(range(500, 5_001, 500))
 LONG_LOOKS = tuple(range(500, 10_001, 500))
-GAINS = {1.2: (0.002, 0.004), 1.5: (0.002, 0.004, 0.008), 2.0: (0.004, 0.008, 0.016)}  # by cap: what it can reach
+GAINS = {  # by cap: what it can reach
+    1.2: (0.002, 0.004),
+    1.5: (0.002, 0.004, 0.008),
+    2.0: (0.004, 0.008, 0.016),
+    5.0: (0.016, 0.03),
+}
 SIZES = (1_000, 5_000, 20_000)
 WEEKS, FIRST_WEEK, PER_WEEK = 52, 500, 90
 FALSE_ALLOWED = 0.05
@@ -159,8 +164,12 @@ def power_report(lines: Lines, path: Path) -> list[str]:
     for gain in names(lines):
         shares = (count(lines, gain, lambda one, place=place: one["passes"][place]) for place in range(len(SIZES)))
         rows.append((gain, *(cell(*share) for share in shares)))
-    intro = f"Logs in which they pass, at one look. {cost(lines)}"
-    return ["## Policies that are better", "", intro, "", *table(*rows)]
+    least = ", ".join(f"{max(gains):g} within {cap:g}" for cap, gains in GAINS.items())
+    intro = prose(
+        "Logs in which they pass, at one look. The ladder begins at the least cap, and the least within which policies of this "
+        f"kind can gain so much are: up to {least}. Within looser ones the same gain takes more data. {cost(lines)}"
+    )
+    return ["## Policies that are better", "", *intro, "", *table(*rows)]
 
 
 def _ever_table(lines: Lines) -> list[str]:
