@@ -17,8 +17,10 @@ LARGE = 2**25  # bytes from which a block is a mapping of its own; glibc takes n
 
 @contextlib.contextmanager
 def ready_to_train() -> Iterator[None]:
-    """Denormal numbers are 0, the memory that a gradient step frees is there for the next one, and Python looks for garbage among
-    young objects alone: a look at all that was imported takes as long as a hundred steps of a small network.
+    """There is one thread, denormal numbers are 0, the memory that a gradient step frees is there for the next one, and Python looks
+    for garbage among young objects alone: a look at all that was imported takes as long as a hundred steps of a small network.
+
+    Two threads in one process get in each other's way on a busy machine; whoever trains more, does so in more processes.
 
     Adam's means of gradients that stay 0 fade into denormal numbers, which processors are slow at. And glibc gives large blocks
     back to the system at every step, which has to clear their pages for the next: a third of the time of CQL over continuous
@@ -29,6 +31,8 @@ def ready_to_train() -> Iterator[None]:
         if adjust is not None:
             adjust(TRIM_THRESHOLD, KEPT)
             adjust(MMAP_THRESHOLD, LARGE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, NEVER)
@@ -36,4 +40,5 @@ def ready_to_train() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
         gc.set_threshold(young, middle, old)

@@ -310,14 +310,23 @@ def test_a_candidate_with_a_model_that_was_cut_short_is_finished(
 
 
 def test_a_process_is_as_it_was_once_training_failed() -> None:
-    before, within = gc.get_threshold(), []
+    def state() -> tuple[int, ...]:
+        return *gc.get_threshold(), torch.get_num_threads()
+
+    within: list[int] = []
 
     def fail() -> None:
         with ready_to_train():
-            within.extend(gc.get_threshold())
+            within.extend(state())
             raise RuntimeError("in the midst")
 
-    with pytest.raises(RuntimeError, match="in the midst"):
-        fail()
-    assert within[:2] == list(before[:2]) and within[2] > 10**6
-    assert gc.get_threshold() == before
+    alone = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = state()
+        with pytest.raises(RuntimeError, match="in the midst"):
+            fail()
+        assert within[:2] == list(before[:2]) and within[2] > 10**6 and within[3] == 1
+        assert state() == before
+    finally:
+        torch.set_num_threads(alone)

@@ -19,6 +19,7 @@ from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import Refit
 from offrl_models.policies import BehaviorTable, Mixture, probs_of
+from offrl_models.progress import progress
 from offrl_models.reports import checks, plots
 from offrl_models.schema import Episodes
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, require_unblocked
@@ -27,6 +28,7 @@ from offrl_models.tensors import read_tensors
 from offrl_models.training import fit
 
 LOGGED, ESTIMATED = "logged", "estimated"
+CLONE = "behavior policy"  # as a person sees that it is being learned
 
 
 def propensities_are(pipeline: Pipeline) -> str:
@@ -98,7 +100,7 @@ def _probabilities(
     """Export the policy over discrete actions, and hold it against episodes that it was not fitted on."""
     states, taken = pipeline.config.logs.tabular_states, (np.arange(held_out.n_rows), held_out.action)
     if states is None:
-        model: torch.nn.Module = Mixture(_cloned(pipeline, train), pipeline.config.seeds)
+        model: torch.nn.Module = Mixture(_cloned(pipeline, train, CLONE), pipeline.config.seeds)
     elif tuned_on is None:
         model = behavior.fit_table(train, states)
     else:
@@ -130,7 +132,7 @@ def _learned_ratios(
         train, held_out = (behavior.version_observed(part, column, names) for part in (train, held_out))
         if not held_out.n_rows:
             return []
-        clone = _cloned(pipeline, train, Encoder.fit(train))
+        clone = _cloned(pipeline, train, f"{CLONE}, by version", Encoder.fit(train))
         if held_out.bounds is not None:
             modelled = np.exp(
                 log_density_of(MixtureDensity(clone, pipeline.config.seeds, len(held_out.bounds)), held_out)
@@ -147,7 +149,7 @@ def _density(
 ) -> dict[str, Any]:
     """The same over continuous actions."""
     density.require_density(train, pipeline.config.logs.action.dimension_names)
-    model = MixtureDensity(_cloned(pipeline, train), pipeline.config.seeds, train.action.shape[1])
+    model = MixtureDensity(_cloned(pipeline, train, CLONE), pipeline.config.seeds, train.action.shape[1])
     if tuned_on is not None:
         model = density.calibrated(model, tuned_on, pipeline.config.behavior.calibration)
     logged = export_density_checked(model, train, folder).on(held_out)
@@ -157,12 +159,16 @@ def _density(
     return found | {"mean_ratios": _learned_ratios(pipeline, train, held_out, logged)}
 
 
-def _cloned(pipeline: Pipeline, episodes: Episodes, encoder: Encoder | None = None) -> Algorithm:
+def _cloned(pipeline: Pipeline, episodes: Episodes, task: str, encoder: Encoder | None = None) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
     how = _clone_training(pipeline)
-    encoder = encoder or encoder_of(pipeline)
-    cloned, went = fit("bc", _clone_config(pipeline), episodes, encoder, seeds=seeds, **how)
+    encoder, total = encoder or encoder_of(pipeline), how["gradient_steps"]
+    with progress() as update:
+        cloned, went = fit(
+            "bc", _clone_config(pipeline), episodes, encoder, seeds=seeds, **how,
+            report=lambda steps, loss: update(task, steps, total, f"policy {loss['policy']:.4f}"),
+        )  # fmt: skip
     went.require_all()
     return cloned
 
@@ -182,12 +188,12 @@ def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
     """Estimated propensities of the actions of each split, from that split alone."""
     for name in SPLITS:
         episodes = read_episodes(pipeline, name)
-        estimated = _estimated(pipeline, episodes)
+        estimated = _estimated(pipeline, name, episodes)
         with Columns(folder / f"{name}.arrow", {"action_prob": (np.float64, None)}, episodes.n_rows) as file:
             file.fill("action_prob", 0, estimated)
 
 
-def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
+def _estimated(pipeline: Pipeline, name: str, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
     """By counting where the observation is one category; else by two behavior clones, each calibrated and used on the half
     of the episodes that the other one was trained on."""
     states, method = pipeline.config.logs.tabular_states, pipeline.config.behavior.calibration
@@ -195,9 +201,12 @@ def _estimated(pipeline: Pipeline, episodes: Episodes) -> Float64[np.ndarray, "r
         return behavior.estimate_propensities(episodes, states)
     found = np.empty(episodes.n_rows)
     even = np.arange(episodes.n_episodes) % 2 == 0
-    for mine in (even, ~even):
+    for half, mine in enumerate((even, ~even), 1):
         fitted_on, other = episodes.take(~mine), episodes.take(mine)
-        clone, rows = _cloned(pipeline, fitted_on), mine[episodes.episode_of_row]
+        clone, rows = (
+            _cloned(pipeline, fitted_on, f"propensities of {name}, half {half} of 2"),
+            mine[episodes.episode_of_row],
+        )
         if other.bounds is not None:
             model = MixtureDensity(clone, pipeline.config.seeds, len(other.bounds))
             model = density.calibrated(model, other, method)
