@@ -18,7 +18,7 @@ LARGE = 2**25  # bytes from which a block is a mapping of its own; glibc takes n
 @contextlib.contextmanager
 def ready_to_train() -> Iterator[None]:
     """There is one thread, denormal numbers are 0, the memory that a gradient step frees is there for the next one, and Python
-    looks for garbage among young objects alone: a look at all that was imported takes as long as a hundred steps of a small network.
+    looks for garbage among young objects alone: a look at all that was imported takes as long as 100 steps of a small network.
 
     Two threads in one process get in each other's way on a busy machine; whoever trains more, does so in more processes.
 
