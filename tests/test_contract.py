@@ -225,7 +225,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
         {"episode_id": None},
         "logs: name the column of the episode_id, or write `horizon: 1` when every row stands alone",
     ),
-    "no order": ({"step": None}, "logs: name the column of the step, or of decided_at to order the rows by, or write `horizon: 1`"),
+    "no order": (
+        {"step": None},
+        "logs: name the column of the step, or of decided_at to order the rows by; or write `horizon: 1` when every row stands alone",
+    ),
     "no end": (
         {"terminated": None},
         "logs: name the column that says that an episode terminated, or that it was truncated",

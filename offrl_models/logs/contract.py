@@ -106,7 +106,8 @@ class Contract(Strict):
             raise ValueError("name the column of the episode_id, or write `horizon: 1` when every row stands alone")
         elif self.step is None and self.decided_at is None:
             raise ValueError(
-                "name the column of the step, or of decided_at to order the rows by, or write `horizon: 1` when every row stands alone"
+                "name the column of the step, or of decided_at to order the rows by; or write `horizon: 1` when every row stands "
+                "alone"
             )
         elif self.terminated is None and self.truncated is None:
             raise ValueError("name the column that says that an episode terminated, or that it was truncated")
