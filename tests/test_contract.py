@@ -227,7 +227,8 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no order": (
         {"step": None},
-        "logs: name the column of the step, or of decided_at to order the rows by; or write `horizon: 1` when every row stands alone",
+        "logs: name the column of the step, or of decided_at to order the rows by; or write `horizon: 1` when every row "
+        "stands alone",
     ),
     "no end": (
         {"terminated": None},
