@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.calibration import coverage, elsewhere, learned, nuisances, sepsis, small, stress
+from benchmarks.calibration import coverage, elsewhere, learned, nuisances, retraining, sepsis, small, stress
 from benchmarks.calibration.store import Experiment, Lines, done, run
 from benchmarks.calibration.tables import prose
 
 EXPERIMENTS: dict[str, Experiment] = {
     **sepsis.EXPERIMENTS,
+    **retraining.EXPERIMENTS,
     **nuisances.EXPERIMENTS,
     **coverage.EXPERIMENTS,
     **learned.EXPERIMENTS,

@@ -171,9 +171,12 @@ class Episodes:
             return values
         return np.add.reduceat(values, self.offsets[:-1], axis=0)
 
-    def take(self, chosen: Bool[np.ndarray, "episodes"]) -> "Episodes":
-        """The chosen episodes."""
-        rows, episodes = chosen[self.episode_of_row], np.flatnonzero(chosen)
+    def take(self, chosen: Bool[np.ndarray, "episodes"] | Int64[np.ndarray, "chosen"]) -> "Episodes":
+        """The chosen episodes; chosen by number, in that order and as often as they are named."""
+        episodes = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        length = self.length[episodes]
+        offsets = np.append(0, length.cumsum())
+        rows = np.repeat(self.offsets[episodes] - offsets[:-1], length) + np.arange(offsets[-1])
         per_row = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob", "interval")
         per_episode = ("episode_id", "final_observation", "entity")
         found: dict[str, Any] = {name: getattr(self, name) for name in (*per_row, *per_episode)}
@@ -182,7 +185,7 @@ class Episodes:
         return replace(
             self,
             **found,
-            offsets=np.append(0, self.length[episodes].cumsum()),
+            offsets=offsets,
             costs={name: values[rows] for name, values in self.costs.items()},
             labels={name: values[episodes] for name, values in self.labels.items()},
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import calibrate
-from benchmarks.calibration import small, tables
+from benchmarks.calibration import retraining, sepsis, small, tables
 from benchmarks.calibration.cartpole import CartPole, controller, fallen, step
 from benchmarks.calibration.judging import KnownPolicy, asked, measured, on_a_log, resampled, with_values
 from benchmarks.calibration.judging import first as prefix
@@ -18,9 +18,10 @@ from benchmarks.calibration.sepsis import has_all_rules
 from benchmarks.calibration.store import Experiment, Line, Lines, done, run
 from benchmarks.calibration.stress import pairs, trait_world
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
-from offrl_models.gate import GateConfig
+from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.nulls import EXACT
 from offrl_models.ope.tabular import TabularModel
+from offrl_models.schema import Episodes
 from tests.conftest import chain_world
 
 
@@ -184,3 +185,58 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
         (measures,) = measure_rungs(["candidate"], found, GateConfig(), question)
         z[champion] = abs(measures.mean_ratio_z), abs(measures.worst_action_z)
     assert max(z[BEHAVIOR]) < 4 < min(z["champion"])
+
+
+def test_what_passes_is_the_champion_of_the_next_week_and_writes_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked in weeks 2, 3 and 5 of six passes; a better policy is there from the third week on."""
+    monkeypatch.setattr(retraining, "WEEKS", 6)
+    monkeypatch.setattr(retraining, "BETTER_FROM", 2)
+    offers = retraining.Offers(small.world(), 0.03)
+    asked: list[tuple[str, str, tuple[Episodes, Episodes], float]] = []
+
+    def told(offers: retraining.Offers, name: str, champion: str, log: Any, alpha: float, seed: int) -> Status:
+        asked.append((name, champion, log, alpha))
+        return Status.PASS if len(asked) in (2, 3, 5) else Status.INCONCLUSIVE
+
+    monkeypatch.setattr(retraining, "_status", told)
+    found = retraining.year(1, offers)[retraining.YEAR]
+    names, champions = [each[0] for each in asked], [each[1] for each in asked]
+    assert champions == [BEHAVIOR, BEHAVIOR, names[1], names[2], names[2], names[4]]
+    assert set(names[:2]) <= set(offers.before) and names[2] in offers.better and set(names[3:]) <= set(offers.after)
+    assert found["passes"] == [0, 1, 0, 0, 1, 0] and found["released"]
+    assert found["verdicts"] == ["INCONCLUSIVE", "PASS", "PASS", "INCONCLUSIVE", "PASS", "INCONCLUSIVE"]
+    for week, (_, champion, log, _) in enumerate(asked):
+        for part, first, weekly in zip(log, retraining.FIRST, retraining.WEEKLY, strict=True):
+            assert part.n_episodes == first + week * weekly
+            new = part.take(np.arange(part.n_episodes) >= part.n_episodes - weekly)
+            state = new.observation[:, 0].astype(int)
+            assert np.array_equal(new.action_prob, offers.tables[champion][state, new.action])
+    alphas = [each[3] for each in asked]
+    assert (
+        alphas[0] == pytest.approx(0.05 / 2.2858, rel=1e-3) and alphas[2] > alphas[1] > 0
+    )  # a release gives some back
+
+
+def test_a_policy_is_better_than_the_champion_or_its_pass_is_false() -> None:
+    offers = retraining.small_offers()
+    base = offers.value[BEHAVIOR]
+    gains = {name: offers.value[name] - base for name in offers.tables if name != BEHAVIOR}
+    assert all(abs(gains[name]) < EXACT for name in offers.before) and len(offers.before) == 12
+    assert {round(gains[name] / 0.03, 3) for name in offers.after} == {0.5, 1.0}
+    log = small.world().simulate(1500, 1), small.world().simulate(900, 2)
+    (better,) = offers.better
+    assert retraining._status(offers, better, BEHAVIOR, log, 0.05, 1) is Status.PASS
+    assert retraining._status(offers, better, better, log, 0.05, 1) is not Status.PASS
+
+
+def test_power_by_the_truth_has_no_error_of_fitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 20 episodes a model knows next to nothing; with the truth a policy that is much better passes all the same."""
+    world = small.world()
+    policies = {"better": small.better(world, 0.03), "same": world.behavior}
+    monkeypatch.setattr(sepsis, "truth", world.model)
+    monkeypatch.setattr(sepsis, "better", lambda: policies)
+    monkeypatch.setattr(sepsis, "SIZES", (50, 2000))
+    found = on_a_log(world, policies, 1, 20, 2000)
+    assert sepsis._by_truth(found, "better") == [0, 1] and sepsis._by_truth(found, "same") == [0, 0]
+    exact = small.world().model()
+    assert exact.value(policies["better"]) == pytest.approx(world.value(policies["better"]), abs=EXACT)

@@ -83,12 +83,7 @@ def test_the_marginalised_difference_over_every_trajectory_is_the_exact_differen
     """With exact state ratios any value model is corrected, and with the exact model any ratio is."""
     episodes, probability = world.enumerate(3)
     policy = random_policy(world, 6)
-    exact = TabularModel(
-        transition=world.gamma * np.where(world.terminal, 0.0, world.transition) * ~world.terminal[:, None, None],
-        reward=np.einsum("sat,sat->sa", world.transition, world.reward),
-        initial=world.initial,
-        visits=world.behavior,
-    )
+    exact = world.model()
     x, _ = required(paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
     broken = dataclasses.replace(exact, reward=exact.reward + np.random.default_rng(1).normal(size=exact.reward.shape))

@@ -38,17 +38,6 @@ WORLDS = [
 worlds = pytest.mark.parametrize("world", WORLDS, ids=["two-by-two", "three actions", "masked"])
 
 
-def exact_model(world: World) -> TabularModel:
-    """The model that infinitely many episodes would give."""
-    live = ~world.terminal
-    return TabularModel(
-        transition=world.gamma * np.where(world.terminal, 0.0, world.transition) * live[:, None, None],
-        reward=np.einsum("sat,sat->sa", world.transition, world.reward),
-        initial=world.initial,
-        visits=world.behavior * live[:, None],
-    )
-
-
 def values(policy: np.ndarray, q: np.ndarray, episodes: Episodes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q of the logged action, v, and v of the next state, from a table."""
     state, next_state = states_of(episodes)
@@ -72,7 +61,7 @@ def positions_only(world: World, positions: int) -> World:
 @worlds
 def test_exact_ratios_make_every_form_exact_over_every_trajectory(world: World) -> None:
     episodes, probability = world.enumerate(3)
-    policy, model = random_policy(world, 5), exact_model(world)
+    policy, model = random_policy(world, 5), world.model()
     by_state = state_weights(model, policy, episodes, ratio_of(policy, episodes))
     by_pair = state_action_weights(model, policy, episodes)
     mass = float(world.occupancy(policy).sum())
@@ -110,7 +99,7 @@ def test_a_process_that_changes_with_the_step_needs_step_ratios() -> None:
     weight = step_weights(omega, episodes, ratio)
     assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
     assert wmis(episodes, weight, mass).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
-    pooled = state_weights(exact_model(world), policy, hidden, ratio)
+    pooled = state_weights(world.model(), policy, hidden, ratio)
     by_position = np.array([pooled[episodes.observation[:, 0] == s].mean() for s in (0, 1)])
     wrong = by_position[episodes.observation[:, 0].astype(int)] * ratio
     assert abs(mis(episodes, wrong).estimate(probability) - world.value(policy)) > 0.01
@@ -137,7 +126,7 @@ def test_weights_over_a_recording_that_stops_stand_for_the_visits_past_its_end(g
     for step in range(3):
         recorded += gamma**step * visited[:, None] * world.behavior * ~world.terminal[:, None]
         visited = visited @ world._onward(world.behavior)
-    model = dataclasses.replace(exact_model(world), recorded=recorded)
+    model = dataclasses.replace(world.model(), recorded=recorded)
     ratio = ratio_of(policy, episodes)
     for weight in (state_weights(model, policy, episodes, ratio), state_action_weights(model, policy, episodes)):
         assert mis(episodes, weight).estimate(probability) == pytest.approx(world.value(policy), abs=EXACT)
@@ -259,7 +248,7 @@ def test_marginal_weights_escape_the_curse_of_the_horizon() -> None:
 @worlds
 def test_pseudo_outcomes_are_right_when_the_weights_are_or_the_values_are(world: World) -> None:
     episodes, probability = world.enumerate(3)
-    policy, model = random_policy(world, 5), exact_model(world)
+    policy, model = random_policy(world, 5), world.model()
     weight = state_weights(model, policy, episodes, ratio_of(policy, episodes))
     right, wrong = values(policy, world.q_values(policy), episodes), values(policy, random_q(world), episodes)
     junk = np.random.default_rng(0).exponential(size=(world.n_states, world.n_actions))
@@ -276,7 +265,7 @@ def test_the_ratio_of_states_is_limited_in_paired_differences() -> None:
     """What is above the limit is left to the values, which are exact here."""
     world = circling_world(0.9)
     episodes, probability = recorded_paths(world, 3)
-    model, policy = exact_model(world), random_policy(world, 1)
+    model, policy = world.model(), random_policy(world, 1)
     rare = dataclasses.replace(model, recorded=np.full((3, 2), 1e-3))
     paired, ratio = paired_differences(rare, policy, episodes, ratio_of(policy, episodes)), ratio_of(policy, episodes)
     assert paired is not None and paired[1] == pytest.approx(RATIO_LIMIT * ratio)
@@ -402,7 +391,7 @@ def test_with_given_nuisances_the_terms_are_exact_over_every_trajectory(world: W
     from offrl_models.ope.drl import _terms
 
     episodes, probability = world.enumerate(3)
-    policy, exact = random_policy(world, 5), exact_model(world)
+    policy, exact = random_policy(world, 5), world.model()
     ratio = ratio_of(policy, episodes)
     broken = dataclasses.replace(exact, reward=exact.reward + random_q(world, 1))
     kind: Literal["history", "markov"] = "history" if form == "history" else "markov"
@@ -429,7 +418,7 @@ def efficiency_bounds(world: World, policy: np.ndarray) -> dict[str, float]:
     episodes, probability = world.enumerate(3)
     ratio, arrays = ratio_of(policy, episodes), values(policy, world.q_values(policy), episodes)
     history = dr(episodes, ratio, *arrays[:2]).numerator[:, 0]
-    markov = pseudo_outcomes(episodes, state_weights(exact_model(world), policy, episodes, ratio), *arrays)
+    markov = pseudo_outcomes(episodes, state_weights(world.model(), policy, episodes, ratio), *arrays)
     return {
         form: float(probability @ np.square(x - world.value(policy)))
         for form, x in (("history", history), ("markov", markov))

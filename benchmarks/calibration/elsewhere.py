@@ -1,6 +1,6 @@
 """Other worlds than ICU-Sepsis: a chain, a contextual bandit, CartPole and a point mass, all but the first with neural nuisances.
 
-All nulls are exact but those of CartPole, which are as good as the behavior by 50,000 rollouts.
+All nulls are exact but those of CartPole, which are as good as the behavior by 100,000 rollouts.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ CHAIN_CAPS = (1.2, 1.5)  # a coin has no ratio above 2
 SOME = (Family("random half", 1.5), Family("random half", 5.0), Family("severe half", 2.0), Family("action swap", None))
 FQE = FQEConfig(hidden=(64, 64), gradient_steps=600, learning_rate=2e-3, polyak=0.05, members=3)
 RIGHT = {"a little better on one side": 5.0, "better on one side": 6.0}  # gain of the controller on the right
-ROLLOUTS = 50_000
+ROLLOUTS = 100_000
 MASS_STEPS, MASS_BOUNDS = 10, np.array([[-8.0, 8.0]])  # of what it is pushed with; nothing is cut off there
 
 

@@ -59,17 +59,7 @@ def resampled(episodes: Episodes, seed: int) -> Episodes:
     """A bootstrap resample of episodes."""
     n = episodes.n_episodes
     chosen = np.sort(np.random.default_rng(seed).integers(0, n, n))
-    length = episodes.length[chosen]
-    offsets = np.append(0, np.cumsum(length))
-    rows = np.repeat(episodes.offsets[chosen] - offsets[:-1], length) + np.arange(offsets[-1])
-    per_row = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
-    return replace(
-        episodes,
-        episode_id=np.arange(n),
-        offsets=offsets,
-        final_observation=episodes.final_observation[chosen],
-        **{name: getattr(episodes, name)[rows] for name in per_row},
-    )
+    return replace(episodes.take(chosen), episode_id=np.arange(n))
 
 
 def models(episodes: Episodes, states: int, seed: int, members: int = MEMBERS) -> list[TabularModel]:

@@ -109,20 +109,20 @@ def simulate_each(
     seeds = np.random.SeedSequence(seed).generate_state(len(worlds))
     counts = np.bincount(of_episode, minlength=len(worlds))
     drawn = zip(worlds, counts.tolist(), seeds.tolist(), strict=True)
-    parts = [world.simulate(count, own_seed) for world, count, own_seed in drawn if count]
-    length = np.concatenate([part.length for part in parts])
+    log = joined([world.simulate(count, own_seed) for world, count, own_seed in drawn if count])
     place = np.argsort(np.argsort(of_episode, kind="stable"), kind="stable")  # of each episode among the parts
-    first, length = (length.cumsum() - length)[place], length[place]
-    offsets = np.append(0, length.cumsum())
-    row = np.repeat(first - offsets[:-1], length) + np.arange(offsets[-1])
-    names = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
+    return replace(log.take(place), episode_id=np.arange(len(of_episode)), labels={label: of_episode} if label else {})
+
+
+def joined(parts: Sequence[Episodes]) -> Episodes:
+    """One log after the other, their episodes numbered anew; what is the same for all is that of the first."""
+    names = ("observation", "final_observation", "action", "mask", "reward", "terminated", "truncated", "action_prob")
+    length = np.concatenate([part.length for part in parts])
     return replace(
         parts[0],
-        episode_id=np.arange(len(of_episode)),
-        offsets=offsets,
-        final_observation=np.concatenate([part.final_observation for part in parts])[place],
-        **{name: np.concatenate([getattr(part, name) for part in parts])[row] for name in names},
-        labels={label: of_episode} if label else {},
+        episode_id=np.arange(len(length)),
+        offsets=np.append(0, length.cumsum()),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
     )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
+from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes
 
 
@@ -65,6 +66,12 @@ class World:
         """Expected number of decisions in each state per episode, one at step t counted gamma^t (the world's by default)."""
         discount = self.gamma if gamma is None else gamma
         return np.linalg.solve(np.eye(self.n_states) - discount * self._onward(policy).T, self.initial)
+
+    def model(self) -> TabularModel:
+        """The empirical model that infinitely many episodes would give."""
+        live = ~self.terminal[:, None]
+        onward = self.gamma * np.where(self.terminal, 0.0, self.transition) * live[..., None]
+        return TabularModel(onward, self._expected_reward, self.initial, self.behavior * live)
 
     def optimal(self) -> Float64[np.ndarray, "states actions"]:
         """An optimal policy, by policy iteration over the allowed actions."""
