@@ -240,3 +240,27 @@ def test_power_by_the_truth_has_no_error_of_fitting(monkeypatch: pytest.MonkeyPa
     assert sepsis._by_truth(found, "better") == [0, 1] and sepsis._by_truth(found, "same") == [0, 0]
     exact = small.world().model()
     assert exact.value(policies["better"]) == pytest.approx(world.value(policies["better"]), abs=EXACT)
+
+
+def test_the_sections_of_power_and_of_retraining_count_what_was_found(tmp_path: Path) -> None:
+    about, path = {"cpu": "c", "cores": 2, "numpy": "2"}, tmp_path / "report.md"
+    gains = [sepsis._better(gain, cap) for cap, gains in sepsis.GAINS.items() for gain in gains]
+    powers, years, first = {}, {}, retraining.BETTER_FROM
+    later = retraining.WEEKS - first
+    for seed in (1, 2):
+        each = {"passes": [0, seed - 1, 1], "exact": [1, 1, seed - 1]}
+        powers[seed] = Line(dict.fromkeys(gains, each), 1.0)
+        passes, verdicts = [0] * (first + later - 1) + [seed - 1], ["FAIL"] * first + ["PASS"] * later
+        year = {"passes": passes, "verdicts": verdicts, "released": seed == 1}
+        years[seed] = Line({retraining.YEAR: year}, 1.0)
+    calibrate.write_report({"power": powers, "retraining": years, "retraining_small": {}}, path, about)
+    written = path.read_text()
+    one = tables.cell(1, 2)
+    assert (
+        f"| 0.008 within cap 2 | {tables.cell(0, 2)} | {one} | {tables.cell(2, 2)} | 2 of 2 | 2 of 2 | 1 of 2 |"
+        in written
+    )
+    assert f"| until a better one is there | {tables.cell(0, 2)} | FAIL 52 |" in written
+    assert f"| from then on | {one} | PASS 52 |" in written and f"| ever | {one} | FAIL 52, PASS 52 |" in written
+    assert "gains 0.016, and was released on 1 of 2 logs. 2 logs, 1.0 s" in written and "small exact" not in written
+    assert (tmp_path / "calibration-power.png").stat().st_size > 1000

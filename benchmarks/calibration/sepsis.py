@@ -204,10 +204,11 @@ def _power_plot(lines: Lines, path: Path) -> None:
             axes.plot(SIZES, [passes / logs for passes, logs in truth], "--", color=color, linewidth=1)
         axes.set_title(f"within cap {cap:g}", fontsize=9)
         axes.set_xscale("log")
+        axes.set_xlim(800, 90_000)  # room for the legend
         axes.set_xticks(SIZES, [f"{n:,}" for n in SIZES], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(title="gain", fontsize=8, title_fontsize=8, frameon=False)
+        axes.legend(title="gain", loc="center right", fontsize=8, title_fontsize=8, frameon=False)
     figure.supxlabel("gate episodes; dashed: by the truth", fontsize=8)
     figure.supylabel("share of logs that pass", fontsize=8)
     figure.tight_layout()
