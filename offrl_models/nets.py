@@ -1,6 +1,7 @@
 """Networks with a leading seed axis: parameters are [seed, in, out], so several seeds cost one pass."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,9 +20,7 @@ def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan
     bound = 1.0 / math.sqrt(max(fan_in, 1))
     drawn = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(
-            seed * 1_000_003 + sum(ord(c) * 31**i for i, c in enumerate(name[:8]))
-        )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
         drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
     return nn.Parameter(torch.stack(drawn))
 

@@ -1,8 +1,8 @@
 """Products of matrices with a leading seed axis, each by the fastest way that torch has for its shape.
 
 In single precision torch multiplies by MKL, which leaves AVX-512 to processors of its own maker. oneDNN, which torch brings too,
-has it on all of them and is as exact: twice as fast on an AMD EPYC with units of 512 bits, and as fast on one that takes them in two
-halves (Zen 4). What is small or shallow gains nothing from it.
+has it on all of them and is as exact: twice as fast on an AMD EPYC with units of 512 bits, and as fast on one (Zen 4) that takes
+them in two halves. What is small or shallow gains nothing from it.
 """
 
 from typing import Any

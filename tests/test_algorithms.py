@@ -34,7 +34,8 @@ MODEL: dict[str, Any] = {  # of the world, and rollouts that are felt in a few s
 QUICK_OF: dict[str, dict[str, Any]] = {  # at which rounding does not grow in 200 steps, and knobs are felt in 12
     "rebrac": {"learning_rate": 0.001},
     "td3_awr": {"learning_rate": 0.001},
-    "decision_transformer": {"learning_rate": 0.001},
+    "decision_transformer": {"learning_rate": 0.0003},
+    "bandit": {"learning_rate": 0.001},
     "bc_top": {"top_share": 0.5},
     "dqn": {"learning_rate": 0.03},  # at a lower one the fast and the slow network prefer the same actions at first
     "iqn": {"quantiles": 8, "target_quantiles": 8},
@@ -115,6 +116,22 @@ def test_each_loss_trains_only_its_own_network(name: str, space: Space) -> None:
             assert touched == (other == trained_network), (trained_network, other)
 
 
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_nothing_starts_like_anything_else(name: str, space: Space) -> None:
+    """No bias like a row of its weights, no layer like another, no seed and no member like the next one, whatever their sizes."""
+    algorithm, starts = build(name, [0, 1], space), dict[tuple[float, ...], str]()
+    for network in algorithm.learning_rates():
+        for key, parameter in getattr(algorithm, network).named_parameters():
+            for place, each in enumerate(parameter.detach().flatten(1) if parameter.dim() > 1 else parameter[None]):
+                first = each[:3].tolist()
+                if len(first) == 3 and len(set(first)) > 1:  # what is constant was not drawn
+                    shape = tuple(round(number / first[0], 4) for number in first)
+                    here = f"{network}.{key}[{place}]"
+                    assert shape not in starts, (here, starts[shape])
+                    starts[shape] = here
+    assert starts
+
+
 # What follows the slope of a network jumps where a ReLU does, and after more steps shows the rounding of sums in other orders; so
 # do draws where a random number meets a probability.
 STEPS = {"edac": 100, "mopo": 60, "combo": 60, "morel": 60}
@@ -133,7 +150,7 @@ def test_seeds_trained_together_equal_seeds_trained_alone(name: str, space: Spac
 
 OTHER = {
     "hidden": (9,), "learning_rate": 0.02, "alpha": 3.0, "target_interval": 5, "temperature": 0.5, "expectile": 0.9,
-    "inverse_temperature": 9.0, "max_weight": 1.1, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
+    "inverse_temperature": 9.0, "max_weight": 0.01, "polyak": 0.5, "threshold": 0.99, "logit_penalty": 2.0,
     "action_draws": 3, "advantage": "max", "weight": "binary", "noise": 0.9, "noise_clip": 0.1, "policy_interval": 3,
     "exploration": 0.2, "policy_penalty": 1.0, "critic_penalty": 1.0, "layer_norm": False, "top_share": 0.2,
     "double": True, "quantiles": 5, "huber_threshold": 0.1, "target_quantiles": 3, "greedy_quantiles": 2, "cosines": 4,

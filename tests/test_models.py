@@ -458,15 +458,15 @@ def test_a_covered_world_of_codes_is_solved(name: str, settings: dict[str, Any])
 def test_where_the_log_shows_little_each_keeps_to_it(
     name: str, settings: dict[str, Any], least: float, most: float
 ) -> None:
-    """How far actions leave the middle fifth of their range, beyond which nobody knows, in shares of it."""
+    """How far actions leave the middle fifth of their range, beyond which nobody knows, in shares of it: the median seed."""
     log = narrow(300, 1)
     given = {**CODED, "hidden": (32, 32), "dynamics_hidden": (32, 32), "dynamics_learning_rate": 0.003, **settings}
     config = make_config(name, {**given, "dynamics_steps": 300, "rollout_steps": 2, "polyak": 0.02}, "continuous")
-    algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=[0, 1], gradient_steps=400, batch_size=128)
+    algorithm, _ = fit(name, config, log, Encoder.fit(log), seeds=range(5), gradient_steps=400, batch_size=128)
     with torch.no_grad():
-        seen = torch.as_tensor(log.observation[:500]).expand(2, -1, -1)
+        seen = torch.as_tensor(log.observation[:500]).expand(5, -1, -1)
         share = (algorithm.distribution(seen, None).greedy.numpy() - LOW) / WIDTH
-    assert least <= np.abs(share - share.clip(0.4, 0.6)).mean() < most + 1e-6
+    assert least <= np.median(np.abs(share - share.clip(0.4, 0.6)).mean((1, 2))) < most + 1e-6
 
 
 class CutShortError(Exception):
@@ -483,7 +483,7 @@ def test_a_model_whose_training_was_cut_short_goes_on_bit_for_bit(
 
     def learned(at: int, checkpoint: Checkpoint | None) -> tuple[Dynamics, Any, list[tuple[int, int]]]:
         """A model, how its training went, and the steps that were told, the last of which may kill it."""
-        model, told = Dynamics(config, Encoder(EPISODES.features), EPISODES.actions, [3, 5]), []
+        model, told = Dynamics(config, Encoder(EPISODES.features), EPISODES.actions, [3, 4]), []
         transitions = Transitions(EPISODES, Encoder(EPISODES.features))
 
         def report(steps: int, of: int, losses: dict[str, float]) -> None:
@@ -492,7 +492,7 @@ def test_a_model_whose_training_was_cut_short_goes_on_bit_for_bit(
             if steps >= at:
                 raise CutShortError
 
-        given: Any = (model, transitions, Sampler([transitions.rows] * 2, 16, [3, 5]), TrainingConfig())
+        given: Any = (model, transitions, Sampler([transitions.rows] * 2, 16, [3, 4]), TrainingConfig())
         with contextlib.suppress(CutShortError):
             return model, fit_dynamics(*given, report=report, checkpoint=checkpoint), told
         return model, None, told
