@@ -183,6 +183,6 @@ def has_verdicts(found: Found) -> bool:
 
 
 EXPERIMENTS = {
-    "retraining": Experiment(on_sepsis, 100, sepsis_report, has_verdicts),
-    "retraining_small": Experiment(on_small, 400, small_report, has_verdicts),
+    "retraining": Experiment(on_sepsis, 60, sepsis_report, has_verdicts),
+    "retraining_small": Experiment(on_small, 200, small_report, has_verdicts),
 }
