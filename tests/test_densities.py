@@ -210,7 +210,7 @@ def test_estimates_of_continuous_candidates_hold_the_exact_value(released: tuple
     assert abs(capped["measures"]["mean_ratio_z"]) < 4 and abs(capped["measures"]["worst_action_z"]) < 4
     assert capped["measures"]["unsupported_mass"] < 0.02  # twice the behavior's own 1% is what the cap allows
     assert found["behavior"]["propensities"] == "logged" and found["detail"]["gamma_star"] is None
-    assert all(row["action"].startswith("[1] ") for row in found["detail"]["actions"])
+    assert all(row["action"].startswith("[0] ") for row in found["detail"]["actions"])  # the one that pays
     assert (pipeline.reports / "evidence.html").exists() and (pipeline.reports / "shift-actions.html").exists()
 
 

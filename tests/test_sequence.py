@@ -298,7 +298,7 @@ def test_seeds_are_pooled_as_a_mean_of_densities() -> None:
     log = LOGS["continuous"]
     algorithm = trained(build(NAME, [0, 1], "continuous"), [0, 1], 10, log)
     inputs = {name: torch.as_tensor(part[:20]) for name, part in next(inputs_of(log, 3)).items()}
-    inputs["uniform"] = torch.rand(20, 2000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs["uniform"] = torch.rand(20, 20_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     policy = HistoryDensity(algorithm, 2, 2)
     with torch.no_grad():
         pooled, drawn = policy(*inputs.values())
