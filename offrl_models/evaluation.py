@@ -189,6 +189,8 @@ def _measure(
         chi_squared=float(np.square(mine.weight).mean() - 1.0),
         largest_share=largest_share(mine.outcome),
         without_top=legs.influence(mine.outcome),
+        newer_half=legs.newer_half(mine.outcome, gate.oldest_first, asked.alpha),
+        course=legs.course(mine.outcome, gate.oldest_first, asked.alpha),
         sure_share=sure,
         propensities=asked.propensities,
         costs=[

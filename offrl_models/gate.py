@@ -171,7 +171,7 @@ def _enough(m: Measures, config: GateConfig) -> list[Finding]:
 
 def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
     """The vetoes of legs C and D, and the bounds that decide."""
-    level, top, smallest = _level(m.alpha), m.trajectory_top, min(m.fqe_differences)
+    level, top, smallest, newer = _level(m.alpha), m.trajectory_top, min(m.fqe_differences), m.newer_half
     return [
         Finding("trajectory doubly robust", top is None or top >= 0.0, Status.INCONCLUSIVE, 0.0 if top is None else top,
                 0.0, f"trajectory-wise doubly robust estimation puts the difference at {m.trajectory_difference or 0:+.4g}, "
@@ -191,6 +191,10 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
           for group in m.subgroups if config.subgroup_margin > 0),
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,
                 f"the lower bound of the difference is {m.lower_bound:+.4g} at {level}, not above {config.margin:+.4g}"),
+        Finding("newer half", newer.lower_bound > config.margin, Status.INCONCLUSIVE, newer.lower_bound, config.margin,
+                f"in the newer half of the log ({newer.episodes:,} episodes) the difference is {newer.difference:+.4g}, at least "
+                f"{newer.lower_bound:+.4g} at {_level(m.alpha / 2)}, not above {config.margin:+.4g}: what was gained before may "
+                "be gone"),
     ]  # fmt: skip
 
 
@@ -222,8 +226,9 @@ def verdict_from_json(data: dict[str, Any]) -> Verdict:
                 **data["measures"],
                 **{
                     name: [Contrast(**contrast) for contrast in data["measures"][name]]
-                    for name in ("costs", "subgroups")
+                    for name in ("costs", "subgroups", "course")
                 },
+                "newer_half": Contrast(**data["measures"]["newer_half"]),
             }
         ),
         findings=[Finding(**{**f, "otherwise": Status(f["otherwise"])}) for f in data["findings"]],

@@ -8,7 +8,7 @@ TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from whi
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference to the champion with one-sided bounds: of one subgroup, or of one cost."""
+    """A difference to the champion with one-sided bounds: of one subgroup, one cost, or one part of the log."""
 
     name: str
     episodes: int
@@ -44,6 +44,8 @@ class Measures:
     chi_squared: float
     largest_share: float  # of one episode in the sum of |X|
     without_top: float  # the difference without its 0.5% most influential episodes
+    newer_half: Contrast  # leg A in the half of the episodes that was recorded later, t-bounds at 1 - alpha / 2
+    course: list[Contrast]  # the same in each tenth, oldest first, at 1 - alpha
     sure_share: float  # of rows with a propensity over .999
     propensities: str  # "logged" or "estimated"
     markov_z: float | None = None  # of "the past tells what comes next, beyond the state"; None where it cannot be told

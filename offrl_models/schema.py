@@ -47,6 +47,9 @@ class Episodes:
     features: tuple[Feature, ...] = ()  # of the columns of `observation`
     bounds: Float64[np.ndarray, "dimensions 2"] | None = None  # least and greatest value of continuous actions
     entity: Shaped[np.ndarray, "episodes"] | None = None  # patient or user; the episode itself when left out
+    recorded: Int64[np.ndarray, "episodes"] | None = (
+        None  # rises with the time at which each began; as they stand if None
+    )
     costs: Mapping[str, Float64[np.ndarray, "rows"]] = field(default_factory=dict)  # by column
     labels: Mapping[str, Shaped[np.ndarray, "episodes"]] = field(
         default_factory=dict
@@ -88,6 +91,11 @@ class Episodes:
     @cached_property
     def episode_of_row(self) -> Int64[np.ndarray, "rows"]:
         return np.repeat(np.arange(self.n_episodes), self.length)
+
+    @cached_property
+    def oldest_first(self) -> Int64[np.ndarray, "episodes"]:
+        """The numbers of the episodes in the order in which they were recorded."""
+        return np.arange(self.n_episodes) if self.recorded is None else np.argsort(self.recorded, kind="stable")
 
     @cached_property
     def step(self) -> Int64[np.ndarray, "rows"]:
@@ -178,7 +186,7 @@ class Episodes:
         offsets = np.append(0, length.cumsum())
         rows = np.repeat(self.offsets[episodes] - offsets[:-1], length) + np.arange(offsets[-1])
         per_row = ("observation", "action", "mask", "reward", "terminated", "truncated", "action_prob", "interval")
-        per_episode = ("episode_id", "final_observation", "entity")
+        per_episode = ("episode_id", "final_observation", "entity", "recorded")
         found: dict[str, Any] = {name: getattr(self, name) for name in (*per_row, *per_episode)}
         found |= {name: found[name][rows] for name in per_row if found[name] is not None}
         found |= {name: found[name][episodes] for name in per_episode if found[name] is not None}

@@ -17,7 +17,7 @@ from offrl_models.gate import Status
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
-from offrl_models.measures import Measures
+from offrl_models.measures import Contrast, Measures
 from offrl_models.schema import Episodes
 from tests.conftest import attributes
 
@@ -123,6 +123,8 @@ GOOD = Measures(
     chi_squared=1.0,
     largest_share=0.001,
     without_top=0.015,
+    newer_half=Contrast("newer half", 3000, 0.02, 0.01, 0.03),
+    course=[Contrast(f"part {number}", 600, 0.02, -0.01, 0.05) for number in range(1, 11)],
     sure_share=0.01,
     propensities="logged",
 )
@@ -143,4 +145,5 @@ BAD = {
     "fitted Q evaluation": ("fqe_differences", [0.01, -0.001, 0.02], Status.INCONCLUSIVE),
     "Markov state": ("markov_z", 4.1, Status.INCONCLUSIVE),
     "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
+    "newer half": ("newer_half", Contrast("newer half", 3000, 0.02, 0.0, 0.04), Status.INCONCLUSIVE),
 }

@@ -627,6 +627,23 @@ def test_the_direct_method_may_not_contradict_what_is_settled() -> None:
     assert held == [True, False, False, True, True, True]
 
 
+def test_a_settled_gain_has_to_show_in_the_newer_half() -> None:
+    rng, n = np.random.default_rng(0), 2000
+    base, unit, order = Terms(rng.normal(size=(n, 1))), np.arange(n), rng.permutation(n)
+    for older, newer, holds in ((0.2, 0.2, True), (0.4, 0.0, False), (0.0, 0.4, True), (-0.4, -0.1, True)):
+        gained = np.empty(n)
+        gained[order[: n // 2]], gained[order[n // 2 :]] = older, newer
+        better = Terms(base.numerator + (gained + rng.normal(scale=0.5, size=n))[:, None])
+        gain = answer.gain("DR", better, base, unit, 0.05)
+        found = answer.newer_check(better, base, unit, order, gain)
+        assert found.holds is holds and bool(found.sentence) is not holds, (older, newer)
+        mine = (better.numerator - base.numerator)[order[n // 2 :], 0]
+        bound = mine.mean() - 1.959964 * mine.std(ddof=1) / np.sqrt(n / 2)
+        assert found.value == pytest.approx(bound, abs=1e-6)
+        pairs = answer.newer_check(better, base, unit // 2, order, gain)  # two episodes of each entity
+        assert pairs.holds is holds and pairs.value != found.value
+
+
 def test_a_state_that_is_only_ever_reached_is_worth_the_mean_return() -> None:
     """All recordings stop on reaching state 1, in which no decision was logged."""
     n = 400

@@ -11,12 +11,20 @@ import pytest
 from benchmarks import calibrate
 from benchmarks.calibration import retraining, sepsis, small, tables
 from benchmarks.calibration.cartpole import CartPole, controller, fallen, step
-from benchmarks.calibration.judging import KnownPolicy, asked, measured, on_a_log, resampled, with_values
+from benchmarks.calibration.judging import (
+    KnownPolicy,
+    asked,
+    known_policies,
+    measured,
+    on_a_log,
+    resampled,
+    with_values,
+)
 from benchmarks.calibration.judging import first as prefix
 from benchmarks.calibration.rules import RULES, all_rules
 from benchmarks.calibration.sepsis import has_all_rules
 from benchmarks.calibration.store import Experiment, Line, Lines, done, run
-from benchmarks.calibration.stress import pairs, trait_world
+from benchmarks.calibration.stress import ALL, GAIN, WIDE, drifted, pairs, trait_world, verdict_of
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.nulls import EXACT
@@ -185,6 +193,14 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
         (measures,) = measure_rungs(["candidate"], found, GateConfig(), question)
         z[champion] = abs(measures.mean_ratio_z), abs(measures.worst_action_z)
     assert max(z[BEHAVIOR]) < 4 < min(z["champion"])
+
+
+def test_a_gain_that_is_gone_since_the_middle_of_the_log_does_not_pass() -> None:
+    found = drifted(GAIN, 1, 1)
+    assert {(one["passes"][0], one["decided_by"]) for one in found.values()} == {(0, "newer half")}
+    world = small.world()
+    steady = known_policies(world, GAIN / 2, WIDE)  # as much better, over the whole log
+    assert all(one["passes"] == [1] for one in verdict_of(world.simulate(ALL, 1), steady, world.mask, 1).values())
 
 
 def test_what_passes_is_the_champion_of_the_next_week_and_writes_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_one_split_is_mapped_and_writing_into_it_changes_no_file(split: Path, lo
 @given(st.randoms(use_true_random=False), st.integers(1, 5))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_order_of_rows_and_batches_never_matters(tmp_path: Path, random: Random, batches: int) -> None:
-    """Shuffled rows, cut into batches anywhere, give the same files, bit for bit; so do small chunks."""
+    """Shuffled rows, cut into batches anywhere, give the same files, bit for bit, but for which episode was recorded first."""
     table = pl.DataFrame(as_table(WORLD.simulate(60, seed=3)))
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     write_splits(log_of(folder / "ordered", table.to_arrow()), "offrl", folder / "ordered")
@@ -115,9 +115,35 @@ def test_the_order_of_rows_and_batches_never_matters(tmp_path: Path, random: Ran
     shuffled = Log.open(paths, log_of(folder / "ordered", table.to_arrow()).contract)
     write_splits(shuffled, "offrl", folder / "shuffled")
     for name in SPLITS:
-        for kind in ("arrow", "episodes.arrow", "finals.arrow"):
+        for kind in ("arrow", "finals.arrow"):
             one, other = folder / "ordered" / f"{name}.{kind}", folder / "shuffled" / f"{name}.{kind}"
             assert one.read_bytes() == other.read_bytes(), (name, kind)
+        tables = [read_table(folder / order / f"{name}.episodes.arrow") for order in ("ordered", "shuffled")]
+        assert tables[0].drop_columns("recorded").equals(tables[1].drop_columns("recorded")), name
+
+
+@given(st.randoms(use_true_random=False), st.booleans())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_was_recorded_first_is_told_by_time_else_by_batch(tmp_path: Path, random: Random, timed: bool) -> None:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    table, began = pl.DataFrame(as_table(WORLD.simulate(60, seed=3))), random.sample(range(60), 60)
+    at = pl.col("episode").replace_strict(range(60), began) * 3600 + pl.col("step")
+    table = table.with_columns(at=pl.datetime(2026, 1, 1) + pl.duration(seconds=at))
+    newer = pl.col("episode").is_in(random.sample(range(60), 30))
+    halves = [table.filter(~newer).sample(fraction=1, shuffle=True, seed=1), table.filter(newer)]
+    paths = [folder / f"{number}.parquet" for number in range(2)]
+    for path, half in zip(paths, halves, strict=True):
+        storage.write_parquet(path, half.to_arrow())
+    contract = log_of(folder / "log", table.to_arrow(), **({"decided_at": "at"} if timed else {})).contract
+    write_splits(Log.open(paths, contract), "offrl", folder / "episodes")
+    whole = read_splits(folder / "episodes", *SPLITS, salt="offrl", contract=contract)
+    second = set(halves[1]["episode"])
+    expected = sorted(range(60), key=lambda number: began[number] if timed else (number in second, number))
+    assert whole.episode_id[whole.oldest_first].tolist() == expected
+    gate = read_splits(folder / "episodes", "gate", salt="offrl", contract=contract)
+    assert gate.episode_id[gate.oldest_first].tolist() == [each for each in expected if each in set(gate.episode_id)]
+    backwards = whole.take(np.arange(59, -1, -1))
+    assert backwards.episode_id[backwards.oldest_first].tolist() == expected
 
 
 def test_a_gate_row_inside_a_training_file_is_a_hard_error(split: Path, log: Log) -> None:

@@ -46,6 +46,8 @@ def test_each_objection_alone_refuses_with_its_own_status(name: str) -> None:
 def test_a_number_that_is_nan_refuses(name: str) -> None:
     field, value, _ = BAD[name]
     unknown = [0.01, math.nan, 0.02] if isinstance(value, list) else math.nan
+    if isinstance(value, Contrast):
+        unknown = dataclasses.replace(value, lower_bound=math.nan)
     assert judge("abc", dataclasses.replace(GOOD, **{field: unknown}), CONFIG).status is not Status.PASS
 
 
@@ -66,6 +68,18 @@ def test_the_gravest_objection_decides(names: set[str]) -> None:
 def test_a_margin_must_be_exceeded() -> None:
     assert judge("abc", GOOD, GateConfig(margin=0.0099)).status is Status.PASS
     assert judge("abc", GOOD, GateConfig(margin=0.01)).status is Status.INCONCLUSIVE
+
+
+def test_the_newer_half_alone_has_to_show_the_gain() -> None:
+    faded = Contrast("newer half", 3000, 0.001, -0.0002, 0.002)
+    verdict = judge("abc", dataclasses.replace(GOOD, newer_half=faded), CONFIG)
+    assert (verdict.status, verdict.decided_by) == (Status.INCONCLUSIVE, "newer half")
+    assert "(3,000 episodes) the difference is +0.001, at least -0.0002 at 97.5%" in verdict.reason
+    shown = dataclasses.replace(GOOD, lower_bound=0.02)
+    assert judge("abc", shown, GateConfig(margin=0.0099)).status is Status.PASS
+    assert (
+        judge("abc", shown, GateConfig(margin=0.01)).decided_by == "newer half"
+    )  # it has to exceed the margin as well
 
 
 def test_the_ladder_stops_at_the_first_rung_that_does_not_pass() -> None:

@@ -121,6 +121,8 @@ def _found(
     name = answers.headline(terms)
     gain = answers.gain(name, terms[name], returns, unit, alpha)
     said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns))
+    if np.isfinite(gain.estimate):
+        said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
     direct = intervals.get("DM", intervals.get("FQE"))
     if direct is not None:
         said.append(answers.direct_check(direct, logged.estimate, gain))

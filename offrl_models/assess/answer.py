@@ -28,6 +28,7 @@ from offrl_models.ope.intervals import (
     Interval,
     bootstrap_all,
     confidence_sequence_lower_bound,
+    delta_method_lower_bound,
     difference,
 )
 from offrl_models.ope.sequences import completed
@@ -208,6 +209,23 @@ def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
     settled = 1.0 if found.lower_bound > 0 else -1.0 if found.upper_bound < 0 else 0.0
     return _check("direct method", settled * apart >= 0, apart, "no other sign",
                   f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
+
+
+def newer_check(
+    minuend: Terms,
+    base: Terms,
+    unit: Int64[np.ndarray, "episodes"],
+    oldest_first: Int64[np.ndarray, "episodes"],
+    found: Gain,
+) -> Check:
+    """A gain that is settled has to show in the half of the episodes that was recorded later, too."""
+    paired = difference(minuend, base)
+    newer = oldest_first[paired.episodes // 2 :]
+    each = pooled(Terms((paired.estimate() + paired.influence())[newer, None]), unit[newer])
+    bound = delta_method_lower_bound(each, alpha=(1 - found.level) / 2) if each.episodes > 1 else np.nan
+    return _check("newer half", not found.lower_bound > ROUNDING or bound > ROUNDING, bound, "above 0 where the whole is",
+                  f"in the newer half of the log the difference is {each.estimate():+.3g}, at least {bound:+.3g}: what was gained "
+                  "before may be gone")  # fmt: skip
 
 
 def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:

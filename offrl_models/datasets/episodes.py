@@ -213,7 +213,9 @@ class _Splits:
 def _episode_table(part: pl.DataFrame, contract: Contract) -> pa.Table:
     """One row per episode of a split."""
     labels = [pl.col(f"label.{name}") for name in contract.labels]
-    return part.select(pl.col("episode").alias("episode_id"), "entity", "length", "open", *labels).to_arrow()
+    return part.select(
+        pl.col("episode").alias("episode_id"), "entity", "length", "open", "recorded", *labels
+    ).to_arrow()
 
 
 def read_splits(folder: Path, *names: str, salt: str, contract: Contract) -> Episodes:
@@ -248,6 +250,7 @@ def read_splits(folder: Path, *names: str, salt: str, contract: Contract) -> Epi
         features=contract.features,
         bounds=np.array(contract.action.bounds).T if contract.action.continuous else None,
         entity=table["entity"].to_numpy(zero_copy_only=False),
+        recorded=table["recorded"].to_numpy(zero_copy_only=False),
         costs={name.removeprefix("cost."): values for name, values in columns.items() if name.startswith("cost.")},
         labels={name: table[f"label.{name}"].to_numpy(zero_copy_only=False) for name in contract.labels},
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from offrl_models.logs import values
 from offrl_models.logs.contract import Contract
@@ -255,7 +255,8 @@ def _repeated_rows(ordered: pl.DataFrame, log: Log) -> tuple[dict[int, int], Fou
 
 
 def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None) -> pl.DataFrame:
-    """One row per episode, sorted by id: entity, length, rows, repeated, gap, pending, terminated, truncated, open, labels."""
+    """One row per episode, sorted by id: entity, length, rows, repeated, gap, pending, terminated, truncated, open, recorded,
+    labels."""
     starts = np.flatnonzero(~ordered["same"].to_numpy())
     firsts = ["episode", "entity", *(f"label.{name}" for name in contract.labels)]
     final = ordered["final"].to_numpy()
@@ -271,9 +272,9 @@ def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None)
         closes = pl.col("waits_from") + pl.duration(seconds=int(contract.reward.window_hours * 3600))
         pending = ordered.select((closes > pl.lit(clock)).fill_null(False)).to_series().to_numpy()
     terminated, truncated = (ordered[flag].to_numpy() & final for flag in ("terminated", "truncated"))
+    first = ordered[starts]
     return (
-        ordered[starts]
-        .select(firsts)
+        first.select(firsts)
         .with_columns(
             length=pl.Series(np.maximum.reduceat(ordered["end"].to_numpy(), starts)),
             rows=total("rows"),
@@ -282,6 +283,15 @@ def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None)
             terminated=any_of(terminated),
             truncated=any_of(truncated),
             pending=any_of(pending),
+            recorded=_recorded(first),
         )
         .with_columns(open=~(pl.col("terminated") | pl.col("truncated")))
     )
+
+
+def _recorded(first: pl.DataFrame) -> Int64[np.ndarray, "episodes"]:
+    """The place of each episode in the order in which they began: by time where it is known, else by batch; the rest by id."""
+    key = first["began" if "began" in first.columns else "batch"].to_physical().to_numpy()
+    place = np.empty(first.height, np.int64)
+    place[np.argsort(key, kind="stable")] = np.arange(first.height)
+    return place

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from offrl_models.choices import apart, shares
 from offrl_models.evaluation import BEHAVIOR, Evaluation
@@ -61,9 +62,11 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def draw(found: dict[str, Any], episodes: int, path: Path) -> None:
-    """Four panels: weights, effective sample size by step, what carries the evidence, and where the actions differ."""
-    figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(9.2, 5.6))
+def draw(found: dict[str, Any], measures: dict[str, Any], path: Path) -> None:
+    """Weights, effective sample size by step, what carries the evidence, where the actions differ, and the course of the gain."""
+    figure, axes_of = plt.subplot_mosaic("12;34;55", figsize=(9.2, 8.2))
+    first, second, third, fourth, fifth = (axes_of[name] for name in "12345")
+    episodes = measures["episodes"]
     first.plot(np.linspace(0, 100, 101), found["weights"], color=BLUE)
     first.set_yscale("symlog", linthresh=0.01)
     first.set_title("weight of an episode, by percentile", fontsize=9, loc="left")
@@ -83,8 +86,29 @@ def draw(found: dict[str, Any], episodes: int, path: Path) -> None:
     fourth.set_xticks(place, labels, rotation=25 if ranges else 0, ha="right" if ranges else "center")
     fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
     fourth.legend(fontsize=8, frameon=False)
-    for axes in (first, second, third, fourth):
+    _draw_course(fifth, measures)
+    for axes in axes_of.values():
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     save(figure, path)
+
+
+def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:
+    """Leg A in each part of the log, and in its newer half, with their bounds."""
+    newer = measures["newer_half"]
+    means, lows, highs = (
+        np.array([part[name] for part in measures["course"]], float)
+        for name in ("difference", "lower_bound", "upper_bound")
+    )
+    place = np.arange(1, len(means) + 1)
+    axes.axhline(0, color=GRAY, linewidth=1)
+    axes.errorbar(place, means, [means - lows, highs - means], fmt="o", color=BLUE, markersize=4, linewidth=1)
+    half = [len(means) / 2 + 0.5, len(means) + 0.5]
+    axes.fill_between(half, newer["lower_bound"], newer["upper_bound"], color=ORANGE, alpha=0.25, linewidth=0)
+    axes.plot(half, [newer["difference"]] * 2, color=ORANGE, linewidth=1, label="newer half")
+    axes.set_xticks(place)
+    axes.set_title(
+        f"difference to the champion in each of {len(place)} parts of the log, oldest first", fontsize=9, loc="left"
+    )
+    axes.legend(fontsize=8, frameon=False)

@@ -80,7 +80,7 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <td>{{ "{:.4g}".format(f.value) }}</td><td>{{ "{:.4g}".format(f.threshold) }}</td>
 <td class="l">{{ f.otherwise }}</td></tr>{% endfor %}
 </table>
-<p><img src="evidence-detail.png" alt="Weights, effective sample size by step, influence, and actions"></p>
+<p><img src="evidence-detail.png" alt="Weights, effective sample sizes, influence, actions, and the course of the difference"></p>
 {% if e.comparisons %}<h2>Beside another policy's own log</h2>
 <p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
 <table><tr><th class="l">policy</th><th class="l">counted by</th>
@@ -150,7 +150,7 @@ def write(
     }
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
-    draw(evidence["detail"], evidence["gate_episodes"], folder / "evidence-detail.png")
+    draw(evidence["detail"], evidence["verdict"]["measures"], folder / "evidence-detail.png")
     page = PAGE.render(
         e=shown,
         brief=brief(shown),
@@ -174,6 +174,11 @@ def brief(shown: dict[str, Any]) -> list[str]:
         f"{measures['difference']:+.4g}, between {measures['lower_bound']:+.4g} and {measures['upper_bound']:+.4g}, each bound at "
         f"{1 - measures['alpha']:.2%} confidence.",
     ]
+    newer = measures["newer_half"]
+    said.append(
+        f"In the {newer['episodes']:,} newer ones of {measures['episodes']:,} episodes the difference is "
+        f"{newer['difference']:+.4g}, at least {newer['lower_bound']:+.4g} at {1 - measures['alpha'] / 2:.2%}."
+    )
     if verdict["proven_by_betting"]:
         said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
     if verdict["status"] != Status.PASS:
