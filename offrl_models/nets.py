@@ -26,25 +26,30 @@ def initial_weights(seeds: Sequence[int], name: str, shape: tuple[int, ...], fan
 
 
 class SeedLinear(nn.Module):
-    """x [seed, batch, in] -> [seed, batch, out]."""
+    """x [seed, batch, in] -> [seed, batch, out]. Weights start as if `beside` more inputs were added to the same outputs."""
 
-    def __init__(self, seeds: Sequence[int], name: str, inputs: int, outputs: int, *, bias: bool = True):
+    def __init__(
+        self, seeds: Sequence[int], name: str, inputs: int, outputs: int, *, bias: bool = True, beside: int = 0
+    ):
         super().__init__()
-        self.weight = initial_weights(seeds, name + ".w", (inputs, outputs), inputs)
-        self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs) if bias else None
+        self.weight = initial_weights(seeds, name + ".w", (inputs, outputs), inputs + beside)
+        self.bias = initial_weights(seeds, name + ".b", (1, outputs), inputs + beside) if bias else None
 
     def forward(self, x: Float[Tensor, "seed batch inputs"], relu: bool = False) -> Float[Tensor, "seed batch outputs"]:
         return affine(x, self.weight, self.bias, relu=relu)
 
 
 class ObservationLayer(nn.Module):
-    """First layer: a linear map of the numbers plus one table row per category, which equals a one-hot product."""
+    """First layer: a linear map of the numbers plus one table row per category, which equals a one-hot product.
+
+    Weights start as if `beside` more inputs were added to the same outputs.
+    """
 
     first_row: Tensor
 
-    def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, outputs: int):
+    def __init__(self, seeds: Sequence[int], name: str, encoder: Encoder, outputs: int, *, beside: int = 0):
         super().__init__()
-        fan_in = encoder.n_numeric + encoder.n_categorical
+        fan_in = encoder.n_numeric + encoder.n_categorical + beside
         self.table_rows = encoder.table_rows
         self.weight = initial_weights(seeds, name + ".n", (encoder.n_numeric, outputs), fan_in)
         self.table = initial_weights(seeds, name + ".t", (encoder.table_rows, outputs), fan_in)
@@ -78,10 +83,11 @@ class MLP(nn.Module):
         outputs: int,
         *,
         layer_norm: bool = False,
+        beside: int = 0,
     ):
         super().__init__()
         self.encode, self.layer_norm = encoder, layer_norm
-        self.first = ObservationLayer(seeds, name + "0", encoder, hidden[0])
+        self.first = ObservationLayer(seeds, name + "0", encoder, hidden[0], beside=beside)
         sizes = [*hidden, outputs]
         self.rest = nn.ModuleList(
             SeedLinear(seeds, f"{name}{i + 1}", before, after) for i, (before, after) in enumerate(pairwise(sizes))
@@ -125,7 +131,7 @@ class Box(nn.Module):
 
 class JointMLP(nn.Module):
     """Observation and a vector -> outputs: [seed, batch, outputs], or [seed, batch, draws, outputs] of several vectors for each
-    observation, for which what is observed is looked at once."""
+    observation, for which what is observed is looked at once. The first layer starts as that of one vector of both."""
 
     def __init__(
         self,
@@ -139,8 +145,9 @@ class JointMLP(nn.Module):
         layer_norm: bool = False,
     ):
         super().__init__()
-        self.seen = MLP(seeds, name, encoder, hidden, outputs, layer_norm=layer_norm)
-        self.joined = SeedLinear(seeds, name + "a", inputs, hidden[0], bias=False)
+        self.seen = MLP(seeds, name, encoder, hidden, outputs, layer_norm=layer_norm, beside=inputs)
+        observed = encoder.n_numeric + encoder.n_categorical
+        self.joined = SeedLinear(seeds, name + "a", inputs, hidden[0], bias=False, beside=observed)
 
     def forward(self, observation: Observation, vector: Float[Tensor, "seed batch *draws inputs"]) -> Tensor:
         encoded = observation if isinstance(observation, Encoded) else self.seen.encode(observation)

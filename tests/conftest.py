@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 import tests.typechecker  # noqa: F401  the hook looks it up by name
 
@@ -26,6 +26,7 @@ from hypothesis import settings
 
 from offrl_models import storage, training
 from offrl_models.config import CoverageConfig, Pipeline, parse_pipeline
+from offrl_models.learner import Learner
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import measure
 from offrl_models.logs.read import Log
@@ -35,6 +36,8 @@ from offrl_models.ope.worlds import World, random_world
 from offrl_models.reports.checks import check_logs
 from offrl_models.reports.quality import CheckResult
 from offrl_models.schema import Episodes, Feature
+
+CHECKED_STEPS = 30  # of each training
 
 torch.set_num_threads(1)
 settings.register_profile("offrl", deadline=None, derandomize=True, max_examples=40)
@@ -46,6 +49,31 @@ def one_after_the_other() -> Iterator[None]:
     """Candidates are trained in this process, one after the other: a process of its own takes seconds to load what it needs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_checked_in_the_first_steps() -> Iterator[None]:
+    """Every other step of a training runs the same code on the same shapes, and checking them costs as much as the step does."""
+    chunk, after_each = Learner.training_step, Learner.move_targets
+
+    def told_by_steps(learner: Learner) -> None:
+        config.update("jaxtyping_disable", learner.gradient_steps >= CHECKED_STEPS)
+
+    def training_step(self: Learner, batch: int, batch_idx: int) -> None:
+        told_by_steps(self)
+        try:
+            chunk(self, batch, batch_idx)
+        finally:
+            config.update("jaxtyping_disable", False)
+
+    def move_targets(self: Learner) -> None:
+        after_each(self)
+        told_by_steps(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "training_step", training_step)
+        patch.setattr(Learner, "move_targets", move_targets)
         yield
 
 

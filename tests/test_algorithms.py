@@ -140,11 +140,11 @@ STEPS = {"edac": 100, "mopo": 60, "combo": 60, "morel": 60}
 @pytest.mark.parametrize(("name", "space"), SPACES)
 def test_seeds_trained_together_equal_seeds_trained_alone(name: str, space: Space) -> None:
     steps = STEPS.get(name, 200)
-    together = trained(build(name, [3, 4, 5], space), [3, 4, 5], steps, LOGS[space])
-    for position, seed in enumerate([3, 4, 5]):
+    together = trained(build(name, [3, 5], space), [3, 5], steps, LOGS[space])
+    for position, seed in enumerate([3, 5]):
         alone = trained(build(name, [seed], space), [seed], steps, LOGS[space])
         for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
-            mine = joint.unflatten(0, (3, -1))[position]  # of a critic's members too
+            mine = joint.unflatten(0, (2, -1))[position]  # of a critic's members too
             assert torch.allclose(mine, single, atol=1e-5), (seed, key)
 
 

@@ -478,7 +478,7 @@ def test_a_model_whose_training_was_cut_short_goes_on_bit_for_bit(
 ) -> None:
     """Also where one of its seeds is done by then; and where both are, it is not trained any more."""
     monkeypatch.setattr(early_stopping, "PATIENCE", 2)
-    config = DynamicsConfig(dynamics_hidden=(4,), dynamics_learning_rate=0.1, members=2, elites=1)
+    config = DynamicsConfig(dynamics_hidden=(4,), dynamics_learning_rate=0.03, members=2, elites=1)
     saved, most = Checkpoint(tmp_path / "c", "this", every=100), 10_000
 
     def learned(at: int, checkpoint: Checkpoint | None) -> tuple[Dynamics, Any, list[tuple[int, int]]]:
@@ -504,7 +504,8 @@ def test_a_model_whose_training_was_cut_short_goes_on_bit_for_bit(
         assert told == left and (went is None) == (at < most)
         if at == 600:
             tensors, _ = saved.load() or ({}, None)
-            assert sorted(tensors["stop.waited"].tolist()) == [0, 2]  # the first seed trains on alone
+            waited = sorted(tensors["stop.waited"].tolist())
+            assert waited[0] < 2 == waited[1]  # one seed is done, the other trains on alone
         if went:
             assert went.history == wanted.history
             states = zip(whole.state_dict().items(), again.state_dict().items(), strict=True)
