@@ -22,7 +22,7 @@ from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.exported import OnnxDensity
 from offrl_models.schema import InputError
 from tests.conftest import codes
-from tests.test_assess import one_sentence
+from tests.test_assess_command import one_sentence
 from tests.test_models import single_steps
 
 ROWS = 300
