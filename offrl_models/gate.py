@@ -192,9 +192,9 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,
                 f"the lower bound of the difference is {m.lower_bound:+.4g} at {level}, not above {config.margin:+.4g}"),
         Finding("newer half", newer.lower_bound > config.margin, Status.INCONCLUSIVE, newer.lower_bound, config.margin,
-                f"in the newer half of the log ({newer.episodes:,} episodes) the difference is {newer.difference:+.4g}, at least "
-                f"{newer.lower_bound:+.4g} at {_level(m.alpha / 2)}, not above {config.margin:+.4g}: what was gained before may "
-                "be gone"),
+                f"the newer half of the log ({newer.episodes:,} episodes) does not show that the gain is still there: in it the "
+                f"difference is {newer.difference:+.4g}, at least {newer.lower_bound:+.4g} at {_level(m.alpha / 2)}, not above "
+                f"{config.margin:+.4g}"),
     ]  # fmt: skip
 
 

@@ -224,8 +224,8 @@ def newer_check(
     each = pooled(Terms((paired.estimate() + paired.influence())[newer, None]), unit[newer])
     bound = delta_method_lower_bound(each, alpha=(1 - found.level) / 2) if each.episodes > 1 else np.nan
     return _check("newer half", not found.lower_bound > ROUNDING or bound > ROUNDING, bound, "above 0 where the whole is",
-                  f"in the newer half of the log the difference is {each.estimate():+.3g}, at least {bound:+.3g}: what was gained "
-                  "before may be gone")  # fmt: skip
+                  "the newer half of the log does not show that the gain is still there: in it the difference is "
+                  f"{each.estimate():+.3g}, at least {bound:+.3g}")  # fmt: skip
 
 
 def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:
