@@ -80,6 +80,17 @@ def test_a_critic_looks_at_several_actions_as_at_each_alone() -> None:
     )  # no two members are alike
 
 
+def test_the_first_layer_of_a_critic_starts_as_that_of_observation_and_action_together() -> None:
+    """Two numbers, a category of 3 and two dimensions of an action: within 1 / sqrt(5), as published critics do."""
+    encoder = Encoder(codes(None, None, 3))
+    continuous, discrete = (
+        dict(Critic([0, 1], "q", encoder, (400,), actions, members=2).named_parameters()) for actions in (BOUNDS, 3)
+    )
+    for part in ("seen.first.weight", "seen.first.table", "seen.first.bias", "joined.weight"):
+        assert 0.98 / 5**0.5 < continuous[f"net.{part}"].abs().max() <= 1 / 5**0.5, part
+    assert 0.98 / 3**0.5 < discrete["net.first.weight"].abs().max() <= 1 / 3**0.5  # the observation alone
+
+
 def test_a_discrete_critic_gives_the_value_of_the_action_and_of_each() -> None:
     critic = Critic([0, 1], "q", Encoder(codes(None)), (8,), 3, members=2)
     seen, action = torch.randn(2, 5, 1), torch.randint(3, (2, 5))

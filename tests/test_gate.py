@@ -74,7 +74,9 @@ def test_the_newer_half_alone_has_to_show_the_gain() -> None:
     faded = Contrast("newer half", 3000, 0.001, -0.0002, 0.002)
     verdict = judge("abc", dataclasses.replace(GOOD, newer_half=faded), CONFIG)
     assert (verdict.status, verdict.decided_by) == (Status.INCONCLUSIVE, "newer half")
-    assert "(3,000 episodes) does not show" in verdict.reason and "is +0.001, at least -0.0002 at 97.5%" in verdict.reason
+    assert (
+        "(3,000 episodes) does not show" in verdict.reason and "is +0.001, at least -0.0002 at 97.5%" in verdict.reason
+    )
     shown = dataclasses.replace(GOOD, lower_bound=0.02)
     assert judge("abc", shown, GateConfig(margin=0.0099)).status is Status.PASS
     assert (

@@ -77,7 +77,7 @@ def policy_of(name: str, encoder: Encoder, actions: int) -> Mixture:
     return Mixture(ALGORITHMS[name][1](config, encoder, actions, range(2)), 2)  # pyright: ignore[reportArgumentType]
 
 
-SEEING = [  # the present observation and nothing before it; others are in tests/test_sequence.py
+SEEING = [  # the present observation and nothing before it; others are in tests/test_history.py
     name
     for name, (_, kind) in ALGORITHMS.items()
     if "discrete" in kind.spaces and not getattr(kind, "needs_history", False)

@@ -15,7 +15,8 @@ from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit
 from tests.conftest import chain_world, codes
-from tests.test_algorithms import build, exact
+from tests.test_algorithms import build
+from tests.test_covered_world import exact
 
 WORLD = chain_world()
 QUICK: dict[str, dict[str, Any]] = {

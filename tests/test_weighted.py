@@ -19,7 +19,8 @@ from offrl_models.nets import MLP
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit, sampler_of
 from tests.conftest import codes
-from tests.test_algorithms import EPISODES, LOGS, WORLD, build, exact, reaching, sampled, trained
+from tests.test_algorithms import EPISODES, LOGS, WORLD, build, reaching, sampled, trained
+from tests.test_covered_world import exact
 
 COVERED = WORLD.simulate(2000, seed=2)
 REACHING, HELD_OUT = reaching(2000, 2), reaching(100, 9)

@@ -1,0 +1,93 @@
+"""What each algorithm is known to find on a small world that is covered, and the exact values that fitted Q evaluation finds."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offrl_models.algorithms import make_config
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.exported import OnnxPolicy
+from offrl_models.ope.fqe import FQE, FQEConfig
+from offrl_models.ope.worlds import World
+from offrl_models.policies import Mixture
+from offrl_models.schema import Episodes
+from offrl_models.training import fit, fit_fqe
+from tests.conftest import codes
+from tests.test_algorithms import WORLD
+
+
+def exact(world: World, algorithm: Any, seeds: int) -> float:
+    states = torch.arange(float(world.n_states))[:, None]
+    with torch.no_grad():
+        return world.value(Mixture(algorithm, seeds)(states, torch.as_tensor(world.mask)).numpy())
+
+
+def test_what_each_algorithm_finds_on_a_covered_world() -> None:
+    """BC stays at the behavior; the others come near the optimum, by exact value."""
+    optimum, behavior = WORLD.value(WORLD.optimal()), WORLD.value(WORLD.behavior)
+    episodes = WORLD.simulate(2000, seed=2)
+    settings = {
+        "bc": {},
+        "cql": {"alpha": 0.01, "target_interval": 20},
+        "iql": {"inverse_temperature": 50.0, "expectile": 0.9, "polyak": 0.05},
+        "bcq": {"target_interval": 20, "threshold": 0.1, "logit_penalty": 0.01},
+    }
+    for name, more in settings.items():
+        config = make_config(name, {"hidden": (32,), "learning_rate": 0.005, **more})
+        algorithm, _ = fit(
+            name, config, episodes, Encoder(codes(WORLD.n_states)), seeds=[0, 1], gradient_steps=400, batch_size=128
+        )
+        found = exact(WORLD, algorithm, 2)
+        if name == "bc":
+            assert found == pytest.approx(behavior, abs=0.02)
+        else:
+            assert found >= behavior + 0.9 * (optimum - behavior), name
+
+
+class Tabled(OnnxPolicy):
+    """A policy given as a table, in place of an exported one."""
+
+    def __init__(self, table: np.ndarray):
+        self.table = table
+
+    def on(self, episodes: Episodes) -> np.ndarray:
+        return self.table[episodes.observation[:, 0].astype(int)]
+
+    def distinct_probs(self, observation: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.table, observation[:, 0].astype(int)
+
+    def probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.table[observation[:, 0].astype(int)]
+
+
+def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once() -> None:
+    policies: list[Any] = [
+        Tabled(WORLD.behavior),
+        Tabled(WORLD.optimal()),
+        Tabled(0.5 * WORLD.behavior + 0.5 * WORLD.optimal()),
+    ]
+    config = FQEConfig(hidden=(32,), learning_rate=0.005, gradient_steps=600, polyak=0.05, members=2)
+    fitted_on, evaluated_on = WORLD.simulate(3000, seed=1), WORLD.simulate(500, seed=2)
+    found = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies, fitted_on, evaluated_on, seed=0)
+    for position, policy in enumerate(policies):
+        initial = float((policy.table * WORLD.q_values(policy.table)).sum(1)[
+            evaluated_on.observation[evaluated_on.offsets[:-1], 0].astype(int)
+        ].mean())  # fmt: skip
+        assert found.members(position) == pytest.approx([initial] * 2, abs=0.03)
+    alone = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[1:2], fitted_on, evaluated_on, seed=0)
+    assert alone.members(0) == pytest.approx(found.members(1), abs=1e-4)
+    cut = dataclasses.replace(
+        evaluated_on, terminated=np.zeros(evaluated_on.n_rows, bool), truncated=evaluated_on.terminated
+    )
+    assert (
+        np.abs(fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[:1], fitted_on, cut, seed=0).next_v).max() < 1.0
+    )
+
+
+def test_fqe_is_trainable_like_an_algorithm() -> None:
+    fqe = FQE(FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), policies=2, actions=3, start=1.5)
+    assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)
+    assert float(fqe.q.last_bias().detach().min()) > 0.9
