@@ -16,6 +16,10 @@ from jaxtyping import config, install_import_hook
 
 import tests.typechecker  # noqa: F401  the hook looks it up by name
 
+# Under the hook other people's modules are compiled anew in every process; what is imported before it is not.
+for large in ("lightning", "matplotlib.pyplot", "scipy.stats", "sympy"):
+    importlib.import_module(large)
+
 # Shapes and types in annotations are checked in every test.
 install_import_hook("offrl_models", "tests.typechecker.check")
 

@@ -184,9 +184,7 @@ def test_a_curve_that_has_to_rise_counts_every_row() -> None:
     assert knots == pytest.approx([0, 0.325, 0.675, 1]) and levels == pytest.approx([0.375, 0.375, 0.625, 0.625])
 
 
-@pytest.mark.parametrize(
-    ("numeric", "calibration"), [(False, "temperature"), (True, "temperature"), (True, "isotonic")]
-)
+@pytest.mark.parametrize(("numeric", "calibration"), [(False, "temperature"), (True, "isotonic")])
 def test_a_log_without_propensities_goes_the_whole_way_and_is_amber(
     tmp_path: Path, numeric: bool, calibration: str
 ) -> None:

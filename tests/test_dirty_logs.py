@@ -68,7 +68,7 @@ def check_dataset(log: Log, rows: list[Row], folder: Path) -> None:
 
 
 @given(arrivals())
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_nothing_valid_is_lost_nothing_invalid_enters_and_counts_add_up(arrival: Arrival) -> None:
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         read = Log.chunks_of

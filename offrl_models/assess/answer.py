@@ -212,15 +212,11 @@ def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
 
 
 def newer_check(
-    minuend: Terms,
-    base: Terms,
-    unit: Int64[np.ndarray, "episodes"],
-    oldest_first: Int64[np.ndarray, "episodes"],
-    found: Gain,
+    minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episodes"], oldest: Int64[np.ndarray, "episodes"], found: Gain
 ) -> Check:
     """A gain that is settled has to show in the half of the episodes that was recorded later, too."""
     paired = difference(minuend, base)
-    newer = oldest_first[paired.episodes // 2 :]
+    newer = oldest[paired.episodes // 2 :]
     each = pooled(Terms((paired.estimate() + paired.influence())[newer, None]), unit[newer])
     bound = delta_method_lower_bound(each, alpha=(1 - found.level) / 2) if each.episodes > 1 else np.nan
     return _check("newer half", not found.lower_bound > ROUNDING or bound > ROUNDING, bound, "above 0 where the whole is",
