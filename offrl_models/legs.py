@@ -119,7 +119,7 @@ def newer_half(
 ) -> Contrast:
     """Leg A in the half of the episodes that was recorded later: whether what was gained is still gained.
 
-    The bounds are at half of the error rate, for nothing else stands between a gain that is gone and its release.
+    The bounds are at half of the error rate, for what a change does to the nuisances is not in them.
     """
     return _stretch("newer half", outcome[oldest_first[len(outcome) // 2 :]], alpha / 2)
 
