@@ -1,6 +1,5 @@
 """Batches arrive from a bucket once, and from a URL under the names that they have in a folder."""
 
-import contextlib
 import dataclasses
 import os
 import threading
@@ -23,6 +22,7 @@ from offrl_models.logs.read import Log, batch_files
 from offrl_models.schema import InputError
 from tests.conftest import as_table, attributes, chain_world
 from tests.test_every_format import LAYOUTS, SOURCES, contract_of, write_d4rl
+from tests.test_landing import no_download
 
 
 def test_episodes_that_were_counted_have_the_same_names_from_a_folder_and_from_a_url(tmp_path: Path) -> None:
@@ -95,18 +95,6 @@ def snapshot(client: Any, root: Path) -> tuple[dict[str, bytes], list[tuple[str,
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     objects = [(item["Key"], item["ETag"]) for item in client.list_objects_v2(Bucket="logs")["Contents"]]
     return {name: content for name, content in files.items() if content}, objects
-
-
-@contextlib.contextmanager
-def no_download() -> Iterator[None]:
-    """Downloads are errors within the block."""
-
-    def refuse(path: Path, *_: object) -> None:
-        raise AssertionError(f"{path.name} was downloaded")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "write_blocks", refuse)
-        yield
 
 
 def test_batches_are_taken_in_from_a_bucket_once(bucket_of_logs: Any, tmp_path: Path) -> None:
