@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from offrl_models import legs
+from offrl_models import course, legs
 from offrl_models.choices import Choices, Probabilities, choices_of, rare_mass
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
@@ -20,7 +20,7 @@ from offrl_models.ope.diagnostics import (
 from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitted
 from offrl_models.ope.fqe import FQEConfig, FQEValues
 from offrl_models.ope.importance import Samples, Terms, tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap_all
+from offrl_models.ope.intervals import bootstrap_all, confidence_sequence_width
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import completed, ratios
@@ -152,6 +152,9 @@ def _measure(
     gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
     mine, doubt = _against_champion(name, found, asked, paired)
     overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
+    older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha)
+    width = confidence_sequence_width(gate.n_episodes, alpha=asked.alpha, planned=planned) * np.sqrt(gate.n_episodes)
+    kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width)
     sure = legs.sure_share(gate)
     trajectories = sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
     leg_c = found.trajectory_gains(name, asked.champion)
@@ -189,8 +192,11 @@ def _measure(
         chi_squared=float(np.square(mine.weight).mean() - 1.0),
         largest_share=largest_share(mine.outcome),
         without_top=legs.influence(mine.outcome),
-        newer_half=legs.newer_half(mine.outcome, gate.oldest_first, asked.alpha),
-        course=legs.course(mine.outcome, gate.oldest_first, asked.alpha),
+        older_half=older,
+        newer_half=newer,
+        kept=kept.difference,
+        kept_bound=kept.lower_bound,
+        course=course.parts(mine.outcome, gate.oldest_first, asked.alpha),
         sure_share=sure,
         propensities=asked.propensities,
         costs=[

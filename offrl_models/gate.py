@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from offrl_models.course import KEPT
 from offrl_models.logs.contract import Strict
 from offrl_models.measures import Contrast, Measures
 
@@ -171,7 +172,8 @@ def _enough(m: Measures, config: GateConfig) -> list[Finding]:
 
 def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
     """The vetoes of legs C and D, and the bounds that decide."""
-    level, top, smallest, newer = _level(m.alpha), m.trajectory_top, min(m.fqe_differences), m.newer_half
+    level, top, smallest = _level(m.alpha), m.trajectory_top, min(m.fqe_differences)
+    gone = (1 - KEPT) * config.margin  # what is kept where nothing but the margin is left
     return [
         Finding("trajectory doubly robust", top is None or top >= 0.0, Status.INCONCLUSIVE, 0.0 if top is None else top,
                 0.0, f"trajectory-wise doubly robust estimation puts the difference at {m.trajectory_difference or 0:+.4g}, "
@@ -191,10 +193,10 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
           for group in m.subgroups if config.subgroup_margin > 0),
         Finding("lower bound", m.lower_bound > config.margin, Status.INCONCLUSIVE, m.lower_bound, config.margin,
                 f"the lower bound of the difference is {m.lower_bound:+.4g} at {level}, not above {config.margin:+.4g}"),
-        Finding("newer half", newer.lower_bound > config.margin, Status.INCONCLUSIVE, newer.lower_bound, config.margin,
-                f"the newer half of the log ({newer.episodes:,} episodes) does not show that the gain is still there: in it the "
-                f"difference is {newer.difference:+.4g}, at least {newer.lower_bound:+.4g} at {_level(m.alpha / 2)}, not above "
-                f"{config.margin:+.4g}"),
+        Finding("newer half", m.kept_bound > gone, Status.INCONCLUSIVE, m.kept_bound, gone,
+                f"the newer half of the log ({m.newer_half.episodes:,} episodes) does not show that the gain is still there: the "
+                f"difference was {m.older_half.difference:+.4g} and is {m.newer_half.difference:+.4g} now, which is more than "
+                f"{KEPT:g} of what it was by at least {m.kept_bound:+.4g}, not above {gone:+.4g}"),
     ]  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def verdict_from_json(data: dict[str, Any]) -> Verdict:
                     name: [Contrast(**contrast) for contrast in data["measures"][name]]
                     for name in ("costs", "subgroups", "course")
                 },
-                "newer_half": Contrast(**data["measures"]["newer_half"]),
+                **{name: Contrast(**data["measures"][name]) for name in ("older_half", "newer_half")},
             }
         ),
         findings=[Finding(**{**f, "otherwise": Status(f["otherwise"])}) for f in data["findings"]],

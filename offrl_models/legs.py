@@ -5,11 +5,10 @@ asymptotic confidence sequence around it. Leg B needs no model and no large numb
 Leg D, the ensemble of fitted Q evaluations, is read off the fit itself.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from offrl_models.choices import Choices, Probabilities
 from offrl_models.measures import Contrast
@@ -19,14 +18,13 @@ from offrl_models.ope.eprocess import e_value
 from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
 from offrl_models.ope.flow import Flow
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights
-from offrl_models.ope.intervals import confidence_sequence_lower_bound, student_t_lower_bound
+from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.marginal import paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes
 
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
-PARTS = 10  # of the log, in which the course of a difference is shown
 GATE_PER_FITTED = 2.0  # with more gate episodes the interval shrinks below the error of the nuisances
 
 
@@ -112,32 +110,6 @@ def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, 
     lower = confidence_sequence_lower_bound(outcome, alpha=alpha, planned=planned)
     upper = -confidence_sequence_lower_bound(-outcome, alpha=alpha, planned=planned)
     return Contrast(name, len(outcome), float(outcome.mean()), lower, upper)
-
-
-def newer_half(
-    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
-) -> Contrast:
-    """Leg A in the half of the episodes that was recorded later: whether what was gained is still gained.
-
-    The bounds are at half of the error rate, for what a change does to the nuisances is not in them.
-    """
-    return _stretch("newer half", outcome[oldest_first[len(outcome) // 2 :]], alpha / 2)
-
-
-def course(
-    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
-) -> list[Contrast]:
-    """Leg A in each tenth of the episodes, oldest first; in fewer parts where they would hold fewer than 2 episodes."""
-    parts = np.array_split(outcome[oldest_first], min(PARTS, max(len(outcome) // 2, 1)))
-    return [_stretch(f"part {number}", part, alpha) for number, part in enumerate(parts, 1)]
-
-
-def _stretch(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float) -> Contrast:
-    """Mean and one-sided t-bounds; NaN where there are too few episodes for any."""
-    if len(outcome) < 2:
-        return Contrast(name, len(outcome), math.nan, math.nan, math.nan)
-    low, high = (sign * student_t_lower_bound(sign * outcome, alpha=alpha) for sign in (1.0, -1.0))
-    return Contrast(name, len(outcome), float(outcome.mean()), low, high)
 
 
 def by_subgroup(found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: float, planned: int) -> list[Contrast]:

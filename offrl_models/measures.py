@@ -44,8 +44,11 @@ class Measures:
     chi_squared: float
     largest_share: float  # of one episode in the sum of |X|
     without_top: float  # the difference without its 0.5% most influential episodes
-    newer_half: Contrast  # leg A in the half of the episodes that was recorded later, t-bounds at 1 - alpha / 2
-    course: list[Contrast]  # the same in each tenth, oldest first, at 1 - alpha
+    older_half: Contrast  # leg A in the half of the episodes that was recorded first, t-bounds at 1 - alpha
+    newer_half: Contrast  # and in the other half
+    kept: float  # what the newer half gains beyond a share of the older half's gain
+    kept_bound: float  # its lower bound: beside `lower_bound`, at 1 - alpha whatever the older half gained
+    course: list[Contrast]  # leg A in each tenth, oldest first, t-bounds at 1 - alpha
     sure_share: float  # of rows with a propensity over .999
     propensities: str  # "logged" or "estimated"
     markov_z: float | None = None  # of "the past tells what comes next, beyond the state"; None where it cannot be told

@@ -232,6 +232,8 @@ MISTAKES = {
     "no policy": (["clicks.csv", *COLUMNS], "0 policies were given"),
     "two policies": (["clicks.csv", *COLUMNS, "--policy-column", "pi", "--policy", "x"], "2 policies were given"),
     "no contract": (["clicks.csv", "--policy-column", "pi"], "nothing says what the columns mean"),
+    "no such version, no contract": (["clicks.csv", "--policy", "policies/9"], "policies/9 does not exist"),
+    "no bundle, no contract": (["clicks.csv", "--policy", "."], "so it is no released policy"),
     "two contracts": (["clicks.csv", "--gamma", "1", "--contract", "c", "--policy", "x"], "--contract and --gamma"),
     "no gamma": (["clicks.csv", *COLUMNS[2:], "--policy-column", "pi"], "--gamma is missing"),
     "no action": (["clicks.csv", *COLUMNS[:4], "--policy-column", "pi"], "--action is missing"),

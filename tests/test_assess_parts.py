@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offrl_models import course
 from offrl_models.assess import answer, options, target, values
 from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.choices import Probabilities
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.intervals import Interval, bootstrap
+from offrl_models.ope.intervals import Interval, bootstrap, confidence_sequence_width
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.worlds import bandit
 from offrl_models.schema import Episodes
@@ -130,9 +131,9 @@ def test_a_settled_gain_has_to_show_in_the_newer_half() -> None:
         gain = answer.gain("DR", better, base, unit, 0.05)
         found = answer.newer_check(better, base, unit, order, gain)
         assert found.holds is holds and bool(found.sentence) is not holds, (older, newer)
-        mine = (better.numerator - base.numerator)[order[n // 2 :], 0]
-        bound = mine.mean() - 1.959964 * mine.std(ddof=1) / np.sqrt(n / 2)
-        assert found.value == pytest.approx(bound, abs=1e-6)
+        mine = (better.numerator - base.numerator)[:, 0]
+        width = confidence_sequence_width(n, alpha=0.05, planned=n) * np.sqrt(n)
+        assert found.value == pytest.approx(course.kept(mine, order, alpha=0.05, width=width).lower_bound)
         pairs = answer.newer_check(better, base, unit // 2, order, gain)  # two episodes of each entity
         assert pairs.holds is holds and pairs.value != found.value
 

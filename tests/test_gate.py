@@ -70,18 +70,15 @@ def test_a_margin_must_be_exceeded() -> None:
     assert judge("abc", GOOD, GateConfig(margin=0.01)).status is Status.INCONCLUSIVE
 
 
-def test_the_newer_half_alone_has_to_show_the_gain() -> None:
-    faded = Contrast("newer half", 3000, 0.001, -0.0002, 0.002)
-    verdict = judge("abc", dataclasses.replace(GOOD, newer_half=faded), CONFIG)
+def test_a_gain_that_the_newer_half_does_not_keep_is_not_shown() -> None:
+    now = Contrast("newer half", 2999, 0.001, -0.0002, 0.002)
+    verdict = judge("abc", dataclasses.replace(GOOD, newer_half=now, kept_bound=-0.0042), CONFIG)
     assert (verdict.status, verdict.decided_by) == (Status.INCONCLUSIVE, "newer half")
-    assert (
-        "(3,000 episodes) does not show" in verdict.reason and "is +0.001, at least -0.0002 at 97.5%" in verdict.reason
-    )
-    shown = dataclasses.replace(GOOD, lower_bound=0.02)
-    assert judge("abc", shown, GateConfig(margin=0.0099)).status is Status.PASS
-    assert (
-        judge("abc", shown, GateConfig(margin=0.01)).decided_by == "newer half"
-    )  # it has to exceed the margin as well
+    for said in ("(2,999 episodes) does not show", "was +0.02 and is +0.001 now", "by at least -0.0042, not above +0"):
+        assert said in verdict.reason
+    shown = dataclasses.replace(GOOD, lower_bound=0.02)  # 0.0075 is what 0.01 and 0.01 leave beyond a quarter
+    assert judge("abc", shown, GateConfig(margin=0.00999)).status is Status.PASS
+    assert judge("abc", shown, GateConfig(margin=0.01)).decided_by == "newer half"
 
 
 def test_the_ladder_stops_at_the_first_rung_that_does_not_pass() -> None:

@@ -1,11 +1,9 @@
 """The legs of the gate: each says what it says by exact enumeration, and none speaks where it cannot be trusted."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from offrl_models import legs
 from offrl_models.choices import Probabilities
@@ -204,27 +202,6 @@ def test_a_policy_that_looks_at_more_than_the_state_has_no_tabular_leg(part: str
 def test_the_influence_is_the_mean_without_those_that_pull_most(sign: float) -> None:
     outcome = sign * np.append(np.full(995, 0.001), [5.0, 4.0, 3.0, 2.0, -9.0])
     assert legs.influence(outcome) == pytest.approx(sign * (994 * 0.001 - 9.0) / 995)
-
-
-def test_the_newer_half_is_of_the_episodes_recorded_later_at_half_of_the_error_rate() -> None:
-    outcome, oldest_first = np.array([5.0, 1.0, 2.0, 9.0, 4.0]), np.array([3, 0, 2, 4, 1])  # 9, 5, then 2, 4, 1
-    found = legs.newer_half(outcome, oldest_first, 0.1)
-    error = np.std([2.0, 4.0, 1.0], ddof=1) / np.sqrt(3)
-    assert (found.episodes, found.difference) == (3, pytest.approx(7 / 3))
-    assert found.lower_bound == pytest.approx(7 / 3 - stats.t.ppf(0.95, 2) * error)
-    assert found.upper_bound == pytest.approx(7 / 3 + stats.t.ppf(0.95, 2) * error)
-    assert math.isnan(legs.newer_half(outcome[:1], np.array([0]), 0.1).lower_bound)
-
-
-def test_the_course_is_told_oldest_first_and_leaves_no_episode_out() -> None:
-    rng = np.random.default_rng(0)
-    outcome, oldest_first = rng.normal(size=37), rng.permutation(37)
-    found = legs.course(outcome, oldest_first, 0.05)
-    assert len(found) == 10 and sum(part.episodes for part in found) == 37
-    assert found[0].difference == pytest.approx(outcome[oldest_first[:4]].mean())
-    assert found[-1].difference == pytest.approx(outcome[oldest_first[-3:]].mean())
-    assert all(part.lower_bound < part.difference < part.upper_bound for part in found)
-    assert [part.episodes for part in legs.course(outcome[:5], np.arange(5), 0.05)] == [3, 2]
 
 
 def test_certainty_counts_only_where_there_was_a_choice() -> None:

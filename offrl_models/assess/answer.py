@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from offrl_models import course
 from offrl_models.assess.target import Target
 from offrl_models.assess.units import pooled
 from offrl_models.assess.values import Values, logged_returns
@@ -28,7 +29,7 @@ from offrl_models.ope.intervals import (
     Interval,
     bootstrap_all,
     confidence_sequence_lower_bound,
-    delta_method_lower_bound,
+    confidence_sequence_width,
     difference,
 )
 from offrl_models.ope.sequences import completed
@@ -216,12 +217,15 @@ def newer_check(
 ) -> Check:
     """A gain that is settled has to show in the half of the episodes that was recorded later, too."""
     paired = difference(minuend, base)
-    newer = oldest[paired.episodes // 2 :]
-    each = pooled(Terms((paired.estimate() + paired.influence())[newer, None]), unit[newer])
-    bound = delta_method_lower_bound(each, alpha=(1 - found.level) / 2) if each.episodes > 1 else np.nan
-    return _check("newer half", not found.lower_bound > ROUNDING or bound > ROUNDING, bound, "above 0 where the whole is",
-                  "the newer half of the log does not show that the gain is still there: in it the difference is "
-                  f"{each.estimate():+.3g}, at least {bound:+.3g}")  # fmt: skip
+    outcome, alpha, units = paired.estimate() + paired.influence(), 1 - found.level, len(np.unique(unit))
+    width = confidence_sequence_width(units, alpha=alpha, planned=units) * np.sqrt(units)
+    left = course.kept(outcome, oldest, alpha=alpha, width=width, unit=unit)
+    older, newer = (half.difference for half in course.halves(outcome, oldest, alpha))
+    holds = not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING
+    return _check("newer half", holds, left.lower_bound, "above 0 where the whole is",
+                  "the newer half of the log does not show that the gain is still there: the difference was "
+                  f"{older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at least "
+                  f"{left.lower_bound:+.3g}")  # fmt: skip
 
 
 def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:

@@ -89,27 +89,32 @@ class Target:
         return self.taken / episodes.action_prob if self.probs is None else ratios(episodes, self.probs)
 
 
-def graph_of(path: Path) -> Path:
-    """The graph of a released bundle, every file of it verified, or the graph itself."""
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is the folder of a released policy and not a graph. Raises InputError where it is neither."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give the folder of a released policy, or a policy.onnx.")
-    if not path.is_dir():
-        return path
-    if not (path / registry.MANIFEST).exists():
+    if path.is_dir() and not (path / registry.MANIFEST).exists():
         raise InputError(f"{path} has no {registry.MANIFEST}, so it is no released policy; give its folder or a graph.")
+    return path.is_dir()
+
+
+def graph_of(path: Path) -> Path:
+    """The graph of a released bundle, every file of it verified, or the graph itself."""
+    if not is_bundle(path):
+        return path
     registry.verify(path)
     return path / bundle.POLICY
 
 
 def config_of_bundle(path: Path) -> dict[str, Any]:
-    """The pipeline that released a policy; empty where `path` is no bundle."""
+    """The pipeline that released a policy; empty where `path` is a graph."""
     config = path / "config.json"
-    found = storage.read_json(config) if path.is_dir() and config.exists() else {}
+    found = storage.read_json(config) if is_bundle(path) and config.exists() else {}
     return found if isinstance(found, dict) else {}
 
 
 def contract_of_bundle(path: Path) -> Contract | None:
-    """The contract that a released policy was trained under; None where `path` is no bundle."""
+    """The contract that a released policy was trained under; None where `path` is a graph."""
     logs = config_of_bundle(path).get("logs")
     return make_contract(logs, str(path / "config.json")) if isinstance(logs, dict) else None
 

@@ -95,8 +95,7 @@ def draw(found: dict[str, Any], measures: dict[str, Any], path: Path) -> None:
 
 
 def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:
-    """Leg A in each part of the log, and in its newer half, with their bounds."""
-    newer = measures["newer_half"]
+    """Leg A in each part of the log, and in its two halves, with their bounds."""
     means, lows, highs = (
         np.array([part[name] for part in measures["course"]], float)
         for name in ("difference", "lower_bound", "upper_bound")
@@ -104,9 +103,11 @@ def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:
     place = np.arange(1, len(means) + 1)
     axes.axhline(0, color=GRAY, linewidth=1)
     axes.errorbar(place, means, [means - lows, highs - means], fmt="o", color=BLUE, markersize=4, linewidth=1)
-    half = [len(means) / 2 + 0.5, len(means) + 0.5]
-    axes.fill_between(half, newer["lower_bound"], newer["upper_bound"], color=ORANGE, alpha=0.25, linewidth=0)
-    axes.plot(half, [newer["difference"]] * 2, color=ORANGE, linewidth=1, label="newer half")
+    middle = len(means) / 2
+    for name, label, start in (("older_half", "halves", 0.5), ("newer_half", None, middle + 0.5)):
+        half, across = measures[name], [start, start + middle]
+        axes.fill_between(across, half["lower_bound"], half["upper_bound"], color=ORANGE, alpha=0.25, linewidth=0)
+        axes.plot(across, [half["difference"]] * 2, color=ORANGE, linewidth=1, label=label)
     axes.set_xticks(place)
     axes.set_title(
         f"difference to the champion in each of {len(place)} parts of the log, oldest first", fontsize=9, loc="left"

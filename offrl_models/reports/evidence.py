@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from offrl_models import storage
+from offrl_models.course import KEPT
 from offrl_models.evaluation import BEHAVIOR, STATED
 from offrl_models.exported import Exported, OnnxPolicy
 from offrl_models.gate import Status
@@ -174,10 +175,11 @@ def brief(shown: dict[str, Any]) -> list[str]:
         f"{measures['difference']:+.4g}, between {measures['lower_bound']:+.4g} and {measures['upper_bound']:+.4g}, each bound at "
         f"{1 - measures['alpha']:.2%} confidence.",
     ]
-    newer = measures["newer_half"]
+    older, newer = measures["older_half"], measures["newer_half"]
     said.append(
-        f"In the {newer['episodes']:,} newer ones of {measures['episodes']:,} episodes the difference is "
-        f"{newer['difference']:+.4g}, at least {newer['lower_bound']:+.4g} at {1 - measures['alpha'] / 2:.2%}."
+        f"In the {older['episodes']:,} older ones of {measures['episodes']:,} episodes the difference is "
+        f"{older['difference']:+.4g}, in the newer ones {newer['difference']:+.4g}: beyond {KEPT:g} of what it was that is "
+        f"{measures['kept']:+.4g}, at least {measures['kept_bound']:+.4g}."
     )
     if verdict["proven_by_betting"]:
         said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")

@@ -1,0 +1,106 @@
+"""Whether a gain lasts: what the older and the newer part of a log say of a difference."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from scipy import stats
+from scipy.optimize import root_scalar
+
+from offrl_models.measures import Contrast
+from offrl_models.ope.intervals import student_t_lower_bound
+
+PARTS = 10  # of the log, in which the course of a difference is shown
+KEPT = 0.25  # share of the older half's gain that the newer half has to keep
+EARLIER_GAINS = np.linspace(0.0, 12.0, 61)  # in standard errors of the difference; beyond them nothing passes
+QUANTILES = (np.arange(64) + 0.5) / 64
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the newer half gains beyond `KEPT` of what the older one does, and the bound that is held against 0."""
+
+    difference: float
+    lower_bound: float  # NaN where there are fewer than 2 episodes in a half
+
+
+def kept(
+    outcome: Float64[np.ndarray, "episodes"],
+    oldest_first: Int64[np.ndarray, "episodes"],
+    *,
+    alpha: float,
+    width: float,
+    unit: Int64[np.ndarray, "episodes"] | None = None,
+) -> Kept:
+    """Mean in the newer half less `KEPT` of the mean in the older half, and a lower bound of it.
+
+    It is asked beside a bound of the whole mean that lies `width` standard errors below it. Its own level is the lowest at
+    which both are above 0 with a probability of alpha at most where the newer half gains nothing, whatever the older half
+    gained: by the normal approximation. Episodes of one `unit` may depend on each other.
+    """
+    n, cut = len(outcome), len(outcome) // 2
+    if cut < 2:
+        return Kept(math.nan, math.nan)
+    halves = oldest_first[:cut], oldest_first[cut:]
+    older, newer = (_errors(outcome, half, np.arange(n) if unit is None else unit) for half in halves)
+    difference = float(outcome[halves[1]].mean() - KEPT * outcome[halves[0]].mean())
+    whole, rest = (cut * older + (n - cut) * newer) / n, newer - KEPT * older
+    of_whole, of_rest = (float(np.sqrt(np.square(part).sum())) for part in (whole, rest))
+    if of_whole == 0 or of_rest == 0:
+        return Kept(difference, difference)
+    correlation = np.clip(whole @ rest / (of_whole * of_rest), -0.9999, 0.9999)
+    gains = EARLIER_GAINS * of_whole * n / cut  # of the older half
+    level = critical_value(alpha, width - EARLIER_GAINS, KEPT * gains / of_rest, float(correlation))
+    return Kept(difference, difference - level * of_rest)
+
+
+def _errors(
+    outcome: Float64[np.ndarray, "episodes"], half: Int64[np.ndarray, "half"], unit: Int64[np.ndarray, "episodes"]
+) -> Float64[np.ndarray, "units"]:
+    """What each unit adds to the error of the mean of a half; the sum of squares is its variance."""
+    each = np.zeros(len(outcome))
+    each[half] = (outcome[half] - outcome[half].mean()) / math.sqrt(len(half) * (len(half) - 1))
+    return np.bincount(unit, each)
+
+
+def critical_value(
+    alpha: float, first: Float64[np.ndarray, "cases"], shift: Float64[np.ndarray, "cases"], correlation: float
+) -> float:
+    """The least c with P(X > first, Y > c + shift) <= alpha in every case, X and Y standard normal with that correlation.
+
+    P = P(X > first) E[P(Y > c + shift | X)], the mean taken over quantiles of X beyond `first`.
+    """
+    tail = stats.norm.sf(first)
+    beyond = correlation * stats.norm.isf(tail[:, None] * QUANTILES)
+
+    def excess(c: float) -> float:
+        chance = stats.norm.cdf((beyond - (c + shift)[:, None]) / math.sqrt(1 - correlation**2)).mean(1)
+        return float((tail * chance).max()) - alpha
+
+    least, most = -10.0, 10.0
+    return root_scalar(excess, bracket=(least, most), method="brentq", xtol=1e-4).root if excess(least) > 0 else least
+
+
+def parts(
+    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
+) -> list[Contrast]:
+    """The mean in each tenth of the episodes, oldest first; in fewer parts where they would hold fewer than 2 episodes."""
+    cut = np.array_split(outcome[oldest_first], min(PARTS, max(len(outcome) // 2, 1)))
+    return [_stretch(f"part {number}", part, alpha) for number, part in enumerate(cut, 1)]
+
+
+def halves(
+    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
+) -> tuple[Contrast, Contrast]:
+    """The mean in the half of the episodes that was recorded first, and in the other one."""
+    older, newer = np.split(outcome[oldest_first], [len(outcome) // 2])
+    return _stretch("older half", older, alpha), _stretch("newer half", newer, alpha)
+
+
+def _stretch(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float) -> Contrast:
+    """Mean and one-sided t-bounds; NaN where there are too few episodes for any."""
+    if len(outcome) < 2:
+        return Contrast(name, len(outcome), math.nan, math.nan, math.nan)
+    low, high = (sign * student_t_lower_bound(sign * outcome, alpha=alpha) for sign in (1.0, -1.0))
+    return Contrast(name, len(outcome), float(outcome.mean()), low, high)
