@@ -7,59 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
-import fsspec
 import pytest
 from botocore.client import BaseClient
 from fsspec.registry import _registry
 from moto import settings as moto_settings
 from moto.core.authorization import ActionAuthenticatorMixin
-from moto.server import ThreadedMotoServer
 
 from offrl_models import storage
 from offrl_models.logs import landing
 from offrl_models.schema import InputError
+from tests.buckets import SECRET, clear_clients, own_bucket, serve
 from tests.test_landing import fetch, files, no_download
 
-# A server of S3 on this machine.
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-    assert server._server is not None
-    server._server.server_close()  # stop() leaves the socket open
-
-
-def clear_clients() -> None:
-    """Forget clients that were made under another environment."""
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-@pytest.fixture
-def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseClient]:
-    """A client that owns bucket `logs`, and the environment of a user of that server."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    clear_clients()
-    client: Any = boto3.client("s3")
-    client.create_bucket(Bucket="logs")
-    yield client
-    for item in client.list_objects_v2(Bucket="logs").get("Contents", []):
-        client.delete_object(Bucket="logs", Key=item["Key"])
-    client.delete_bucket(Bucket="logs")
-    client.close()
-    clear_clients()
+endpoint = pytest.fixture(serve, scope="module")
+s3 = pytest.fixture(own_bucket)
 
 
 def listing(client: Any) -> list[tuple[str, str, Any]]:
@@ -147,7 +108,7 @@ def test_refused_credentials_are_named_without_their_values(
         clear_clients()
         with pytest.raises(InputError, match=r"access was refused \(NoCredentialsError\)"):
             fetch("s3://logs/in", tmp_path)
-    assert "very-secret" not in str(refused.value) and "AKIA" not in str(refused.value)
+    assert SECRET not in str(refused.value) and "AKIA" not in str(refused.value)
     assert files(tmp_path) == {}
 
 

@@ -1,25 +1,20 @@
 """Batches arrive from a bucket once, and from a URL under the names that they have in a folder."""
 
 import dataclasses
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
-import fsspec
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from offrl_models import storage
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.ingest import Count, Folders, Ingested, ingest
 from offrl_models.logs.read import Log, batch_files
 from offrl_models.schema import InputError
+from tests.buckets import own_bucket, serve
 from tests.conftest import as_table, attributes, chain_world
 from tests.test_every_format import LAYOUTS, SOURCES, contract_of, write_d4rl
 from tests.test_landing import no_download
@@ -44,40 +39,8 @@ def test_episodes_that_were_counted_have_the_same_names_from_a_folder_and_from_a
 # --- batches in a bucket ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """A server of S3 on this machine, which is gone afterwards."""
-    before = set(threading.enumerate())
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    serving = set(threading.enumerate()) - before
-    host, port = server.get_host_and_port()
-    assert host == "127.0.0.1"
-    yield f"http://{host}:{port}"
-    server.stop()
-    assert server._server is not None
-    server._server.server_close()  # stop() leaves the socket open
-    assert serving and not any(thread.is_alive() for thread in serving)
-
-
-@pytest.fixture
-def bucket_of_logs(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client that owns the bucket `logs`, in the environment of a user of that server."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    given = {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "mine", "SECRET_ACCESS_KEY": "secret", "MAX_ATTEMPTS": "1"}
-    given |= {"DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"}
-    for name, value in given.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients that were made under another environment
-    client: Any = boto3.client("s3")
-    client.create_bucket(Bucket="logs")
-    yield client
-    for item in client.list_objects_v2(Bucket="logs")["Contents"]:
-        client.delete_object(Bucket="logs", Key=item["Key"])
-    client.delete_bucket(Bucket="logs")
-    client.close()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+endpoint = pytest.fixture(serve, scope="module")
+bucket_of_logs = pytest.fixture(own_bucket)
 
 
 def put(client: Any, key: str, log: pl.DataFrame) -> None:
