@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks import harness, ope
+from benchmarks import harness, ope, ope_works
 from benchmarks.control_peers import PROPOSALS, SAMPLES
 from benchmarks.control_tasks import BATCH, GAMMA, HIDDEN, LEARNING_RATE, TASKS, Task
 from benchmarks.harness import Cost, Figure
@@ -98,7 +98,7 @@ def logged(given: Mapping[str, Any], task: Task) -> "Episodes":
         truncated=truncated,
         action_prob=given["action_prob"],
         gamma=GAMMA,
-        features=ope.features(given["observation"].shape[1]),
+        features=ope_works.features(given["observation"].shape[1]),
         bounds=np.array([[-task.limit, task.limit]] * task.dimensions),
     )
 

@@ -24,11 +24,11 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks import checkouts, harness, ope, ope_peers
+from benchmarks import checkouts, harness, ope, ope_peers, ope_works
 from benchmarks.checkouts import CHECKOUTS
 from benchmarks.harness import Cost, Costs, Figure
-from benchmarks.ope import BATCH, HIDDEN
 from benchmarks.ope_peers import Values, Work
+from benchmarks.ope_works import BATCH, HIDDEN
 
 if TYPE_CHECKING:
     from offrl_models.schema import Episodes
@@ -86,7 +86,7 @@ ROWS = {
 
 def make_log(folder: Path, episodes: int, actions: str) -> None:
     """A log of random observations, actions and rewards."""
-    ope.make_log(folder, episodes, STEPS, 2 if actions == CONTINUOUS else int(actions), GAMMA, OBSERVED)
+    ope_works.make_log(folder, episodes, STEPS, 2 if actions == CONTINUOUS else int(actions), GAMMA, OBSERVED)
     if actions == CONTINUOUS:
         rows = episodes * STEPS
         np.save(folder / "action.npy", np.random.default_rng(1).uniform(-1, 1, (rows, DIMENSIONS)).astype(np.float32))
@@ -98,7 +98,7 @@ def make_log(folder: Path, episodes: int, actions: str) -> None:
 
 
 def logged(folder: Path) -> "Episodes":
-    episodes = ope.logged(ope_peers.load(folder))
+    episodes = ope_works.logged(ope_peers.load(folder))
     if episodes.n_actions:
         return episodes
     return replace(episodes, bounds=np.array([[-1.0, 1.0]] * DIMENSIONS))
@@ -175,7 +175,7 @@ def _fit(name: str, folder: Path, steps: int | None) -> Work:
     assert steps is not None
     torch.set_num_threads(1)
     row, episodes = ROWS[name], logged(folder)
-    config, encoder = made(row, episodes), Encoder(ope.features(OBSERVED))
+    config, encoder = made(row, episodes), Encoder(ope_works.features(OBSERVED))
 
     def fresh() -> tuple[Any, Any, Any]:
         algorithm = ALGORITHMS[row.algorithm][1](config, encoder, episodes.actions, [0])
@@ -201,7 +201,7 @@ def _fit_seeds(name: str, folder: Path, steps: int | None) -> Work:
 
     torch.set_num_threads(1)
     row, episodes = ROWS[name], logged(folder)
-    config, encoder = made(row, episodes), Encoder(ope.features(OBSERVED))
+    config, encoder = made(row, episodes), Encoder(ope_works.features(OBSERVED))
 
     def work() -> Values:
         fit(row.algorithm, config, episodes, encoder, seeds=range(SEEDS), gradient_steps=steps, batch_size=BATCH)

@@ -124,10 +124,13 @@ def test_the_direct_method_may_not_contradict_what_is_settled() -> None:
 def test_a_settled_gain_has_to_show_in_the_newer_half() -> None:
     rng, n = np.random.default_rng(0), 2000
     base, unit, order = Terms(rng.normal(size=(n, 1))), np.arange(n), rng.permutation(n)
-    for older, newer, holds in ((0.2, 0.2, True), (0.4, 0.0, False), (0.0, 0.4, True), (-0.4, -0.1, True)):
+    cases = ((0.2, 0.2, True), (0.4, 0.0, False), (0.4, 0.105, False), (0.0, 0.4, True), (-0.4, -0.1, True))
+    for older, newer, holds in cases:
         gained = np.empty(n)
         gained[order[: n // 2]], gained[order[n // 2 :]] = older, newer
-        better = Terms(base.numerator + (gained + rng.normal(scale=0.5, size=n))[:, None])
+        noise = np.empty(n)
+        noise[order] = np.tile([0.5, -0.5, -0.5, 0.5], n // 4)  # of mean 0 in either half
+        better = Terms(base.numerator + (gained + noise)[:, None])
         gain = answer.gain("DR", better, base, unit, 0.05)
         found = answer.newer_check(better, base, unit, order, gain)
         assert found.holds is holds and bool(found.sentence) is not holds, (older, newer)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import ope, ope_peers
+from benchmarks import ope, ope_peers, ope_works
 from benchmarks.harness import Cost
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
@@ -46,23 +46,25 @@ def plain_values(given: dict[str, Any]) -> ope_peers.Values:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ope")
-    ope.make_logs("sequential", ope.Sizes(episodes=40), folder)
-    ope.make_logs("bandit", ope.Sizes(rounds=300), folder)
+    ope_works.make_logs("sequential", ope_works.Sizes(episodes=40), folder)
+    ope_works.make_logs("bandit", ope_works.Sizes(rounds=300), folder)
     return folder
 
 
 def test_the_log_of_the_evaluation_is_one(evaluated: Path) -> None:
     given = ope_peers.load(evaluated / "sequential")
-    assert given["probs"].shape == given["q"].shape == (40 * ope.STEPS, 25)
+    assert given["probs"].shape == given["q"].shape == (40 * ope_works.STEPS, 25)
     np.testing.assert_allclose(given["probs"].sum(1), 1.0, rtol=1e-12)
     assert (given["action_prob"] > 0).all() and len(np.unique(given["action"])) == 25
-    assert given["terminated"].sum() == 40 and given["terminated"][ope.STEPS - 1]
+    assert given["terminated"].sum() == 40 and given["terminated"][ope_works.STEPS - 1]
 
 
 def test_the_evaluation_gives_what_its_formulas_say(evaluated: Path) -> None:
     wanted = plain_values(ope_peers.load(evaluated / "sequential"))
     for work, log in (("tables", "sequential"), ("one", "rows")):
-        found = {name.partition(" ")[0]: value for name, value in ope.WORKS[work](evaluated / log, None)().items()}
+        found = {
+            name.partition(" ")[0]: value for name, value in ope_works.WORKS[work](evaluated / log, None)().items()
+        }
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert found[name] == pytest.approx(value, rel=1e-12), name
@@ -70,27 +72,27 @@ def test_the_evaluation_gives_what_its_formulas_say(evaluated: Path) -> None:
 
 def test_the_estimates_of_the_bandit_log_are_those_of_the_library(evaluated: Path) -> None:
     given = ope_peers.load(evaluated / "bandit")
-    episodes = ope.logged(given)
-    rows = ope.per_row(episodes, given)
+    episodes = ope_works.logged(given)
+    rows = ope_works.per_row(episodes, given)
     ratio = rows[0]
     wanted = {
         "DM": dm(episodes, rows[2]),
         "IPW": tis(episodes, ratio),
         "SNIPW": wis(episodes, ratio),
         "DR": dr(episodes, *rows),
-        "Switch-DR": switch_dr(episodes, *rows, ope.TAU),
-        "DRos": dros(episodes, *rows, ope.SHRINKAGE),
+        "Switch-DR": switch_dr(episodes, *rows, ope_works.TAU),
+        "DRos": dros(episodes, *rows, ope_works.SHRINKAGE),
     }
-    found = ope.WORKS["bandit"](evaluated / "bandit", None)()
+    found = ope_works.WORKS["bandit"](evaluated / "bandit", None)()
     assert found == {name: [pytest.approx(terms.estimate(), rel=1e-12)] for name, terms in wanted.items()}
-    assert (ratio > ope.TAU).any() and (ratio < ope.TAU).any()  # the switch does something
+    assert (ratio > ope_works.TAU).any() and (ratio < ope_works.TAU).any()  # the switch does something
 
 
 def test_intervals_are_the_same_whether_samples_are_drawn_at_once_or_in_blocks(
     evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ope_peers.load(evaluated / "rows")
-    episodes = ope.logged(given)
+    episodes = ope_works.logged(given)
     terms = all_terms(episodes, given["ratio"], Model.of(episodes, given["q"], given["v"]))
     shares = bootstrap_shares(40, 50, 0)
     monkeypatch.setattr(resampling, "BLOCK", 7 * 40)
@@ -105,9 +107,9 @@ def test_intervals_are_the_same_whether_samples_are_drawn_at_once_or_in_blocks(
 
 
 def test_several_candidates_get_estimates_of_their_own(evaluated: Path) -> None:
-    found = ope.WORKS["ten"](evaluated / "rows", None)()
-    assert len(found) == 7 * ope.CANDIDATES
-    assert len({found[f"TIS {number}"][0] for number in range(ope.CANDIDATES)}) == ope.CANDIDATES
+    found = ope_works.WORKS["ten"](evaluated / "rows", None)()
+    assert len(found) == 7 * ope_works.CANDIDATES
+    assert len({found[f"TIS {number}"][0] for number in range(ope_works.CANDIDATES)}) == ope_works.CANDIDATES
 
 
 @pytest.mark.parametrize(

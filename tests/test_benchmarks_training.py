@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from benchmarks import checkouts, control, control_tasks, harness, ope, ope_peers, training, training_checkouts
+from benchmarks import checkouts, control, control_tasks, harness, ope_peers, ope_works, training, training_checkouts
 from benchmarks.harness import Cost
 from offrl_models.algorithms import ALGORITHMS
 from offrl_models.datasets.encoding import Encoder
@@ -22,10 +22,10 @@ from offrl_models.training import sampler_of, transitions_of
 def counted(name: str, folder: Path) -> float:
     row = training.ROWS[name]
     training.make_log(folder / "log", 20, row.actions)
-    episodes, encoder = training.logged(folder / "log"), Encoder(ope.features(training.OBSERVED))
+    episodes, encoder = training.logged(folder / "log"), Encoder(ope_works.features(training.OBSERVED))
     learned: Any = ALGORITHMS[row.algorithm][1](training.made(row, episodes), encoder, episodes.actions, [0])
     transitions = transitions_of(learned, episodes, encoder)
-    return training.counted_flop(learned, transitions, sampler_of(learned, transitions, episodes, ope.BATCH, [0]))
+    return training.counted_flop(learned, transitions, sampler_of(learned, transitions, episodes, ope_works.BATCH, [0]))
 
 
 @pytest.mark.parametrize("name", training.ROWS)
@@ -35,8 +35,8 @@ def test_every_row_can_be_trained_and_its_flop_counted(name: str, tmp_path: Path
 
 def test_counted_flop_are_those_of_the_products(tmp_path: Path) -> None:
     """A network of the policy alone: forward, and gradients of all layers, none with respect to what is observed."""
-    sizes = (training.OBSERVED, *ope.HIDDEN, 8)
-    layers = [2 * ope.BATCH * before * after for before, after in pairwise(sizes)]
+    sizes = (training.OBSERVED, *ope_works.HIDDEN, 8)
+    layers = [2 * ope_works.BATCH * before * after for before, after in pairwise(sizes)]
     assert counted("bc/8", tmp_path) == 3 * sum(layers) - layers[0]
 
 
@@ -119,7 +119,7 @@ def test_a_checkout_trains_by_its_own_means(tmp_path: Path) -> None:
     training.make_log(tmp_path / "log", 2, training.CONTINUOUS)
     start = checkouts.commands({"corl": tmp_path}, Path(sys.prefix), tmp_path, False)["corl"]
     cost = harness.run([*start, "bc/c", "3", str(tmp_path / "log")], threads=1)
-    assert cost.result == {"loss": [3.0 * ope.BATCH]}
+    assert cost.result == {"loss": [3.0 * ope_works.BATCH]}
 
 
 def test_networks_of_checkouts_are_cut_to_ours() -> None:

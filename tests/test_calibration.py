@@ -18,6 +18,7 @@ from benchmarks.calibration.judging import (
     measured,
     on_a_log,
     resampled,
+    split,
     with_values,
 )
 from benchmarks.calibration.judging import first as prefix
@@ -25,10 +26,12 @@ from benchmarks.calibration.rules import RULES, all_rules
 from benchmarks.calibration.sepsis import has_all_rules
 from benchmarks.calibration.store import Experiment, Line, Lines, done, run
 from benchmarks.calibration.stress import ALL, GAIN, WIDE, drifted, pairs, trait_world, verdict_of
+from offrl_models import course
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.nulls import EXACT
 from offrl_models.ope.tabular import TabularModel
+from offrl_models.ope.worlds import faded, simulate_each
 from offrl_models.schema import Episodes
 from tests.conftest import chain_world
 
@@ -193,6 +196,22 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
         (measures,) = measure_rungs(["candidate"], found, GateConfig(), question)
         z[champion] = abs(measures.mean_ratio_z), abs(measures.worst_action_z)
     assert max(z[BEHAVIOR]) < 4 < min(z["champion"])
+
+
+def test_the_newer_half_is_measured_beside_the_bound_of_the_whole() -> None:
+    world = small.world()
+    log = simulate_each([world, faded(world, 1.0)], np.arange(1200) % 2, 1)
+    log = replace(log, recorded=np.arange(1200) % 2)
+    found = split(log, world.mask, {"better": small.better(world, 0.02)}, 1, 600)
+    (measures,) = measure_rungs(["better"], found, GateConfig(), asked(world.n_states))
+    paired = found.paired("better", TabularModel.fit(found.fitted_on, world.n_states))
+    assert not isinstance(paired, str)
+    outcome, oldest_first = paired.outcome, found.episodes.oldest_first
+    width = (measures.difference - measures.lower_bound) / (outcome.std() / np.sqrt(600))
+    kept = course.kept(outcome, oldest_first, alpha=0.05, width=width)
+    assert (measures.kept, measures.kept_bound) == pytest.approx((kept.difference, kept.lower_bound), rel=1e-6)
+    assert measures.kept == pytest.approx(measures.newer_half.difference - measures.older_half.difference / 4)
+    assert measures.newer_half.difference == pytest.approx(outcome[oldest_first[300:]].mean())
 
 
 def test_a_gain_that_is_gone_since_the_middle_of_the_log_does_not_pass() -> None:

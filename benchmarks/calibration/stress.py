@@ -54,6 +54,7 @@ SOME = (
 )
 WIDE = (Family("random half", 2.0), Family("severe half", 2.0), Family("action swap", 2.0))
 GAIN = 0.02
+GONE = (0.004, 0.006, 0.008, 0.012, GAIN)  # gains until the middle of the log
 EFFECT, ODDS = 0.1, (1.2, 1.5, 2.5)
 OVERRIDDEN = (0.01, 0.02, 0.05)
 REFUSED = "REFUSED"  # by the pipeline, before there is a gate
@@ -225,6 +226,12 @@ def drifted(gain: float, log_seed: int, seed: int) -> Found:
     return verdict_of(log, known_policies(world, gain, SOME if gain == 0 else WIDE), world.mask, seed)
 
 
+def gone(seed: int) -> Found:
+    """One log, and what each gain was worth until its middle; then none is left."""
+    log_seed = int(np.random.SeedSequence(seed).generate_state(20)[7])
+    return {f"{gain:g}": drifted(gain, log_seed, seed) for gain in GONE}
+
+
 def _several(log_seed: int, seed: int, mean: str | None) -> Found:
     """Two behavior policies by turns, each with its own propensities; no better than both together."""
     world = small.world()
@@ -263,4 +270,22 @@ def report(lines: Lines, path: Path) -> list[str]:
     ]
 
 
-EXPERIMENTS = {"stress": Experiment(spoiled, 400, report)}
+def report_gone(lines: Lines, path: Path) -> list[str]:
+    rows = [("better until the middle by", "on average by", *(str(family) for family in WIDE))]
+    for gain in GONE:
+        logs = [line.found[f"{gain:g}"] for line in lines.values()]
+        passes = {name: sum(one[name]["passes"][0] for one in logs) for name in logs[0]}
+        rows.append((f"{gain:g}", f"{gain / 2:g}", *(cell(count, len(logs)) for count in passes.values())))
+    return [
+        "### Gains that are gone",
+        "",
+        *prose(
+            "How often a policy passes that was better until the middle of the log and is no better since, by how much better it "
+            "was. A small gain is not shown to begin with, and of a large one the newer half shows that it is gone; the most "
+            f"passes are to be found between. {cost(lines)}"
+        ),
+        *table(*rows),
+    ]
+
+
+EXPERIMENTS = {"stress": Experiment(spoiled, 400, report), "gone": Experiment(gone, 400, report_gone)}

@@ -1,0 +1,254 @@
+"""Logs to evaluate policies on, and our side of that work, beside which `benchmarks.ope` sets other libraries."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import ope_peers
+from benchmarks.ope_peers import Values, Work, load
+
+if TYPE_CHECKING:
+    from offrl_models.ope.importance import Terms
+    from offrl_models.schema import Episodes
+
+GAMMA, STEPS, OBSERVED = 0.95, 20, 8
+ACTIONS = {"sequential": 25, "bandit": 10, "fqe": 25}
+FQE_GAMMA = 0.5  # so short a horizon that a few hundred gradient steps reach the true values
+HIDDEN, BATCH, LEARNING_RATE = (256, 256), 256, 1e-3
+TAU, SHRINKAGE = 1.5, 2.0  # of Switch-DR and DRos
+CANDIDATES, MEMBERS = 10, 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the logs and of the training."""
+
+    episodes: int = 100_000  # of STEPS steps
+    rounds: int = 1_000_000
+    fitted: int = 2_000  # episodes that FQE fits on
+    gradient_steps: int = 1000
+
+
+SMALL = Sizes(200, 500, 50, 2)
+
+
+def _distribution(rng: np.random.Generator, rows: int, actions: int) -> np.ndarray:
+    weight = rng.random((rows, actions)) + 0.2
+    return weight / weight.sum(1, keepdims=True)
+
+
+def make_log(folder: Path, episodes: int, steps: int, actions: int, gamma: float, observed: int = OBSERVED) -> None:
+    """Logs of a random policy, the probabilities of a candidate near to it, and a Q table that knows a part of the rewards."""
+    folder.mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), episodes * steps
+    behavior = _distribution(rng, rows, actions)
+    action = (behavior.cumsum(1) > rng.random((rows, 1))).argmax(1)
+    reward = rng.random(rows)
+    q = rng.random((rows, actions)) * (1 - gamma**steps) / (1 - gamma)
+    arrays = {
+        "observation": rng.standard_normal((rows, observed), np.float32),
+        "action": action,
+        "reward": reward,
+        "terminated": np.arange(1, rows + 1) % steps == 0,
+        "action_prob": behavior[np.arange(rows), action],
+        "mask": np.ones((rows, actions), bool),
+        "probs": 0.8 * behavior + 0.2 * _distribution(rng, rows, actions),
+        "q": q,
+    }
+    settings = {"steps": steps, "gamma": gamma, "tau": TAU, "shrinkage": SHRINKAGE, "actions": actions}
+    for name, array in {**arrays, **settings}.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def make_rows(folder: Path, source: Path) -> None:
+    """The same logs with the ratio, q and v of each row in the place of the tables."""
+    folder.mkdir(parents=True)
+    given = load(source)
+    ratio, q, v = per_row(logged(given), given)
+    kept = {name: array for name, array in given.items() if name not in ("probs", "q")}
+    for name, array in {**kept, "ratio": ratio, "q": q, "v": v}.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def make_fqe_log(folder: Path, episodes: int) -> None:
+    """Logs to fit on: no tables, but settings of the training, and a network's policy as ONNX."""
+    import torch
+
+    from offrl_models.datasets.encoding import Encoder
+    from offrl_models.exported import export
+    from offrl_models.nets import MLP, masked_log_softmax
+
+    make_log(folder, episodes, STEPS, ACTIONS["fqe"], FQE_GAMMA)
+    for name in ("probs", "q"):
+        (folder / f"{name}.npy").unlink()
+    settings = {"hidden": HIDDEN, "batch_size": BATCH, "learning_rate": LEARNING_RATE}
+    for name, value in settings.items():
+        np.save(folder / f"{name}.npy", np.array(value))
+
+    class Policy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = MLP([0], "policy", Encoder(features()), HIDDEN, ACTIONS["fqe"])
+
+        def forward(self, observation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return masked_log_softmax(self.net(observation[None])[0], mask).exp()
+
+    export(Policy(), OBSERVED, ACTIONS["fqe"], folder / "policy.onnx")
+
+
+def make_logs(part: str, sizes: Sizes, folder: Path) -> None:
+    match part:
+        case "sequential":
+            make_log(folder / part, sizes.episodes, STEPS, ACTIONS[part], GAMMA)
+            make_rows(folder / "rows", folder / part)
+        case "bandit":
+            make_log(folder / part, sizes.rounds, 1, ACTIONS[part], GAMMA)
+        case _:
+            make_fqe_log(folder / part, sizes.fitted)
+
+
+def features(count: int = OBSERVED) -> tuple[Any, ...]:
+    from offrl_models.schema import Feature
+
+    return tuple(Feature(f"x{number}") for number in range(count))
+
+
+def logged(given: Mapping[str, Any]) -> "Episodes":
+    from offrl_models.schema import Episodes
+
+    rows, steps = len(given["reward"]), int(given["steps"])
+    return Episodes(
+        episode_id=np.arange(rows // steps),
+        offsets=np.arange(0, rows + 1, steps),
+        observation=given["observation"],
+        final_observation=given["observation"][steps - 1 :: steps],
+        action=given["action"],
+        mask=given["mask"],
+        reward=given["reward"],
+        terminated=given["terminated"],
+        truncated=np.zeros(rows, bool),
+        action_prob=given["action_prob"],
+        gamma=float(given["gamma"]),
+        features=features(given["observation"].shape[1]),
+    )
+
+
+def per_row(episodes: "Episodes", given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the estimators take: pi/mu and Q of the logged action, and V."""
+    from offrl_models.ope.sequences import ratios_and_values
+
+    return ratios_and_values(episodes, given["probs"], given["q"])
+
+
+def _seven(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
+    return _of_candidates(episodes, [ratio], q, v)[0]
+
+
+def _of_candidates(
+    episodes: "Episodes", ratios: Sequence[np.ndarray], q: np.ndarray, v: np.ndarray
+) -> "list[dict[str, Terms]]":
+    """The seven of each candidate; the values are the same for all of them."""
+    from offrl_models.ope.bandit import dm
+    from offrl_models.ope.doubly_robust import Model
+    from offrl_models.ope.estimates import all_terms
+
+    direct, model = dm(episodes, v), Model.of(episodes, q, v)
+    return [{"DM": direct, **all_terms(episodes, ratio, model)} for ratio in ratios]
+
+
+def _six(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
+    from offrl_models.ope.bandit import dm
+    from offrl_models.ope.doubly_robust import Model, shrunk, switched
+    from offrl_models.ope.importance import normalised, plain
+    from offrl_models.ope.sequences import weights_by_step
+
+    weight, reward, model = weights_by_step(episodes, ratio), episodes.return_[:, None], Model.of(episodes, q, v)
+    return {
+        "DM": dm(episodes, v),
+        "IPW": plain(weight, reward),
+        "SNIPW": normalised(weight, reward),
+        "DR": model.corrected(weight),
+        "Switch-DR": model.corrected(switched(weight, TAU)),
+        "DRos": model.corrected(shrunk(weight, SHRINKAGE)),
+    }
+
+
+def _values(terms: "Mapping[str, Terms]", episodes: int, samples: int | None) -> Values:
+    """The estimates, or the ends of their intervals."""
+    from offrl_models.ope.intervals import bootstrap_all
+    from offrl_models.ope.resampling import BootstrapSamples
+
+    if samples is None:
+        return {name: [each.estimate()] for name, each in terms.items()}
+    found = bootstrap_all(terms, BootstrapSamples(episodes, samples, 0), 1 - ope_peers.ALPHA)
+    return {name: [interval.low, interval.high] for name, interval in found.items()}
+
+
+def _from_tables(estimators: Callable[..., "dict[str, Terms]"], folder: Path, samples: int | None) -> Work:
+    given = load(folder)
+
+    def work() -> Values:
+        episodes = logged(given)
+        return _values(estimators(episodes, *per_row(episodes, given)), episodes.n_episodes, samples)
+
+    return work
+
+
+def _nothing(folder: Path, samples: int | None) -> Work:
+    """What every process holds before a log is read."""
+    importlib.import_module("offrl_models.ope.estimates")
+    return dict
+
+
+def _from_rows(candidates: int, folder: Path, samples: int | None) -> Work:
+    """All estimators of one or more candidates; their ratios are powers of those given."""
+    given = load(folder)
+    ratios = [given["ratio"]] + [given["ratio"] ** (1 - number / CANDIDATES) for number in range(1, candidates)]
+
+    def work() -> Values:
+        episodes = logged(given)
+        found = _of_candidates(episodes, ratios, given["q"], given["v"])
+        terms = {f"{name} {number}": each for number, part in enumerate(found) for name, each in part.items()}
+        return _values(terms, episodes.n_episodes, samples)
+
+    return work
+
+
+def _fit(members: int, folder: Path, samples: int | None) -> Work:
+    import torch
+
+    from offrl_models.datasets.encoding import Encoder
+    from offrl_models.exported import OnnxPolicy
+    from offrl_models.ope.fqe import FQEConfig
+    from offrl_models.training import fit_fqe
+
+    assert samples is not None
+    torch.set_num_threads(1)
+    given = load(folder)
+    policy, encoder = OnnxPolicy(folder / "policy.onnx"), Encoder(features())
+    config = FQEConfig(hidden=HIDDEN, learning_rate=LEARNING_RATE, batch_size=BATCH, gradient_steps=samples)
+    config = config.model_copy(update={"members": members})  # a pipeline's config wants two at least
+
+    def work() -> Values:
+        episodes = logged(given)
+        chosen = episodes.take(np.arange(episodes.n_episodes) < SMALL.episodes)
+        found = fit_fqe(config, encoder, [policy], episodes, chosen, seed=0)
+        return {"FQE": [float(np.mean(found.members(0)))]}
+
+    return work
+
+
+WORKS: dict[str, Callable[[Path, int | None], Work]] = {
+    "nothing": _nothing,
+    "tables": partial(_from_tables, _seven),
+    "bandit": partial(_from_tables, _six),
+    "one": partial(_from_rows, 1),
+    "ten": partial(_from_rows, CANDIDATES),
+    "fqe": partial(_fit, 1),
+    "ensemble": partial(_fit, MEMBERS),
+}
