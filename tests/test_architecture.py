@@ -22,7 +22,7 @@ ROWS = [
     {"exported"},
     {"history"},
     {"algorithms", "ope", "optimizer", "checkpoint", "compiled"},
-    {"training_config"},
+    {"training_config", "course"},
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},

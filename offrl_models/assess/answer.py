@@ -215,17 +215,16 @@ def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
 def newer_check(
     minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episodes"], oldest: Int64[np.ndarray, "episodes"], found: Gain
 ) -> Check:
-    """A gain that is settled has to show in the half of the episodes that was recorded later, too."""
+    """The half of the episodes that was recorded later has to keep a part of a gain that is settled, as the gate asks."""
     paired = difference(minuend, base)
     outcome, alpha, units = paired.estimate() + paired.influence(), 1 - found.level, len(np.unique(unit))
     width = confidence_sequence_width(units, alpha=alpha, planned=units) * np.sqrt(units)
     left = course.kept(outcome, oldest, alpha=alpha, width=width, unit=unit)
     older, newer = (half.difference for half in course.halves(outcome, oldest, alpha))
-    holds = not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING
-    return _check("newer half", holds, left.lower_bound, "above 0 where the whole is",
-                  "the newer half of the log does not show that the gain is still there: the difference was "
-                  f"{older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at least "
-                  f"{left.lower_bound:+.3g}")  # fmt: skip
+    return _check("newer half", not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING, left.lower_bound,
+                  "above 0 where the whole is", "the newer half of the log does not show that the gain is still there: the "
+                  f"difference was {older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at "
+                  f"least {left.lower_bound:+.3g}")  # fmt: skip
 
 
 def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:
