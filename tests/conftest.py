@@ -222,6 +222,20 @@ def circling_world(gamma: float, ending: float = 0.3) -> World:
     )
 
 
+def cut_after_one_step(whole: Episodes) -> Episodes:
+    """The same episodes, recorded up to the first step only: those that go on are truncated there."""
+    first = whole.offsets[:-1]
+    names = ("observation", "action", "mask", "reward", "action_prob")
+    return dataclasses.replace(
+        whole,
+        final_observation=whole.next_observation[first],
+        **{name: getattr(whole, name)[first] for name in names},
+        offsets=np.arange(whole.n_episodes + 1),
+        terminated=whole.terminated[first],
+        truncated=~whole.terminated[first],
+    )
+
+
 def recorded_paths(world: World, steps: int) -> tuple[Episodes, np.ndarray]:
     """Every trajectory of a recording that stops after `steps` steps, and its probability under the behavior."""
     found = []

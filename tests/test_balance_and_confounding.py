@@ -13,6 +13,7 @@ from offrl_models.ope.diagnostics import balance_z, confounded_bounds, gamma_sta
 from offrl_models.ope.importance import wis
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
+from tests.conftest import cut_after_one_step
 from tests.test_diagnostics import bandit, ratio_of, some_policy, states
 
 # Balance
@@ -74,16 +75,7 @@ def test_balance_scores_find_wrong_weights_in_a_sample(tiny: World) -> None:
 def test_balance_knows_what_a_recording_that_stopped_would_have_reached(tiny: World) -> None:
     """Every episode cut after one step: weights of visits over recorded rows carry on into the next state."""
     whole, probability = tiny.enumerate(3)
-    first = whole.offsets[:-1]
-    names = ("observation", "action", "mask", "reward", "action_prob")
-    cut = dataclasses.replace(
-        whole,
-        final_observation=whole.next_observation[first],
-        **{name: getattr(whole, name)[first] for name in names},
-        offsets=np.arange(whole.n_episodes + 1),
-        terminated=whole.terminated[first],
-        truncated=~whole.terminated[first],
-    )
+    cut = cut_after_one_step(whole)
     policy = some_policy(tiny)
     rows = np.bincount(states(cut), probability, tiny.n_states)
     recorded = np.where(rows > 0, occupancy(tiny, policy) / np.where(rows > 0, rows, 1.0), 0.0)

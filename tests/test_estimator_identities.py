@@ -17,6 +17,7 @@ from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import states_of
 from offrl_models.ope.worlds import World, random_policy
 from offrl_models.schema import Episodes, InputError
+from tests.conftest import cut_after_one_step
 from tests.modelled_logs import (
     EXACT,
     INF,
@@ -185,16 +186,7 @@ def test_a_truncated_episode_is_completed_by_the_value_model() -> None:
     """Cut after the first step and with the true values, corrections still sum to the exact value."""
     world = WORLDS[0]
     whole, probability = world.enumerate(3)
-    first = whole.offsets[:-1]
-    names = ("observation", "action", "mask", "reward", "action_prob")
-    cut = dataclasses.replace(
-        whole,
-        final_observation=whole.next_observation[first],
-        **{name: getattr(whole, name)[first] for name in names},
-        offsets=np.arange(whole.n_episodes + 1),
-        terminated=whole.terminated[first],
-        truncated=~whole.terminated[first],
-    )
+    cut = cut_after_one_step(whole)
     policy = random_policy(world, 5)
     q, ratio = world.q_values(policy), policy_ratios(policy, cut)
     done = completed(cut, (policy * q).sum(1)[states_of(cut)[1]])

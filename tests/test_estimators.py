@@ -19,6 +19,7 @@ from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed, finite, ratios, ratios_and_values
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
+from tests.conftest import cut_after_one_step
 
 EXACT = 1e-9
 
@@ -176,16 +177,7 @@ def test_the_order_of_episodes_never_matters(seed: int) -> None:
 def test_a_truncated_episode_is_completed_by_the_value_model(tiny: World) -> None:
     """Cut every episode after its first step: with the true values every estimator still sums to the exact value."""
     whole, probability = tiny.enumerate(3)
-    first = whole.offsets[:-1]
-    names = ("observation", "action", "mask", "reward", "action_prob")
-    cut = dataclasses.replace(
-        whole,
-        final_observation=whole.next_observation[first],
-        **{name: getattr(whole, name)[first] for name in names},
-        offsets=np.arange(whole.n_episodes + 1),
-        terminated=whole.terminated[first],
-        truncated=~whole.terminated[first],
-    )
+    cut = cut_after_one_step(whole)
     policy = random_policy(tiny, 5)
     for name, terms in all_terms(tiny, policy, cut, tiny.q_values(policy)).items():
         assert terms.estimate(probability) == pytest.approx(tiny.value(policy), abs=EXACT), name
