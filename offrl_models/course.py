@@ -12,7 +12,8 @@ from offrl_models.measures import Contrast
 from offrl_models.ope.intervals import student_t_lower_bound
 
 PARTS = 10  # of the log, in which the course of a difference is shown
-KEPT = 0.25  # share of the older half's gain that the newer half has to keep
+KEPT = 0.2  # share of the older half's gain that the newer half has to keep
+FADED = 0.05  # and one that counts as nothing: nuisances fitted on both halves carry so much of it over
 EARLIER_GAINS = np.linspace(0.0, 12.0, 61)  # in standard errors of the difference; beyond them nothing passes
 QUANTILES = (np.arange(64) + 0.5) / 64
 
@@ -36,8 +37,8 @@ def kept(
     """Mean in the newer half less `KEPT` of the mean in the older half, and a lower bound of it.
 
     It is asked beside a bound of the whole mean that lies `width` standard errors below it. Its own level is the lowest at
-    which both are above 0 with a probability of alpha at most where the newer half gains nothing, whatever the older half
-    gained: by the normal approximation. Episodes of one `unit` may depend on each other.
+    which both are above 0 with a probability of alpha at most where the newer half gains `FADED` of what the older one does,
+    whatever that is: by the normal approximation. Episodes of one `unit` may depend on each other.
     """
     n, cut = len(outcome), len(outcome) // 2
     if cut < 2:
@@ -50,8 +51,9 @@ def kept(
     if of_whole == 0 or of_rest == 0:
         return Kept(difference, difference)
     correlation = np.clip(whole @ rest / (of_whole * of_rest), -0.9999, 0.9999)
-    gains = EARLIER_GAINS * of_whole * n / cut  # of the older half
-    level = critical_value(alpha, width - EARLIER_GAINS, KEPT * gains / of_rest, float(correlation))
+    older_gains = EARLIER_GAINS * of_whole * n / (cut + (n - cut) * FADED)
+    shift = (KEPT - FADED) * older_gains / of_rest
+    level = critical_value(alpha, width - EARLIER_GAINS, shift, float(correlation))
     return Kept(difference, difference - level * of_rest)
 
 

@@ -210,7 +210,7 @@ def test_the_newer_half_is_measured_beside_the_bound_of_the_whole() -> None:
     width = (measures.difference - measures.lower_bound) / (outcome.std() / np.sqrt(600))
     kept = course.kept(outcome, oldest_first, alpha=0.05, width=width)
     assert (measures.kept, measures.kept_bound) == pytest.approx((kept.difference, kept.lower_bound), rel=1e-6)
-    assert measures.kept == pytest.approx(measures.newer_half.difference - measures.older_half.difference / 4)
+    assert measures.kept == pytest.approx(measures.newer_half.difference - measures.older_half.difference / 5)
     assert measures.newer_half.difference == pytest.approx(outcome[oldest_first[300:]].mean())
 
 

@@ -76,7 +76,7 @@ def test_a_gain_that_the_newer_half_does_not_keep_is_not_shown() -> None:
     assert (verdict.status, verdict.decided_by) == (Status.INCONCLUSIVE, "newer half")
     for said in ("(2,999 episodes) does not show", "was +0.02 and is +0.001 now", "by at least -0.0042, not above +0"):
         assert said in verdict.reason
-    shown = dataclasses.replace(GOOD, lower_bound=0.02)  # 0.0075 is what 0.01 and 0.01 leave beyond a quarter
+    shown = dataclasses.replace(GOOD, lower_bound=0.02)  # 0.008 is what 0.01 and 0.01 leave beyond a fifth
     assert judge("abc", shown, GateConfig(margin=0.00999)).status is Status.PASS
     assert judge("abc", shown, GateConfig(margin=0.01)).decided_by == "newer half"
 
