@@ -178,8 +178,8 @@ def brief(shown: dict[str, Any]) -> list[str]:
     older, newer = measures["older_half"], measures["newer_half"]
     said.append(
         f"In the {older['episodes']:,} older ones of {measures['episodes']:,} episodes the difference is "
-        f"{older['difference']:+.4g}, in the newer ones {newer['difference']:+.4g}: more than {KEPT:g} of what it was by "
-        f"{measures['kept']:+.4g}, at least {measures['kept_bound']:+.4g}."
+        f"{older['difference']:+.4g}, in the newer ones {newer['difference']:+.4g}, which is more than {KEPT:g} of that "
+        f"by {measures['kept']:+.4g}, at least by {measures['kept_bound']:+.4g}."
     )
     if verdict["proven_by_betting"]:
         said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
