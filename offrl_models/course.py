@@ -13,7 +13,7 @@ from offrl_models.ope.intervals import student_t_lower_bound
 
 PARTS = 10  # of the log, in which the course of a difference is shown
 KEPT = 0.2  # share of the older half's gain that the newer half has to keep
-FADED = 0.05  # and one that counts as nothing: nuisances fitted on both halves carry so much of it over
+FADED = 0.03  # and one that counts as nothing: nuisances fitted on both halves carry so much of it over
 EARLIER_GAINS = np.linspace(0.0, 12.0, 61)  # in standard errors of the difference; beyond them nothing passes
 QUANTILES = (np.arange(64) + 0.5) / 64
 

@@ -38,14 +38,14 @@ def test_the_course_is_told_oldest_first_and_leaves_no_episode_out() -> None:
 
 
 def chance(gain: float, level: float, width: float, ratio: float) -> float:
-    """Of both bounds above 0 where the older half gains `gain` and the newer one a twentieth of it, by the bivariate normal
+    """Of both bounds above 0 where the older half gains `gain` and the newer one 3% of it, by the bivariate normal
     distribution; the errors of their means are `ratio` and 1."""
     whole = np.array([0.5, 0.5])  # of older and newer
     rest = np.array([-course.KEPT, 1.0])
     error = np.diag([ratio**2, 1.0])
     of_whole, of_rest = (math.sqrt(part @ error @ part) for part in (whole, rest))
     correlation = whole @ error @ rest / (of_whole * of_rest)
-    gains = gain * np.array([1.0, 0.05])
+    gains = gain * np.array([1.0, 0.03])
     mean = np.array([whole @ gains / of_whole - width, rest @ gains / of_rest - level])
     both = stats.multivariate_normal(np.zeros(2), cast(Any, [[1, correlation], [correlation, 1]]))
     return float(both.cdf(mean))
@@ -121,7 +121,7 @@ def test_simulated_gains_that_all_but_ended_pass_no_more_often_than_alpha() -> N
         for _ in range(logs):
             outcome = rng.normal(size=n)
             outcome[: n // 2] += gain
-            outcome[n // 2 :] += gain / 20
+            outcome[n // 2 :] += 0.03 * gain
             whole = outcome.mean() > width * outcome.std() / np.sqrt(n)
             passes[gain] += whole and course.kept(outcome, np.arange(n), alpha=ALPHA, width=width).lower_bound > 0
     assert max(passes.values()) <= stats.binom.ppf(0.999, logs, ALPHA), passes
