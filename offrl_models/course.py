@@ -69,7 +69,7 @@ def _errors(
 def critical_value(
     alpha: float, first: Float64[np.ndarray, "cases"], shift: Float64[np.ndarray, "cases"], correlation: float
 ) -> float:
-    """The least c with P(X > first, Y > c + shift) <= alpha in every case, X and Y standard normal with that correlation.
+    """The least c >= 0 with P(X > first, Y > c + shift) <= alpha in every case, X, Y standard normal with that correlation.
 
     P = P(X > first) E[P(Y > c + shift | X)], the mean taken over quantiles of X beyond `first`.
     """
@@ -80,8 +80,7 @@ def critical_value(
         chance = stats.norm.cdf((beyond - (c + shift)[:, None]) / math.sqrt(1 - correlation**2)).mean(1)
         return float((tail * chance).max()) - alpha
 
-    least, most = -10.0, 10.0
-    return root_scalar(excess, bracket=(least, most), method="brentq", xtol=1e-4).root if excess(least) > 0 else least
+    return root_scalar(excess, bracket=(0.0, 10.0), method="brentq", xtol=1e-4).root if excess(0.0) > 0 else 0.0
 
 
 def parts(

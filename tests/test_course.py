@@ -109,7 +109,14 @@ def test_any_outcomes_have_a_bound_that_is_no_higher_than_the_mean_or_none(
     if len(outcome) < 4:
         assert math.isnan(found.lower_bound) and math.isnan(found.difference)
     else:
-        assert np.isfinite([found.difference, found.lower_bound]).all()
+        assert np.isfinite([found.difference, found.lower_bound]).all() and found.lower_bound <= found.difference
+
+
+def test_however_noisy_the_older_half_is_its_gain_is_held_against_the_newer_one() -> None:
+    rng, n = np.random.default_rng(3), 2000
+    outcome = np.concatenate([rng.normal(scale=20.0, size=n // 2), rng.normal(size=n // 2)])
+    found = course.kept(outcome, np.arange(n), alpha=ALPHA, width=2.8)
+    assert found.lower_bound == found.difference  # and not above it
 
 
 def test_simulated_gains_that_all_but_ended_pass_no_more_often_than_alpha() -> None:
