@@ -11,7 +11,7 @@ import os
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -119,26 +119,21 @@ def write_graph(
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, in its exporter
         warnings.filterwarnings("ignore", ".*The axis name: batch will not be used.*", UserWarning)
-        program = cast(
-            Any,
-            torch.onnx.export(
-                policy.eval(),
-                tuple(example.values()),
-                dynamo=True,
-                verbose=False,
-                input_names=list(example),
-                output_names=outputs,
-                dynamic_shapes=shapes,
-            ),
+        program: Any = torch.onnx.export(
+            policy.eval(),
+            tuple(example.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(example),
+            output_names=outputs,
+            dynamic_shapes=shapes,
         )
-    model = program.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
-        del value.metadata_props[:]
-        value.doc_string = ""
-    del model.graph.metadata_props[:], model.metadata_props[:]
+    model = program.model_proto  # made anew whenever it is asked for
+    graph = model.graph
+    for part in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.metadata_props[:], model.metadata_props[:]
     for function in model.functions:
         del function.metadata_props[:]
         for node in function.node:
@@ -181,10 +176,14 @@ class OnnxPolicy:
         )
         keys = np.ascontiguousarray(packed).view([("key", np.void, packed.shape[1])]).ravel()
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        inputs = {"observation": observation[first].astype(np.float32), "mask": mask[first]}
-        (found,) = self.session.run(["probs"], inputs)
-        _require_shape(self.path, "probs", found, (len(first), mask.shape[1]))
-        return np.asarray(found, np.float64), inverse
+        probs = np.empty((len(first), mask.shape[1]))
+        for block in _blocks(len(first)):
+            rows = first[block]
+            inputs = {"observation": observation[rows].astype(np.float32), "mask": mask[rows]}
+            (found,) = self.session.run(["probs"], inputs)
+            _require_shape(self.path, "probs", found, (len(rows), mask.shape[1]))
+            probs[block] = np.asarray(found)
+        return probs, inverse
 
     def probs(
         self, observation: Float[np.ndarray, "rows columns"], mask: Bool[np.ndarray, "rows actions"]

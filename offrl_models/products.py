@@ -1,10 +1,12 @@
 """Products of matrices with a leading seed axis, each by the fastest way that torch has for its shape.
 
 In single precision torch multiplies by MKL, which leaves AVX-512 to processors of its own maker. oneDNN, which torch brings too,
-has it on all of them and is as exact: twice as fast on an AMD EPYC with units of 512 bits, and as fast on one (Zen 4) that takes
-them in two halves. What is small or shallow gains nothing from it.
+has it on all of them and is as exact: twice as fast on an AMD EPYC with units of 512 bits (Zen 5), and a little slower on one that
+takes them in two halves (Zen 4). What is small or shallow gains nothing from it.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,22 @@ from torch import Tensor
 
 DEEP = 64  # numbers in each sum of a product beyond which a call of oneDNN pays
 MANY = 2**18  # and multiplications of one seed
-BY_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ZEN_5 = 26  # the family of AMD's first processors with units of 512 bits
+
+
+def _mkl_leaves_half(processors: str) -> bool:
+    """Whether these processors, as /proc/cpuinfo tells of them, have units of 512 bits that MKL does not use."""
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", processors, re.MULTILINE)
+    return family is not None and int(family[1]) >= ZEN_5
+
+
+_PROCESSORS = Path("/proc/cpuinfo")  # of Linux; elsewhere it is left to torch
+BY_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and _PROCESSORS.exists()
+    and _mkl_leaves_half(_PROCESSORS.read_text())
+)
 
 
 def affine(
@@ -34,7 +51,7 @@ def affine(
             product = product if bias is None else product + bias
             return torch.relu(product) if relu else product
     product = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-    return torch.relu(product) if relu else product
+    return product.relu_() if relu else product
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:

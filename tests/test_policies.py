@@ -1,5 +1,6 @@
 """Policies: the projection is the nearest capped distribution, and an exported graph is the policy it came from."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.densities import ROWS_AT_A_TIME
 from offrl_models.exported import OnnxPolicy, export_checked, weights
 from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, project
 from offrl_models.schema import Episodes, InputError
@@ -118,13 +120,18 @@ def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None
     encoder.mean.fill_(5.0)
     encoder.scale.fill_(3.0)
     policy = policy_of("iql", encoder, 3)
-    import dataclasses
-
-    export_checked(
-        policy,
-        dataclasses.replace(mixed, observation=observation, final_observation=observation[: mixed.n_episodes]),
-        tmp_path,
+    last = observation[: mixed.n_episodes]
+    exported = export_checked(
+        policy, dataclasses.replace(mixed, observation=observation, final_observation=last), tmp_path
     )
+    rows = 2 * ROWS_AT_A_TIME + 1
+    many = np.stack([rng.normal(5, 3, rows), rng.integers(0, 4, rows)], 1).astype(np.float32)
+    mask = rng.random((rows, 3)) < 0.7
+    mask[:, 0] = True
+    with torch.no_grad():
+        wanted = policy(torch.as_tensor(many), torch.as_tensor(mask)).numpy()
+    assert isinstance(exported, OnnxPolicy)
+    assert np.abs(exported.probs(many, mask) - wanted).max() <= 1e-6
 
 
 def test_exporting_twice_gives_the_same_bytes(episodes: Episodes, tmp_path: Path) -> None:

@@ -49,8 +49,18 @@ def test_products_and_all_their_gradients(
         torch.testing.assert_close(other.double(), right, rtol=1e-4, atol=1e-5 * float(right.detach().abs().max()))
 
 
-@pytest.mark.skipif(not products.BY_ONEDNN, reason="this processor has no AVX-512")
-def test_only_large_single_precision_products_go_to_onednn() -> None:
+@pytest.mark.parametrize(
+    ("maker", "family", "half"), [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False)]
+)
+def test_mkl_leaves_half_of_the_units_of_some_processors(maker: str, family: int, half: bool) -> None:
+    one = f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: 17\n\n"
+    assert products._mkl_leaves_half(one * 2) is half
+    assert not products._mkl_leaves_half("processor\t: 0\nBogoMIPS\t: 243.75\n")  # as on ARM
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_only_large_single_precision_products_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "BY_ONEDNN", True)
     x, weight = torch.randn(2, 64, 128), torch.randn(2, 128, 96)
     assert "OneDNN" in str(affine(x, weight.requires_grad_()).grad_fn)
     assert "OneDNN" not in str(affine(x.double(), weight.double()).grad_fn)
