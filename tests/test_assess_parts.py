@@ -11,6 +11,7 @@ from offrl_models import course
 from offrl_models.assess import answer, options, target, values
 from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.choices import Probabilities
+from offrl_models.ope.behavior import estimate_propensities
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, bootstrap, confidence_sequence_width
 from offrl_models.ope.resampling import bootstrap_shares
@@ -64,7 +65,25 @@ def test_pooling_keeps_the_estimate_and_counts_entities_once() -> None:
         assert (mine.low, mine.high) == pytest.approx((plain.low, plain.high), rel=1e-5)
     uneven = Terms(top)
     assert pooled(uneven, np.arange(300) // 7).estimate() == pytest.approx(top.mean(0).sum(), abs=1e-12)
-    assert pooled(uneven, np.arange(300)) is uneven
+    order = rng.permutation(300)
+    for each in (uneven, Terms(top, bottom), Terms(top, bottom, weighted=True)):
+        alone = pooled(each, order)  # unit `order[i]` is episode i
+        assert alone.numerator[order] == pytest.approx(each.numerator, abs=1e-12)
+        assert alone.estimate() == pytest.approx(each.estimate(), abs=1e-12)
+
+
+def test_propensities_are_fitted_again_on_the_units_that_are_weighed() -> None:
+    """In one context the fitted weights average 1 exactly: IPW and SNIPW agree in every sample, whatever order units are in."""
+    log = bandit(1, 3, 1, seed=0).simulate(400, 4)
+    log = Episodes(**{**vars_of(log), "observation": np.zeros((400, 1)), "reward": log.reward + 1.0})
+    estimated = Episodes(**{**vars_of(log), "action_prob": estimate_propensities(log, 1)})
+    ratio = np.array([0.6, 0.3, 0.1])[log.action] / estimated.action_prob
+    unit = units_of(estimated, 1)
+    assert (unit != np.arange(400)).any()
+    found = answer.refitted_intervals(estimated, ratio, None, 1, bootstrap_shares(400, 100, 0), unit)
+    given = answer.intervals(answer.every_terms(estimated, ratio, None), bootstrap_shares(400, 100, 0), unit)
+    assert (found["IPW"].low, found["IPW"].high) == pytest.approx((found["SNIPW"].low, found["SNIPW"].high), abs=1e-9)
+    assert given["IPW"].high - given["IPW"].low > 1.1 * (found["IPW"].high - found["IPW"].low)
 
 
 def test_more_episodes_than_are_resampled_are_pooled_evenly() -> None:

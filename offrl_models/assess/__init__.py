@@ -158,7 +158,7 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
         )
     if propensities != LOGGED:
         again = (
-            "fitted again in every bootstrap sample"
+            "fitted again in every bootstrap sample of the estimators that weigh with them (MDR and DM take their fit as given)"
             if given.contract.tabular_states
             else "taken as given by the intervals"
         )

@@ -37,6 +37,7 @@ from offrl_models.schema import Episodes
 
 THRESHOLDS = GateConfig()  # those of the gate
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
+MODELLED = ("MDR", "DM")  # estimators that no propensity of a single row enters, once their model is fitted
 EFFECTIVE_EPISODES = 100.0  # floor
 ROUNDING = 1e-12  # of a difference that is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
@@ -99,14 +100,18 @@ def refitted_intervals(
     samples: Samples,
     unit: Int64[np.ndarray, "episodes"],
 ) -> dict[str, Interval]:
-    """The same where propensities were counted in these very episodes: they are counted again in every sample."""
+    """The same where propensities were counted in these very episodes: they are counted again in every sample.
+
+    Of the estimators that weigh with them; MDR, whose weights are of a model, and DM take what was fitted as given.
+    """
     taken = ratio * episodes.action_prob
 
     def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
         again = every_terms(episodes, taken / action_prob, values)
         return {name: pooled(term, unit) for name, term in again.items() if name in finite}
 
-    finite = [name for name, term in every_terms(episodes, ratio, values).items() if _is_finite(term)]
+    weighed = {name: term for name, term in every_terms(episodes, ratio, values).items() if name not in MODELLED}
+    finite = [name for name, term in weighed.items() if _is_finite(term)]
     return refitted(
         terms_of, lambda copies: estimate_propensities(episodes, states, copies[unit]), episodes, samples, LEVEL
     )

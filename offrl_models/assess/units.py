@@ -20,11 +20,12 @@ def units_of(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
 
 
 def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
-    """The same estimate with one row per unit: a ratio of sums over units, in which larger units count for more."""
-    if len(np.unique(unit)) == len(unit):
-        return terms
+    """The same estimate with one row per unit, in their order: a ratio of sums over units, in which larger ones count for more."""
     order = np.argsort(unit, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(unit[order]) > 0))
+    if len(starts) == len(unit):
+        bottom = None if terms.denominator is None else terms.denominator[order]
+        return Terms(terms.top[order], bottom, terms.weighted)
     bottom = np.ones_like(terms.numerator) if terms.denominator is None else terms.denominator
     numerator, denominator = (np.add.reduceat(part[order], starts, axis=0) for part in (terms.numerator, bottom))
     return Terms(numerator, denominator)
