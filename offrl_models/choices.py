@@ -100,18 +100,18 @@ def choices_of(policy: Exported, episodes: Episodes) -> Choices:
     return Probabilities(episodes, policy.on(episodes))
 
 
-def rare_mass(policy: Choices, behavior: Choices, rare: float) -> float:
-    """The share of a policy's mass where the behavior plays with a probability under `rare`, or over continuous actions with a
-    density that is lower, beside what is usual in the row, than in all but a share of `rare` of its own draws."""
+def rare_mass(policy: Choices, behavior: Choices, rare: float) -> Float64[np.ndarray, "rows"]:
+    """The share of a policy's mass in each row where the behavior plays with a probability under `rare`, or over continuous
+    actions with a density that is lower, beside what is usual in the row, than in all but a share of `rare` of its own draws."""
     match policy, behavior:
         case Probabilities(), Probabilities():
-            return float((policy.probs * (behavior.probs < rare)).sum(1).mean())
+            return (policy.probs * (behavior.probs < rare)).sum(1)
         case Draws(), Draws():
             own, found = (
                 behavior.policy.log_density(policy.episodes.observation, side.drawn) for side in (behavior, policy)
             )
             usual = own.mean(1, keepdims=True)
-            return float((found - usual < np.quantile(own - usual, rare)).mean())
+            return (found - usual < np.quantile(own - usual, rare)).mean(1)
         case _:
             raise TypeError(MIXED)
 

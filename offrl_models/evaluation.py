@@ -132,11 +132,18 @@ def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfi
     return [replace(_measure(name, found, thresholds, asked, paired), markov_z=markov) for name in rungs]
 
 
+def outcome_of(name: str, found: Evaluation, champion: str, states: int | None) -> Float64[np.ndarray, "episodes"]:
+    """What each episode adds to the difference that the gate decides by."""
+    model = TabularModel.fit(found.fitted_on, states) if states is not None else None
+    names = [name] if champion == BEHAVIOR else [name, champion]
+    return _against_champion(name, found, champion, {each: found.paired(each, model) for each in names})[0].outcome
+
+
 def _against_champion(
-    name: str, found: Evaluation, asked: Question, paired: Mapping[str, legs.Paired | str]
+    name: str, found: Evaluation, champion: str, paired: Mapping[str, legs.Paired | str]
 ) -> tuple[legs.Paired, str]:
     """Leg A against the champion, and why it cannot be trusted; in doubt, the numbers are those of leg C."""
-    names = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
+    names = [name] if champion == BEHAVIOR else [name, champion]
     parts = [paired[each] for each in names]
     doubt = next((f"{each}: {part}" for each, part in zip(names, parts, strict=True) if isinstance(part, str)), "")
     if doubt:
@@ -150,7 +157,7 @@ def _measure(
     name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
 ) -> Measures:
     gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
-    mine, doubt = _against_champion(name, found, asked, paired)
+    mine, doubt = _against_champion(name, found, asked.champion, paired)
     overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
     older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha)
     width = confidence_sequence_width(gate.n_episodes, alpha=asked.alpha, planned=planned) * np.sqrt(gate.n_episodes)
@@ -160,7 +167,11 @@ def _measure(
     leg_c = found.trajectory_gains(name, asked.champion)
     trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
     betting = (
-        trajectories and asked.champion == BEHAVIOR and asked.return_range is not None and not gate.truncated.any()
+        trajectories
+        and asked.propensities == "logged"  # by estimates of them nothing is proved
+        and asked.champion == BEHAVIOR
+        and asked.return_range is not None
+        and not gate.truncated.any()
     )
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
@@ -185,8 +196,8 @@ def _measure(
         effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),
         mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
         worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
-        unsupported_mass=rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob),
-        few_visits_mass=_few_visits_mass(found, name, asked.states, thresholds.few_visits),
+        unsupported_mass=_visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
+        few_visits_mass=_visited(mine, _few_visits_mass(found, name, asked.states, thresholds.few_visits)),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),
         ratio_max=float(mine.weight.max()),
         chi_squared=float(np.square(mine.weight).mean() - 1.0),
@@ -220,16 +231,22 @@ def _cost_rise(
     return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)
 
 
-def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> float:
-    """The share of a policy's mass in state-action cells with fewer rows than `few` in all the log; 0 without such cells."""
+def _visited(leg: legs.Paired, mass: Float64[np.ndarray, "rows"]) -> float:
+    """The mean over where the policy comes, which its weights of the logged rows stand for; 1 where they are all 0."""
+    return float(np.average(mass, weights=leg.weight)) if leg.weight.any() else 1.0
+
+
+def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> Float64[np.ndarray, "rows"]:
+    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; 0 without such
+    cells."""
     choices = found.choices[name]
     if states is None or not isinstance(choices, Probabilities):
-        return 0.0
+        return np.zeros(found.episodes.n_rows)
     visits = np.zeros((states, found.episodes.n_actions))
     for episodes in (found.fitted_on, found.episodes):
         np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
     rare = visits[found.episodes.observation[:, 0].astype(np.int64)] < few
-    return float((choices.probs * rare).sum(1).mean())
+    return (choices.probs * rare).sum(1)
 
 
 def visit_frequencies(

@@ -5,7 +5,7 @@ way around them.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,8 @@ from pydantic import Field, field_validator
 from offrl_models.course import KEPT
 from offrl_models.logs.contract import Strict
 from offrl_models.measures import Contrast, Measures
+
+SUBGROUP_EPISODES = 200  # below which bounds of a group, which hold for large numbers, are not believed
 
 
 class Status(StrEnum):
@@ -97,7 +99,8 @@ class Verdict:
     def exact(self) -> bool:
         """Whether leg B alone proves the gain: at any time, for any weights, without a Markov state."""
         e = self.measures.e_value
-        return self.status is Status.PASS and e is not None and e >= 1.0 / self.measures.alpha
+        logged = self.measures.propensities == "logged"  # estimates of them prove nothing
+        return self.status is Status.PASS and logged and e is not None and e >= 1.0 / self.measures.alpha
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,7 +108,13 @@ class Verdict:
 
 def findings(m: Measures, config: GateConfig) -> list[Finding]:
     """Every check of one rung, in the order in which they decide."""
-    return [*_validity(m, config), *_harm(m, config), *_enough(m, config), *_evidence(m, config)]
+    return [
+        *_validity(m, config),
+        *_unmeasured(m, config),
+        *_harm(m, config),
+        *_enough(m, config),
+        *_evidence(m, config),
+    ]
 
 
 def _level(alpha: float) -> str:
@@ -133,24 +142,35 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _unmeasured(m: Measures, config: GateConfig) -> list[Finding]:
+    """Costs and groups that the thresholds name and nobody measured."""
+    costs, groups = {cost.name for cost in m.costs}, [group.name for group in m.subgroups]
+    missing = [name for name in config.constraints if name not in costs]
+    missing += [name for name in config.subgroups if not any(group.startswith(f"{name} ") for group in groups)]
+    return [Finding(f"measure of {name}", False, Status.INVALID, 0.0, 0.0, f"{name} is to be held and was not measured")
+            for name in missing]  # fmt: skip
+
+
 def _is_markov(m: Measures, config: GateConfig) -> bool:
     """Whether leg A may be believed without leg C."""
     return m.markov_z is None or m.markov_z < config.markov_z
 
 
 def _harm(m: Measures, config: GateConfig) -> list[Finding]:
-    """Evidence that the policy is worse than the champion, for all or for some."""
+    """Evidence that the policy is worse than the champion, for all or for some: where there is enough to say so."""
     level, top = _level(m.alpha), m.upper_bound if _is_markov(m, config) else max(m.upper_bound, m.trajectory_bounds[1])
-    return [
+    found = [
         Finding("harm", top >= 0.0, Status.FAIL, m.upper_bound, 0.0,
                 f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4g} at {level}"),
-        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0, Status.FAIL, group.upper_bound, 0.0,
-                  f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference is at most "
-                  f"{group.upper_bound:+.4g} at {level}") for group in m.subgroups),
+        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0 or group.episodes < SUBGROUP_EPISODES, Status.FAIL,
+                  group.upper_bound, 0.0, f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference "
+                  f"is at most {group.upper_bound:+.4g} at {level}") for group in m.subgroups),
         *(Finding(f"cost {cost.name}", cost.lower_bound <= config.constraints[cost.name], Status.FAIL, cost.lower_bound,
                   config.constraints[cost.name], f"{cost.name} rises by at least {cost.lower_bound:+.4g} at {level}, and by "
                   f"{config.constraints[cost.name]:+.4g} it may") for cost in m.costs),
     ]  # fmt: skip
+    enough = all(finding.holds for finding in _enough(m, config))
+    return [replace(finding, holds=finding.holds or not enough) for finding in found]
 
 
 def _enough(m: Measures, config: GateConfig) -> list[Finding]:
@@ -172,14 +192,14 @@ def _enough(m: Measures, config: GateConfig) -> list[Finding]:
 
 def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
     """The vetoes of legs C and D, and the bounds that decide."""
-    level, top, smallest = _level(m.alpha), m.trajectory_top, min(m.fqe_differences)
+    level, top, smallest = _level(m.alpha), m.trajectory_top, min(m.fqe_differences, default=0.0)
     gone = (1 - KEPT) * config.margin  # what is kept where nothing but the margin is left
     return [
         Finding("trajectory doubly robust", top is None or top >= 0.0, Status.INCONCLUSIVE, 0.0 if top is None else top,
                 0.0, f"trajectory-wise doubly robust estimation puts the difference at {m.trajectory_difference or 0:+.4g}, "
                 "more than 2 standard errors below 0"),
-        Finding("fitted Q evaluation", all(d > 0.0 for d in m.fqe_differences), Status.INCONCLUSIVE, smallest, 0.0,
-                f"a member of the FQE ensemble puts the difference at {smallest:+.4g}"),
+        Finding("fitted Q evaluation", bool(m.fqe_differences) and all(d > 0.0 for d in m.fqe_differences),
+                Status.INCONCLUSIVE, smallest, 0.0, f"a member of the FQE ensemble puts the difference at {smallest:+.4g}"),
         Finding("Markov state", _is_markov(m, config) or m.trajectory_bounds[0] > config.margin, Status.INCONCLUSIVE,
                 m.markov_z or 0.0, config.markov_z, "what happens next depends on more than the state (z = "
                 f"{m.markov_z or 0:.1f}), and trajectory-wise doubly robust estimation, which needs no such state, does not show "
@@ -187,6 +207,9 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
         *(Finding(f"bound on {cost.name}", cost.upper_bound <= config.constraints[cost.name], Status.INCONCLUSIVE,
                   cost.upper_bound, config.constraints[cost.name], f"{cost.name} may rise by {cost.upper_bound:+.4g} at "
                   f"{level}, above the {config.constraints[cost.name]:+.4g} that is allowed") for cost in m.costs),
+        *(Finding(f"size of {group.name}", group.episodes >= SUBGROUP_EPISODES, Status.INCONCLUSIVE, group.episodes,
+                  SUBGROUP_EPISODES, f"{group.name} has {group.episodes} gate episodes, fewer than the {SUBGROUP_EPISODES} that a "
+                  "bound for it needs") for group in m.subgroups if config.subgroup_margin > 0),
         *(Finding(f"bound for {group.name}", group.lower_bound >= -config.subgroup_margin, Status.INCONCLUSIVE,
                   group.lower_bound, -config.subgroup_margin, f"for {group.name} ({group.episodes:,} episodes) the "
                   f"difference may be {group.lower_bound:+.4g} at {level}, below {-config.subgroup_margin:+.4g}")

@@ -1,7 +1,8 @@
 """Every look at the gate's data, in a chain of entries that nothing rewrites, and the error rate that is left for the next one.
 
-A hypothesis is "this ladder of policies beats this champion". Its first look is given an error rate; later looks at the same
-hypothesis, on more data, are covered by the confidence sequence and spend nothing. A retrained candidate is a new hypothesis.
+A hypothesis is "this ladder of policies beats this champion", tested by certain settings. Its first look is given an error rate;
+later looks at the same hypothesis, on more data, are covered by the confidence sequence and spend nothing. A retrained candidate or
+another setting makes a new hypothesis.
 Three budgets bound what it is given: `alpha` for one release; `yearly_alpha` for all looks of 365 days together, a union bound; and
 the levels of e-LOND, Xu & Ramdas (2024), "Online multiple testing with e-values", with the e-value 1 / alpha_t where the gate
 passes at alpha_t and 0 elsewhere. Before the first release these levels are fixed and add up to `long_run_alpha`, so that is the
@@ -30,7 +31,7 @@ LEAST = 1e-6  # error rate below which a look could not end in a release
 class Look:
     """One entry: which policies were held against which champion, on what data, and what came of it."""
 
-    hypothesis: str  # digest of the ladder, the champion and the thresholds
+    hypothesis: str  # digest of the ladder, the champion, and the settings of the test
     champion: str  # sha256 of its graph
     gate_data: str  # digest of the episodes that judged
     date: str  # UTC
@@ -109,11 +110,20 @@ def level(
 
 
 def enter(path: Path, look: Look) -> bool:
-    """Append a look, unless the same hypothesis was judged on the same data before. Returns whether it was new."""
+    """Append a look, unless the same hypothesis was judged on the same data before. Returns whether it was new.
+
+    Raises InputError where it was, with another verdict.
+    """
     with storage.exclusive(path.with_name(f".{path.name}.lock")):
         looks = read(path)
-        if any((old.hypothesis, old.gate_data) == (look.hypothesis, look.gate_data) for old in looks):
-            return False
+        for old in looks:
+            if (old.hypothesis, old.gate_data) == (look.hypothesis, look.gate_data):
+                if old.verdict == look.verdict:
+                    return False
+                raise InputError(
+                    f"{path}: these policies were judged on these logs on {old.date}, by the same settings, and the verdict was "
+                    f"{old.verdict}; now it would be {look.verdict}. The first look counts: judge them again on more logs."
+                )
         lines = path.read_text().splitlines() if looks else []
         before = json.loads(lines[-1])["hash"] if lines else ""
         entry: dict[str, Any] = {**asdict(look), "hash": _hash(before, look)}

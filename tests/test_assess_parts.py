@@ -20,6 +20,8 @@ from offrl_models.schema import Episodes
 from tests.conftest import chain_world
 from tests.test_assess import better
 
+SETTLED = answer.Gain("DR", 0.2, 0.1, 0.3, 0.95, 0.01)
+
 # Parts
 
 
@@ -86,6 +88,27 @@ def test_propensities_are_fitted_again_on_the_units_that_are_weighed() -> None:
     assert given["IPW"].high - given["IPW"].low > 1.1 * (found["IPW"].high - found["IPW"].low)
 
 
+def test_where_the_state_is_not_markov_nothing_is_marginalised() -> None:
+    """Rewards that come a step late: what the state and the action tell of them, the past tells better."""
+    world = chain_world()
+    log = world.simulate(4000, 1)
+    table = better(world)
+    shifted = np.append(0.0, log.reward[:-1])
+    shifted[log.offsets[:-1]] = 0.0
+    for reward, markov in ((log.reward, True), (shifted, False)):
+        episodes = Episodes(**{**vars_of(log), "reward": reward})
+        probs = table[episodes.observation[:, 0].astype(int)]
+        choices = Probabilities(episodes, probs)
+        known = target.Target({}, choices.taken, choices, None)
+        ratio = known.ratio(episodes)
+        found = values.tabular_values(episodes, known, ratio, world.n_states)
+        assert found is not None and found.markov_z is not None and (found.markov_z < 4) is markov
+        terms = answer.every_terms(episodes, ratio, found)
+        assert answer.headline(terms) == ("MDR" if markov else "WDR")
+        said = {check.name for check in answer.checks(episodes, known, ratio, found, SETTLED, 0.1)}
+        assert ("effective transitions" in said, "effective episodes" in said) == (markov, not markov)
+
+
 def test_more_episodes_than_are_resampled_are_pooled_evenly() -> None:
     episodes = bandit(3, 2, 1, 0).simulate(2 * MOST_UNITS + 10, 0)
     count = np.bincount(units_of(episodes, 0))
@@ -93,7 +116,7 @@ def test_more_episodes_than_are_resampled_are_pooled_evenly() -> None:
 
 
 def test_a_check_that_fails_keeps_better_back() -> None:
-    gain = answer.Gain("DR", 0.2, 0.1, 0.3, 0.95, 0.01)
+    gain = SETTLED
     holds = answer.Check("episodes", True, 900, "at least 500", "", False)
     fails = answer.Check("episodes", False, 90, "at least 500", "90 episodes are fewer than 500", False)
     grave = answer.Check("mean ratio", False, 9, "under 4", "the ratio is wrong", True)
@@ -102,7 +125,9 @@ def test_a_check_that_fails_keeps_better_back() -> None:
     assert word == "unsettled" and "90 episodes are fewer than 500" in said
     assert answer.answer(gain, [fails, grave])[0] == "unusable"
     down = answer.Gain("DR", -0.2, -0.3, -0.1, 0.95, 0.01)
-    assert answer.answer(down, [fails])[0] == "worse"
+    assert answer.answer(down, [holds])[0] == "worse"
+    word, said = answer.answer(down, [holds, fails])  # too little shows no harm either
+    assert word == "unsettled" and "90 episodes are fewer than 500" in said
     rounding = answer.Gain("SNIPW", -3e-15, -4e-15, -2e-15, 0.95, 0.0)
     assert answer.answer(rounding, [holds])[0] == "unsettled"
     nothing = answer.Gain("DR", math.nan, math.nan, math.nan, 0.95, math.nan)

@@ -198,6 +198,27 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
     assert max(z[BEHAVIOR]) < 4 < min(z["champion"])
 
 
+def test_what_is_hardly_shown_is_weighed_by_where_the_policy_comes() -> None:
+    """A ward that the log has 1 episode of 20 in, and the policy 1 of 4: what it does there counts for a quarter of its steps."""
+    world = chain_world()
+    to = np.zeros_like(world.transition)
+    to[0, 0, 1] = to[0, 1:, 2] = 1.0
+    to[1:, :, -1] = 1.0
+    mu, pi = np.full((world.n_states, 3), 1 / 3), np.full((world.n_states, 3), 1 / 3)
+    mu[0], pi[0] = [0.05, 0.475, 0.475], [0.25, 0.375, 0.375]
+    mu[1], pi[1] = [0.95, 0.02, 0.03], [0.9, 0.02, 0.08]
+    start = np.eye(world.n_states)[0]
+    wards = replace(world, transition=to, initial=start, behavior=mu)
+    found = on_a_log(wards, {"candidate": pi}, 1, 2000, 4000)
+    config = GateConfig(rare_prob=0.04, few_visits=30)  # 300 rows in the ward: of its last two actions 6 and 9
+    (measures,) = measure_rungs(["candidate"], found, config, asked(world.n_states))
+    occupancy = wards.model().occupancy(pi)
+    exact = float(occupancy @ (pi * (mu < 0.04)).sum(1) / occupancy.sum())
+    assert exact == pytest.approx(0.25 * 0.1 / 2)
+    assert measures.unsupported_mass == pytest.approx(exact, rel=0.25)
+    assert measures.few_visits_mass == pytest.approx(measures.unsupported_mass)
+
+
 def test_the_newer_half_is_measured_beside_the_bound_of_the_whole() -> None:
     world = small.world()
     log = simulate_each([world, faded(world, 1.0)], np.arange(1200) % 2, 1)

@@ -22,6 +22,7 @@ from offrl_models.measures import Contrast
 from tests.hand_made import BAD, GOOD
 
 CONFIG = GateConfig()
+ENOUGH = {"episodes", "trust", "effective transitions", "one episode", "influence"}
 
 
 def test_good_evidence_passes_and_says_by_how_much() -> None:
@@ -62,7 +63,42 @@ def test_the_gravest_objection_decides(names: set[str]) -> None:
     shown = dataclasses.replace(GOOD, trajectory_lower=-1.0, trajectory_upper=-0.001)  # harm needs no Markov state here
     broken = dataclasses.replace(shown, **{BAD[name][0]: BAD[name][1] for name in names})
     order = [Status.INVALID, Status.FAIL, Status.INCONCLUSIVE]
-    assert judge("abc", broken, CONFIG).status is min((BAD[name][2] for name in names), key=order.index)
+    counted = names - {"harm"} if names & ENOUGH else names  # harm is not told from too little
+    assert judge("abc", broken, CONFIG).status is min((BAD[name][2] for name in counted), key=order.index)
+
+
+@pytest.mark.parametrize("name", sorted(ENOUGH))
+def test_nobody_is_said_to_be_harmed_where_there_is_too_little_to_say_so(name: str) -> None:
+    field, value, _ = BAD[name]
+    rise, loss = Contrast("days", 6000, 0.5, 0.4, 0.6), Contrast("unit surgery", 300, -0.2, -0.3, -0.1)
+    config = GateConfig(constraints={"days": 0.1}, subgroups=("unit",))
+    worse = dataclasses.replace(GOOD, difference=-0.02, lower_bound=-0.03, upper_bound=-0.01, without_top=-0.01)
+    for harmed in (worse, dataclasses.replace(GOOD, costs=[rise]), dataclasses.replace(GOOD, subgroups=[loss])):
+        harmed = dataclasses.replace(harmed, costs=harmed.costs or [dataclasses.replace(rise, lower_bound=0.0, upper_bound=0.0)],
+                                     subgroups=harmed.subgroups or [dataclasses.replace(loss, upper_bound=0.1)])  # fmt: skip
+        assert judge("abc", harmed, config).status is Status.FAIL
+        few = dataclasses.replace(harmed, **{field: -value if name == "influence" and harmed.difference < 0 else value})
+        verdict = judge("abc", few, config)
+        assert (verdict.status, verdict.decided_by) == (Status.INCONCLUSIVE, name)
+
+
+def test_a_group_of_a_few_episodes_decides_nothing() -> None:
+    """Its bounds hold for large numbers: those of one episode have no width at all."""
+    for episodes, harmed, shown in ((199, Status.PASS, Status.INCONCLUSIVE), (200, Status.FAIL, Status.PASS)):
+        loss, gain = (Contrast("unit surgery", episodes, x, x, x) for x in (-0.7, 0.7))
+        for group, margin, status in ((loss, 0.0, harmed), (gain, 0.01, shown)):
+            config = GateConfig(subgroups=("unit",), subgroup_margin=margin)
+            assert judge("abc", dataclasses.replace(GOOD, subgroups=[group]), config).status is status
+
+
+def test_what_was_not_measured_does_not_pass() -> None:
+    for config in (GateConfig(constraints={"days": 0.1}), GateConfig(subgroups=("unit",))):
+        others = [Contrast("nights", 300, 0.0, 0.0, 0.0)], [Contrast("units surgery", 300, 0.0, 0.0, 0.0)]
+        for costs, groups in (([], []), others):
+            verdict = judge("abc", dataclasses.replace(GOOD, costs=costs, subgroups=groups), config if not costs else
+                            config.model_copy(update={"constraints": {**config.constraints, "nights": 1.0}}))  # fmt: skip
+            assert verdict.status is Status.INVALID and verdict.reason.endswith("is to be held and was not measured")
+    assert judge("abc", dataclasses.replace(GOOD, fqe_differences=[]), CONFIG).decided_by == "fitted Q evaluation"
 
 
 def test_a_margin_must_be_exceeded() -> None:
@@ -248,3 +284,5 @@ def test_a_large_e_value_makes_the_certificate_exact() -> None:
         assert judge("abc", dataclasses.replace(GOOD, e_value=e_value), CONFIG).exact is exact
     refused = dataclasses.replace(GOOD, e_value=100.0, lower_bound=-1.0)
     assert not judge("abc", refused, CONFIG).exact
+    estimated = dataclasses.replace(GOOD, e_value=100.0, propensities="estimated", alpha=0.025)
+    assert judge("abc", estimated, CONFIG).status is Status.PASS and not judge("abc", estimated, CONFIG).exact

@@ -59,6 +59,17 @@ def test_a_look_that_is_taken_again_is_given_what_it_was_given(tmp_path: Path) -
     assert ledger.read(path) == after
 
 
+def test_the_same_look_cannot_say_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert ledger.enter(path, look("a")) and ledger.enter(path, look("b"))
+    written = path.read_bytes()
+    with pytest.raises(
+        InputError, match=r"judged on these logs on 2026-03-01, .* INCONCLUSIVE; now it would be PASS\. The first"
+    ):
+        ledger.enter(path, look("a", verdict=Status.PASS))
+    assert path.read_bytes() == written and ledger.enter(path, look("a", "more", verdict=Status.PASS))
+
+
 def test_a_release_earns_error_rate_and_the_year_bounds_it() -> None:
     passed = [look("a", spent=0.02, verdict=Status.PASS)]
     assert level(passed, "b", "d", CONFIG, DAY).alpha == elond_level(0.05, 2, 1)

@@ -20,7 +20,7 @@ from offrl_models.ope.behavior import version_shares
 from offrl_models.ope.density import require_density
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
-from offrl_models.ope.sequences import finite
+from offrl_models.ope.sequences import completed, finite
 from offrl_models.progress import Update, progress
 from offrl_models.reports.evidence import LOGGED, STATEMENT
 from offrl_models.schema import Episodes
@@ -134,7 +134,7 @@ def _found(
         "estimates": intervals,
         "difference": gain,
         "checks": said,
-        "weights": answers.tail(episodes, ratio, logged.estimate),
+        "weights": answers.tail(completed(episodes, values.next_v) if values else episodes, ratio, logged.estimate),
     }
 
 
@@ -142,6 +142,8 @@ def _left_out(episodes: Episodes, values: Values | None, why: str) -> dict[str, 
     """Estimators that could not be made -> why."""
     if values is None:
         return {"all with a model of the values (doubly robust, marginalised, direct)": why}
+    if values.markov_z is not None and values.gains is None:
+        return {"MDR": f"what happens next depends on more than the state (z = {values.markov_z:.1f})"}
     if values.gains is None and episodes.length.max() > 1:
         asked = "the observation to be one category, and the policy a function of it whose episodes end"
         return {"MDR": f"marginalised weights need {asked}"}

@@ -273,7 +273,7 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
             "These logs cannot tell: at some step hardly any logged episode does what the policy would do.",
         )
     size = f"by {abs(found.estimate):.4g} per episode ({found.estimator})"
-    if found.upper_bound < -ROUNDING:
+    if found.upper_bound < -ROUNDING and not broken:
         return "worse", (
             f"The policy is worse than the one that wrote the logs, {size}, and by at least {-found.upper_bound:.4g} at {level} "
             "confidence."
@@ -284,7 +284,8 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
             "confidence."
         )
     between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
-    reasons = [check for check in broken if found.lower_bound > ROUNDING or check.name != "influence"]
+    settled = found.lower_bound > ROUNDING or found.upper_bound < -ROUNDING
+    reasons = [check for check in broken if settled or check.name != "influence"]
     why = f"; {reasons[0].sentence}" if reasons else ""
     return "unsettled", (
         "These logs do not settle whether the policy is better than the one that wrote them: the difference is "

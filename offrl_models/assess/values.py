@@ -18,12 +18,14 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import buckets
 from offrl_models.densities import MixtureDensity, log_density_of
 from offrl_models.exported import Exported, OnnxDensity
+from offrl_models.gate import GateConfig
 from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import LEVEL
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, ensemble
 from offrl_models.ope.marginal import paired_differences, policy_table, tabular_dm
+from offrl_models.ope.markov import markov_z
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel, states_of
 from offrl_models.policies import Mixture, probs_of
@@ -60,6 +62,9 @@ class Values:
     how: str  # completes "values were fitted by ..."
     gains: Float64[np.ndarray, "episodes"] | None = None  # marginalised doubly robust, over the realised return
     weight: Float64[np.ndarray, "rows"] | None = None  # of each transition in `gains`
+    markov_z: float | None = (
+        None  # of "the past tells what comes next, beyond the state"; at the gate's limit there are no gains
+    )
 
 
 def first_fold(episodes: Episodes) -> Bool[np.ndarray, "episodes"]:
@@ -137,7 +142,7 @@ def tabular_values(
         return None
     table[table.sum(1) == 0] = 1.0 / episodes.n_actions  # states that no decision was made in
     q, v, next_v, logged = (np.zeros(episodes.n_rows) for _ in range(4))
-    weight, gains = np.empty(episodes.n_rows), np.empty(episodes.n_episodes)
+    weight, gains, markov = np.empty(episodes.n_rows), np.empty(episodes.n_episodes), []
     for fold in _folds(episodes):
         model = TabularModel.fit(fold.others, states)
         paired = model and paired_differences(model, table, fold.held, ratio[fold.rows])
@@ -149,8 +154,11 @@ def tabular_values(
         q[fold.rows], v[fold.rows] = of_action[state, fold.held.action], of_state[state]
         next_v[fold.rows], logged[fold.rows] = of_state[following], of_base[following]
         gains[fold.mine], weight[fold.rows] = paired
-    direct = tabular_dm(episodes, table)
-    return Values(q, v, next_v, logged, direct, "counting transitions and rewards by state and action", gains, weight)
+        markov.append(markov_z(model, fold.others, fold.held))
+    direct, how = tabular_dm(episodes, table), "counting transitions and rewards by state and action"
+    if not max(markov) < GateConfig().markov_z:
+        return Values(q, v, next_v, logged, direct, how, markov_z=max(markov))
+    return Values(q, v, next_v, logged, direct, how, gains, weight, max(markov))
 
 
 def fitted_values(episodes: Episodes, policy: Exported, effort: Effort, update: Update) -> Values:

@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from offrl_models.choices import apart, shares
-from offrl_models.evaluation import BEHAVIOR, Evaluation
+from offrl_models.evaluation import BEHAVIOR, Evaluation, outcome_of
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
 from offrl_models.ope.diagnostics import effective_sample_size_by_step, gamma_star, pareto_k, pareto_k_limit
 from offrl_models.ope.importance import trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_width
+from offrl_models.ope.sequences import completed
 from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
 
 MOST_EPISODES = 10_000_000  # beyond which more of the same data is no plan
@@ -38,18 +39,20 @@ def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
     return 2 + bisect.bisect_left(range(2, MOST_EPISODES), True, key=lambda n: spread * width(n) < gap)
 
 
-def detail(found: Evaluation, name: str, champion: str, measures: Measures, config: GateConfig) -> dict[str, Any]:
-    """Plain JSON for the page and its pictures."""
+def detail(
+    found: Evaluation, name: str, champion: str, measures: Measures, config: GateConfig, states: int | None
+) -> dict[str, Any]:
+    """Plain JSON for the page and its pictures. `states`: of the observation, where it is one category."""
     gate, ratio = found.episodes, found.ratio[name]
-    weight = trajectory_weights(gate, ratio)
-    pull = np.sort(np.abs(found.pseudo_outcome(name)))[::-1]
+    weight, whole = trajectory_weights(gate, ratio), completed(gate, found.side(name).next_v)
+    pull = np.sort(np.abs(outcome_of(name, found, champion, states)))[::-1]
     mine, theirs = found.choices[name], found.choices[champion]
     confounded = champion == BEHAVIOR and bool(weight.any()) and gate.n_actions > 0  # a density has no odds
     return {
         "episodes_needed": episodes_needed(measures, config),
         "pareto_k": _plain(pareto_k(weight)),
         "pareto_k_limit": pareto_k_limit(gate.n_episodes),
-        "gamma_star": _plain(gamma_star(gate, ratio, float(gate.return_.mean()))) if confounded else None,
+        "gamma_star": _plain(gamma_star(whole, ratio, float(found.logged_returns.mean()))) if confounded else None,
         "effective_episodes_by_step": [float(size) for size in effective_sample_size_by_step(gate, ratio)],
         "weights": [float(value) for value in np.quantile(weight, np.linspace(0, 1, 101))],
         "influence": [float(value) for value in (pull.cumsum() / max(pull.sum(), 1e-300))[: max(len(pull) // 20, 1)]],

@@ -21,10 +21,19 @@ from offrl_models.reports.detail import draw
 from offrl_models.schema import InputError
 
 LOGGED = "logged"
+SETTLED_BY_MORE = (
+    "episodes",
+    "effective transitions",
+    "one episode",
+    "influence",
+    "lower bound",
+    "newer half",
+)  # of the same logs
 STATEMENT = (
     "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
-    "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state. "
-    "It does not cover hidden confounding, later drift, states never visited, harm to subgroups that the gate was not run for, "
+    "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state, whose "
+    "fitted values and visits converge to the true ones. It does not cover hidden confounding beyond the factor that is named "
+    "where it can be told, later drift, states never visited, harm to subgroups that the gate was not run for, "
     "bad tails behind a good mean, or poisoned logs."
 )
 EXACT_NOTE = (
@@ -184,7 +193,10 @@ def brief(shown: dict[str, Any]) -> list[str]:
     if verdict["proven_by_betting"]:
         said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
     if verdict["status"] != Status.PASS:
-        needed = behind["episodes_needed"]
+        decided = verdict["decided_by"]
+        needed = (
+            behind["episodes_needed"] if decided in SETTLED_BY_MORE or decided.startswith(("bound ", "size ")) else None
+        )
         said.append(
             f"If difference and spread stay what they are, {needed:,} gate episodes would put the lower bound above the margin; "
             f"there are {measures['episodes']:,}."

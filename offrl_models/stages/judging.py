@@ -43,6 +43,8 @@ from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 from offrl_models.variants import variant_of
 
+FEWEST = 4  # gate episodes: two in each half
+
 
 def _rung_name(candidate: str, cap: float | None) -> str:
     return candidate if cap is None else f"{candidate} ≤ {cap:g}μ"
@@ -111,8 +113,9 @@ def evidence(pipeline: Pipeline) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         look = _Look(pipeline, folder)
         verdicts, final, level = look.judged()
-        found = look.facts(verdicts, final, level)
         verdict = verdicts[final]
+        look.enter(verdict, level)  # before anything of it can be seen
+        found = look.facts(verdicts, final, level)
         judged = {**asdict(verdict.measures), "policy": look.names[final], "influence": verdict.measures.influence}
         for nested in ("fqe_differences", "costs", "subgroups"):
             judged.pop(nested)
@@ -120,7 +123,6 @@ def evidence(pipeline: Pipeline) -> Stage:
         storage.write_json(folder / "evidence.json", found)
         storage.write_json(folder / "verdict.json", verdict.to_json())
         evidence_report.write(found, look.exact(), look.compared(), pipeline.reports)
-        look.enter(verdict, level)
         return {
             "status": verdict.status,
             "reason": verdict.reason,
@@ -160,6 +162,11 @@ class _Look:
         self.fitted_on, self.gate = read_evaluated(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: open_policy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
+        if self.gate.n_episodes < FEWEST:
+            raise InputError(
+                f"the gate split holds {self.gate.n_episodes} episodes, and fewer than {FEWEST} say nothing of a policy; collect "
+                "more logs."
+            )
         self.rungs = self._export(folder, policies)
         self.names = list(self.rungs)
         policies[BEHAVIOR] = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
@@ -196,9 +203,14 @@ class _Look:
 
     @property
     def hypothesis(self) -> str:
-        """Digest of what is claimed: a rung of these ladders beats this champion, by these thresholds."""
-        thresholds = self.config.gate.model_dump(mode="json")
-        return storage.digest({"rungs": self.digests, "champion": self.champion.digest, "gate": thresholds})
+        """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
+        config = self.config
+        tested = {
+            "gate": config.gate.model_dump(mode="json"),
+            "fqe": config.fqe.model_dump(mode="json"),
+            "seed": config.seed,
+        }
+        return storage.digest({"rungs": self.digests, "champion": self.champion.digest, **tested})
 
     @property
     def gate_data(self) -> str:
@@ -220,7 +232,7 @@ class _Look:
         return [verdict for verdicts in climbed for verdict in verdicts], final, level
 
     def enter(self, verdict: Verdict, level: ledger.Level) -> None:
-        """Write the look into the ledger; a second time changes nothing."""
+        """Write the look into the ledger; a second time changes nothing, and is refused where it would say something else."""
         today = datetime.now(UTC).date().isoformat()
         ledger.enter(
             self.ledger_path,
@@ -256,7 +268,14 @@ class _Look:
                 {**estimates[key].to_json(), **verdict.to_json(), "sha256": verdict.policy, "policy": key, "cap": cap}
                 for key, (_, cap), verdict in zip(self.names, self.steps, verdicts, strict=True)
             ],
-            "detail": detail(self.found, self.names[final], self.champion.key, verdicts[final].measures, config.gate),
+            "detail": detail(
+                self.found,
+                self.names[final],
+                self.champion.key,
+                verdicts[final].measures,
+                config.gate,
+                config.logs.tabular_states,
+            ),
             "verdict": {
                 **verdicts[final].to_json(),
                 "proven_by_betting": verdicts[final].exact,
