@@ -66,6 +66,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     options = vars(arguments)
+    for option, path in (("--html", arguments.html), ("--json", arguments.json)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(f"{option} {path}: no file can be written there; name one in a folder that exists.")
     found = assess.assess(
         arguments.log,
         assess.contract_of(options),

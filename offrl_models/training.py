@@ -221,8 +221,11 @@ def _fitted(
     seed: int,
     report: Report | None,
 ) -> FQE:
-    transitions = Transitions(fitted_on, encoder, device(), _next_policy(policies, fitted_on, config.members, seed))
-    fqe = FQE(config, encoder, len(policies), fitted_on.actions, float(fitted_on.return_to_go.mean()))
+    to_go = fitted_on.return_to_go
+    unit, next_policy = float(to_go.std()) or 1.0, _next_policy(policies, fitted_on, config.members, seed)
+    scaled = dataclasses.replace(fitted_on, reward=fitted_on.reward / unit)
+    transitions = Transitions(scaled, encoder, device(), next_policy)
+    fqe = FQE(config, encoder, len(policies), fitted_on.actions, float(to_go.mean()) / unit, unit)
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))

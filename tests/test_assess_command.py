@@ -175,17 +175,17 @@ def test_a_column_that_is_no_policy_of_the_observation_gets_no_values(
 # A released bundle
 
 
-def release(folder: Path, world: World, table: np.ndarray) -> Path:
+def release(folder: Path, world: World, table: np.ndarray, **logs: str) -> Path:
     """A bundle as `bundle.release` writes it, but for the files that are not read here."""
     made = folder / "released"
     graph(table, made / "policy.onnx")
-    storage.write_json(made / "config.json", {"logs": attributes(world.n_states, 3)["logs"], "salt": "offrl"})
+    storage.write_json(made / "config.json", {"logs": attributes(world.n_states, 3)["logs"] | logs, "salt": "offrl"})
     storage.write_json(made / registry.MANIFEST, {"files": storage.list_files(made)})
     return made
 
 
 def test_a_bundle_brings_its_contract_and_is_held_against_entities_it_never_saw(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     world = chain_world()
     sequential(here, world, 1500)
@@ -199,6 +199,11 @@ def test_a_bundle_brings_its_contract_and_is_held_against_entities_it_never_saw(
     assert offrl(monkeypatch, "logs", "--policy", made, "--all-entities", "--json", "found.json") == 0
     every = json.loads(Path("found.json").read_text())
     assert every["log"]["episodes"] == 1500 and "has not seen these logs" in every["notice"]
+    (made / registry.MANIFEST).unlink()
+    release(here, world, better(world), entity="patient")
+    storage.write_json(Path("contract.yaml"), attributes(world.n_states, 3)["logs"])
+    assert offrl(monkeypatch, "logs", "--policy", made, "--contract", "contract.yaml") == 1
+    assert "kept from some entities by column 'patient'" in one_sentence(capsys)
 
 
 def test_a_bundle_that_was_altered_is_refused(
@@ -228,6 +233,10 @@ def one_sentence(capsys: pytest.CaptureFixture) -> str:
 
 
 MISTAKES = {
+    "a seed below 0": (["clicks.csv", *COLUMNS, "--policy-column", "pi", "--seed", "-1"], "--seed -1: a seed is 0 or more"),
+    "no folder for the page": (
+        ["clicks.csv", *COLUMNS, "--policy-column", "pi", "--html", "no/x.html"], "--html no/x.html: no file can be written"),
+    "a folder for the numbers": (["clicks.csv", *COLUMNS, "--policy-column", "pi", "--json", "."], "--json .: no file can be"),
     "no such file": (["absent.csv", *COLUMNS, "--policy-column", "pi"], "absent.csv does not exist"),
     "no policy": (["clicks.csv", *COLUMNS], "0 policies were given"),
     "two policies": (["clicks.csv", *COLUMNS, "--policy-column", "pi", "--policy", "x"], "2 policies were given"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offrl_models import course
-from offrl_models.assess import answer, options, target, values
+from offrl_models.assess import _plain, answer, options, target, values
 from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.choices import Probabilities
 from offrl_models.ope.behavior import estimate_propensities
@@ -214,7 +214,7 @@ def test_weights_that_overflow_are_said_to() -> None:
         found = answer.intervals({"": returns, **terms}, bootstrap_shares(50, 100, 0), unit)
         gain = answer.gain("WPDIS", terms["WPDIS"], returns, unit, 0.05)
     assert math.isnan(found["TIS"].estimate) and math.isnan(gain.estimate)
-    assert answer.plain({"TIS": found["TIS"]})["TIS"]["low"] is None
+    assert _plain({"TIS": found["TIS"]})["TIS"]["low"] is None
     assert found[""].estimate == pytest.approx(episodes.return_.mean())
 
 

@@ -70,7 +70,9 @@ def model_of(world: World, policy: np.ndarray, seed: int) -> np.ndarray:
 def every_term(world: World, policy: np.ndarray, episodes: Episodes, q: np.ndarray) -> dict[str, Terms]:
     s = states(episodes)
     v = (policy * q).sum(1)
-    return bandit_terms(episodes, ratio_of(policy, episodes), q[s, episodes.action], v[s], low=LOWEST)
+    return bandit_terms(
+        episodes, ratio_of(policy, episodes), q[s, episodes.action], v[s], low=LOWEST, high=LOWEST + 1.0
+    )
 
 
 @pytest.mark.parametrize("world", BANDITS, ids=["two-by-two", "three-by-three", "masked"])
@@ -108,7 +110,7 @@ def test_on_policy_every_estimator_but_the_smoothed_one_is_the_mean_reward(seed:
 def test_every_name_means_its_estimator() -> None:
     """Ratios 3 and 1, rewards 1 and 0.5, q 0.5 and 0, v 0.4 and 0.2, by hand; lambda is 1 / sqrt(2)."""
     episodes, ratio = log([0, 1], [1.0, 0.5], [0.2, 0.8]), np.array([3.0, 1.0])
-    found = bandit_terms(episodes, ratio, np.array([0.5, 0.0]), np.array([0.4, 0.2]), low=0.0)
+    found = bandit_terms(episodes, ratio, np.array([0.5, 0.0]), np.array([0.4, 0.2]), low=0.0, high=0.0 + 1.0)
     assert {name: terms.estimate() for name, terms in found.items()} == pytest.approx(
         {
             "IPW": 3.5 / 2,
@@ -125,8 +127,8 @@ def test_longer_episodes_are_no_bandit_log(tiny: World) -> None:
     episodes = tiny.simulate(20, 0)
     ones = np.ones(episodes.n_rows)
     for call in (
-        lambda: bandit_terms(episodes, ones, ones, ones, low=LOWEST),
-        lambda: logarithmic_smoothing(episodes, ones, low=LOWEST),
+        lambda: bandit_terms(episodes, ones, ones, ones, low=LOWEST, high=LOWEST + 1.0),
+        lambda: logarithmic_smoothing(episodes, ones, low=LOWEST, high=LOWEST + 1.0),
         lambda: balanced(episodes, np.zeros(20, int), ones[:, None]),
     ):
         with pytest.raises(InputError, match="more than one step"):
@@ -147,8 +149,10 @@ def test_logarithmic_smoothing_by_hand() -> None:
     sure = logarithmic_smoothing_lower_bound(episodes, ratio, low=0.0, alpha=1e-6, smoothing=0.5)
     assert sure == 0.0  # no policy is worth less than the lowest reward
     four = log([0] * 4, [1.0] * 4, [0.5] * 4)
-    assert logarithmic_smoothing(four, np.full(4, 2.0), low=0.0).estimate() == pytest.approx(2 * np.log(2.0))
-    by_rule = logarithmic_smoothing_lower_bound(four, np.full(4, 2.0), low=0.0, alpha=0.3)
+    assert logarithmic_smoothing(four, np.full(4, 2.0), low=0.0, high=0.0 + 1.0).estimate() == pytest.approx(
+        2 * np.log(2.0)
+    )
+    by_rule = logarithmic_smoothing_lower_bound(four, np.full(4, 2.0), low=0.0, high=0.0 + 1.0, alpha=0.3)
     assert by_rule == pytest.approx(2.0 * (2.0 * 0.3**0.25 - 1.0))
 
 
@@ -191,6 +195,15 @@ def test_smoothing_scales_and_shifts_with_rewards(seed: int, scale: float, shift
     ):
         before, after = function(episodes, lowest, 0.4), function(moved, scale * lowest + shift - 1e-12, 0.4 / scale)
         assert after == pytest.approx(scale * before + shift, rel=1e-8, abs=1e-8)
+    low, high = lowest - 0.1, float(world.reward.max())
+    for function in (
+        lambda e, low, high: logarithmic_smoothing(e, ratio, low=low, high=high).estimate(),
+        lambda e, low, high: logarithmic_smoothing_lower_bound(e, ratio, low=low, high=high, alpha=0.2),
+    ):
+        after = function(moved, scale * low + shift, scale * high + shift)
+        assert after == pytest.approx(scale * function(episodes, low, high) + shift, rel=1e-8, abs=1e-8)
+    with pytest.raises(InputError, match="smoothing is by one over a reward"):
+        logarithmic_smoothing(episodes, ratio, low=lowest)
 
 
 def every_sample(world: World, size: int) -> tuple[list[Episodes], np.ndarray]:
@@ -230,7 +243,8 @@ def test_the_bound_rises_with_alpha_and_stays_under_the_estimate() -> None:
     episodes, lowest = world.simulate(300, 1), float(world.reward.min())
     ratio = ratio_of(random_policy(world, 2), episodes)
     bounds = [
-        logarithmic_smoothing_lower_bound(episodes, ratio, low=lowest, alpha=alpha) for alpha in (0.01, 0.05, 0.5)
+        logarithmic_smoothing_lower_bound(episodes, ratio, low=lowest, high=lowest + 1.0, alpha=alpha)
+        for alpha in (0.01, 0.05, 0.5)
     ]
     assert bounds == sorted(bounds) and bounds[-1] < tis(episodes, ratio).estimate() and bounds[0] >= lowest
 
@@ -238,13 +252,13 @@ def test_the_bound_rises_with_alpha_and_stays_under_the_estimate() -> None:
 def test_what_smoothing_refuses() -> None:
     episodes, ones = log([0, 1], [1.0, 0.5], [0.5, 0.5]), np.ones(2)
     with pytest.raises(InputError, match="1 rewards lie under 0.6"):
-        logarithmic_smoothing(episodes, ones, low=0.6)
+        logarithmic_smoothing(episodes, ones, low=0.6, high=0.6 + 1.0)
     for smoothing in (0.0, -1.0, np.inf, np.nan):
         with pytest.raises(InputError, match="smoothing must be positive"):
             logarithmic_smoothing(episodes, ones, low=0.0, smoothing=smoothing)
     with pytest.raises(InputError, match="alpha"):
-        logarithmic_smoothing_lower_bound(episodes, ones, low=0.0, alpha=1.0)
+        logarithmic_smoothing_lower_bound(episodes, ones, low=0.0, high=0.0 + 1.0, alpha=1.0)
     with pytest.raises(InputError, match="NaN or infinite"):
-        logarithmic_smoothing(log([0], [np.inf], [0.5]), np.ones(1), low=0.0)
+        logarithmic_smoothing(log([0], [np.inf], [0.5]), np.ones(1), low=0.0, high=0.0 + 1.0)
     with pytest.raises(InputError, match="ratio holds 1 values"):
-        logarithmic_smoothing(episodes, np.array([1.0, np.nan]), low=0.0)
+        logarithmic_smoothing(episodes, np.array([1.0, np.nan]), low=0.0, high=0.0 + 1.0)

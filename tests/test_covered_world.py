@@ -79,6 +79,9 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
         assert found.members(position) == pytest.approx([initial] * 2, abs=0.03)
     alone = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[1:2], fitted_on, evaluated_on, seed=0)
     assert alone.members(0) == pytest.approx(found.members(1), abs=1e-4)
+    small = dataclasses.replace(fitted_on, reward=fitted_on.reward * 2.0**-13)  # a power of 2 rounds alike
+    again = fit_fqe(config, Encoder(codes(WORLD.n_states)), policies[1:2], small, evaluated_on, seed=0)
+    assert again.members(0) == pytest.approx([each * 2.0**-13 for each in alone.members(0)], rel=1e-9)
     cut = dataclasses.replace(
         evaluated_on, terminated=np.zeros(evaluated_on.n_rows, bool), truncated=evaluated_on.terminated
     )

@@ -197,6 +197,19 @@ def test_at_least_one_episode_is_left_out_and_one_is_left() -> None:
 # Tails
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1.0, 1e160])
+def test_the_effective_sample_size_has_no_units(scale: float) -> None:
+    assert effective_sample_size(np.full(7, scale)) == pytest.approx(7.0)
+    assert effective_sample_size(scale * np.array([1.0, 2.0, 0.0])) == pytest.approx(9 / 5)
+
+
+def test_beside_infinite_weights_others_are_nothing_and_nan_is_refused() -> None:
+    assert effective_sample_size(np.array([np.inf, 1.0, np.inf])) == 2.0
+    for weight in (np.array([1.0, np.nan]), np.array([np.inf, np.nan])):
+        with pytest.raises(InputError, match="the weight holds 1 values that are NaN"):
+            effective_sample_size(weight)
+
+
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.8, 1.2])
 def test_the_tail_of_pareto_weights_has_their_shape(shape: float) -> None:
     """Quantiles of a Pareto distribution instead of a sample. Its excess over any limit is generalized Pareto."""

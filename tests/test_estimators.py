@@ -1,6 +1,7 @@
 """Estimators against the sum over every trajectory, and the identities that hold without any tolerance to argue about."""
 
 import dataclasses
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from offrl_models.ope import estimates, sequences
 from offrl_models.ope.diagnostics import effective_sample_size
-from offrl_models.ope.doubly_robust import Model, dr, wdr
+from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr, wdr
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Terms, pdis, tis, trajectory_weights, wis, wpdis
 from offrl_models.ope.intervals import bootstrap
 from offrl_models.ope.marginal import TabularModel, paired_differences, policy_table
+from offrl_models.ope.multistep import corrected_returns
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed, finite, ratios, ratios_and_values
 from offrl_models.ope.worlds import World, random_world
@@ -258,11 +260,21 @@ def test_only_what_is_not_finite_is_refused() -> None:
     assert finite("the reward", large) is large
 
 
-def test_an_infinite_reward_is_an_error_not_an_estimate(tiny: World) -> None:
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_an_error_not_an_estimate(tiny: World, wrong: float) -> None:
     episodes = tiny.simulate(5, 0)
-    broken = dataclasses.replace(episodes, reward=np.where(np.arange(episodes.n_rows) == 0, np.inf, episodes.reward))
-    with pytest.raises(InputError, match="NaN or infinite"):
-        pdis(broken, np.ones(broken.n_rows))
+    ones, spoiled = np.ones(episodes.n_rows), np.where(np.arange(episodes.n_rows) == 0, wrong, 1.0)
+    broken = dataclasses.replace(episodes, reward=spoiled)
+    for estimator in (tis, wis, pdis, wpdis, partial(tis, clip=5.0), partial(pdis, memory=2)):
+        for log, ratio in ((broken, ones), (episodes, spoiled)):
+            with pytest.raises(InputError, match="NaN or infinite"):
+                estimator(log, ratio)
+    for estimator in (dr, wdr, partial(switch_dr, tau=2.0), partial(dros, shrinkage=1.0),
+                      partial(corrected_returns, kind="retrace", lambda_=1.0)):  # fmt: skip
+        for log, ratio, q, v in ((broken, ones, ones, ones), (episodes, spoiled, ones, ones), (episodes, ones, spoiled, ones),
+                                 (episodes, ones, ones, spoiled)):  # fmt: skip
+            with pytest.raises(InputError, match="NaN or infinite"):
+                estimator(log, ratio, q, v)
 
 
 def test_the_tabular_model_of_many_episodes_has_the_worlds_values(tiny: World) -> None:

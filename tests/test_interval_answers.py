@@ -85,7 +85,7 @@ def test_a_betting_sequence_takes_nothing_back() -> None:
 
 def test_the_clipped_bound_is_the_one_of_the_theorem() -> None:
     """Written out as in the paper, with the sum over all pairs."""
-    values, place = np.random.default_rng(3).exponential(size=60), np.random.default_rng(7).permutation(60)
+    values, place = 5.0 + np.random.default_rng(3).exponential(size=60), np.random.default_rng(7).permutation(60)
     for last in (
         values[place[:3]],
         5.0 + values.max(),
@@ -96,8 +96,9 @@ def test_the_clipped_bound_is_the_one_of_the_theorem() -> None:
         y = np.minimum(rest, c)
         pairs = ((y[:, None] / c - y / c) ** 2).sum()
         total = (y / c).sum() - 7 * n * penalty / (3 * (n - 1)) - np.sqrt(penalty / (n - 1) * pairs)
-        assert hcope_lower_bound(values, alpha=0.1, seed=7) == pytest.approx(total / (n / c))
+        assert 0 < hcope_lower_bound(values, alpha=0.1, seed=7) == pytest.approx(total / (n / c))
     assert c > rest.max()
+    assert hcope_lower_bound(np.arange(10.0), alpha=0.05, seed=0) == 0.0  # which no mean of such values is below
 
 
 def test_the_threshold_is_the_best_of_the_values_seen() -> None:

@@ -102,7 +102,7 @@ def lower_bounds(
         yield (
             "logarithmic smoothing",
             "value",
-            lambda alpha: logarithmic_smoothing_lower_bound(gate, ratio, low=0.0, alpha=alpha),
+            lambda alpha: logarithmic_smoothing_lower_bound(gate, ratio, low=0.0, high=1.0, alpha=alpha),
         )
 
 

@@ -4,6 +4,7 @@ It decides nothing: no policy is released by it, and the gate does not read it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def assess(
         with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
             values, why = _values(given, episodes, policy, ratio, effort, update)
             found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort)
-    return answers.plain(
+    return _plain(
         {
             "policy": policy.card,
             "log": given.card,
@@ -193,3 +194,16 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
 def _statement(propensities: str) -> str:
     said = STATEMENT.replace(" of the gate split", "")
     return said if propensities == LOGGED else said.replace("logged", ESTIMATED, 1)
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON: what is no number is null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return _plain(asdict(value)) if isinstance(value, (Interval, answers.Gain, answers.Check)) else value

@@ -1,7 +1,7 @@
 """Every estimate of the policy's value, the difference to what was logged, and what speaks against believing it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -291,16 +291,3 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
         "These logs do not settle whether the policy is better than the one that wrote them: the difference is "
         f"{found.estimate:+.4g} per episode ({found.estimator}), {between}{why}."
     )
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON: what is no number is null."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return plain(asdict(value)) if isinstance(value, (Interval, Gain, Check)) else value

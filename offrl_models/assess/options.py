@@ -22,7 +22,11 @@ COLUMNS = (
 
 
 def effort_of(options: Mapping[str, Any]) -> Effort:
-    return Effort(QUICK_STEPS if options.get("quick") else STEPS, options.get("seed", 0))
+    """How long networks are trained, and from which seed. Raises InputError for a seed below 0."""
+    seed = options.get("seed", 0)
+    if seed < 0:
+        raise InputError(f"--seed {seed}: a seed is 0 or more.")
+    return Effort(QUICK_STEPS if options.get("quick") else STEPS, seed)
 
 
 def contract_of(options: Mapping[str, Any]) -> Contract:

@@ -127,6 +127,12 @@ def of_graph(path: Path, given: Assessed) -> Target:
             f"{path} was trained under a contract whose observations or actions are coded otherwise; leave --contract out to "
             "use its own, or correct the categories."
         )
+    held_out, asked = given.card["held_out_of"] is not None, given.contract.entity_column
+    if trained_under is not None and held_out and trained_under.entity_column != asked:
+        raise InputError(
+            f"{path} was kept from some entities by column {trained_under.entity_column!r}, and here they are told apart by "
+            f"{asked!r}; name the same column as the entity, or give --all-entities for logs that the policy has not seen."
+        )
     policy = open_policy(graph)
     require_interface(policy, given)
     card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
@@ -200,6 +206,6 @@ def require_distributions(
     ):
         if broken.any():
             raise InputError(
-                f"{name}: the probabilities {problem} in {int(broken.sum())} of {len(probs)} {noun}, the first is row "
-                f"{int(broken.argmax())}; give a distribution over the allowed actions."
+                f"{name}: the probabilities {problem} in {int(broken.sum())} of {len(probs)} {noun}, the first is number "
+                f"{int(broken.argmax())} when sorted by episode and step; give a distribution over the allowed actions."
             )

@@ -36,7 +36,7 @@ class Sums:
     def z(self) -> float:
         """z-score of the mean. A constant that is not 0 gets a huge score, not none."""
         mean = self.total / self.n
-        spread = np.sqrt(max(self.squares / self.n - mean**2, 0.0))
+        spread = np.sqrt(max(self.squares / self.n - mean * mean, 0.0))
         return 0.0 if abs(mean) <= 1e-12 else float(mean / (max(spread, 1e-12) / np.sqrt(self.n)))
 
     @property

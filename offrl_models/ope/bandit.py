@@ -36,8 +36,9 @@ def bandit_terms(
     v: Float64[np.ndarray, "rows"],
     *,
     low: float,
+    high: float,
 ) -> dict[str, Terms]:
-    """Every estimator of a bandit log by the name it has there; `low` is the lowest reward that can occur.
+    """Every estimator of a bandit log by the name it has there; rewards lie between `low` and `high`.
 
     Raises InputError for longer episodes, and for rewards under `low`.
     """
@@ -48,32 +49,45 @@ def bandit_terms(
         "DM": dm(episodes, v),
         "DR": dr(episodes, ratio, q, v),
         "SNDR": wdr(episodes, ratio, q, v),
-        "LS": logarithmic_smoothing(episodes, ratio, low=low),
+        "LS": logarithmic_smoothing(episodes, ratio, low=low, high=high),
     }
 
 
-def _smoothing(episodes: Episodes, smoothing: float | None) -> float:
-    chosen = 1.0 / math.sqrt(episodes.n_episodes) if smoothing is None else smoothing
+def _smoothing(episodes: Episodes, low: float, high: float | None, smoothing: float | None) -> float:
+    chosen = smoothing
+    if chosen is None:
+        if high is None or not low < high:
+            raise InputError(
+                f"smoothing is by one over a reward: give it, or the highest reward that can occur, above {low}."
+            )
+        chosen = 1.0 / (math.sqrt(episodes.n_episodes) * (high - low))
     if not 0 < chosen < math.inf:
         raise InputError(f"the smoothing must be positive and finite, not {chosen}.")
     return chosen
 
 
 def logarithmic_smoothing(
-    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, low: float, smoothing: float | None = None
+    episodes: Episodes,
+    ratio: Float64[np.ndarray, "rows"],
+    *,
+    low: float,
+    high: float | None = None,
+    smoothing: float | None = None,
 ) -> Terms:
     """low + mean of log(1 + lambda w (r - low)) / lambda: IPW whose large terms grow like their logarithm only.
 
     Sakhi, Aouali, Alquier & Chopin (2024), https://arxiv.org/abs/2405.14335. The paper speaks of a risk, with costs c in
     [-1, 0] and terms -log(1 - lambda w c) / lambda; a reward in [0, 1] is r = -c, so this is minus the paper's estimator.
     `low` is the lowest reward that can occur, from the contract; without it, a shift of all rewards would change the
-    smoothing. `smoothing` (lambda) is 1 / sqrt(n) when left out, the paper's choice; towards 0 the estimate becomes IPW.
+    smoothing. `smoothing` (lambda) is 1 / (sqrt(n) (high - low)) when left out, the paper's choice; towards 0 the estimate
+    becomes IPW.
     The estimate is biased towards `low`.
 
-    Raises InputError for episodes of several steps, rewards under `low` and a smoothing that is not positive.
+    Raises InputError for episodes of several steps, rewards under `low`, and a smoothing that is not positive or, with `high`,
+    left out.
     """
     _one_step(episodes)
-    scale = _smoothing(episodes, smoothing)
+    scale = _smoothing(episodes, low, high, smoothing)
     gain = finite("the reward", episodes.reward - low)
     if (gain < 0).any():
         raise InputError(f"{int((gain < 0).sum())} rewards lie under {low}, the lowest one that was said to occur.")
@@ -85,6 +99,7 @@ def logarithmic_smoothing_lower_bound(
     ratio: Float64[np.ndarray, "rows"],
     *,
     low: float,
+    high: float | None = None,
     alpha: float,
     smoothing: float | None = None,
 ) -> float:
@@ -97,7 +112,7 @@ def logarithmic_smoothing_lower_bound(
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha must lie between 0 and 1, not {alpha}.")
-    scale = _smoothing(episodes, smoothing)
+    scale = _smoothing(episodes, low, high, smoothing)
     smoothed = logarithmic_smoothing(episodes, ratio, low=low, smoothing=scale).estimate() - low
     return low + max(math.expm1(scale * smoothed + math.log(alpha) / episodes.n_episodes) / scale, 0.0)
 

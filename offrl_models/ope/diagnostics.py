@@ -20,9 +20,16 @@ LARGEST_ODDS = 1e6  # odds ratio beyond which nothing hidden is thought to chang
 
 
 def effective_sample_size(weight: Float64[np.ndarray, "n"]) -> float:
-    """(sum w)^2 / sum w^2: how many equal weights would carry as much. Kong (1992). 0 when all weights are 0."""
-    total = float(np.square(weight).sum())
-    return float(weight.sum()) ** 2 / total if total > 0 else 0.0
+    """(sum w)^2 / sum w^2: how many equal weights would carry as much. Kong (1992). 0 when all weights are 0.
+
+    Beside infinite weights the others are nothing. Raises InputError for NaN.
+    """
+    top = weight.max(initial=0.0)
+    if not np.isfinite(top):
+        finite("the weight", np.where(np.isinf(weight), 0.0, weight))
+        return float(np.isinf(weight).sum())
+    unit = weight / top if top > 0 else weight  # so that no square overflows or vanishes
+    return float(unit.sum() ** 2 / np.square(unit).sum()) if top > 0 else 0.0
 
 
 def effective_sample_size_by_step(

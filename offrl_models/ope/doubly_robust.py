@@ -61,7 +61,7 @@ class Model:
 
 def weights_after(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes places"]:
     """The weight after 0, 1, 2 and so on steps: 1, w_0, w_1 ..."""
-    table = by_step(episodes, ratio, 1.0)
+    table = by_step(episodes, finite("the ratio", ratio), 1.0)
     after = np.empty((len(table), table.shape[1] + 1))
     # Column by column, in parts that stay in the cache: faster than a cumulative product of short rows.
     for start in range(0, len(after), CHUNK):

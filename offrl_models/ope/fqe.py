@@ -46,14 +46,17 @@ class FQE(nn.Module):
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
     draws = 0
 
-    def __init__(self, config: FQEConfig, encoder: Encoder, policies: int, actions: Actions, start: float):
+    def __init__(
+        self, config: FQEConfig, encoder: Encoder, policies: int, actions: Actions, start: float, unit: float = 1.0
+    ):
         """The seeds are the members of the first policy, then those of the second, and so on.
 
         Every value starts near `start`, the mean return still to come in the log: the regression then corrects a sensible
-        guess instead of carrying the rewards back from the end of the episodes one step at a time.
+        guess instead of carrying the rewards back from the end of the episodes one step at a time. Values, `start` and the
+        rewards of the batches are in units of `unit`, in which networks and learning rates suit them.
         """
         super().__init__()
-        self.config = config
+        self.config, self.unit = config, unit
         seeds = list(range(config.members)) * policies
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, 1)
         self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, 1)
@@ -121,7 +124,7 @@ def _values_of_probs(fqe: FQE, policies: Sequence[OnnxPolicy], episodes: Episode
     def q_at(observation: np.ndarray) -> np.ndarray:
         distinct, inverse = np.unique(observation, axis=0, return_inverse=True)
         batch = torch.as_tensor(distinct).expand(len(policies) * members, -1, -1)
-        return fqe.q.each(batch).reshape(shape).double().numpy()[:, :, inverse.ravel()]
+        return fqe.unit * fqe.q.each(batch).reshape(shape).double().numpy()[:, :, inverse.ravel()]
 
     probs = np.stack([policy.on(episodes) for policy in policies])
     every = q_at(episodes.observation)
@@ -157,7 +160,7 @@ def _values_of_densities(fqe: FQE, policies: Sequence[OnnxDensity], episodes: Ep
             seen = torch.as_tensor(np.array(observation[rows])).expand(count * members, -1, -1)
             asked = torch.as_tensor(np.array(action[:, rows])).repeat_interleave(members, 0)
             found.append(fqe.q(seen, asked)[:, 0].double().mean(-1).numpy())
-        return np.concatenate(found, 1).reshape(count, members, -1)
+        return fqe.unit * np.concatenate(found, 1).reshape(count, members, -1)
 
     drawn = draws_of(policies, episodes.observation, dimensions, OF_ROWS)
     logged = np.broadcast_to(

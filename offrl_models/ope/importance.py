@@ -225,7 +225,7 @@ def recent_weights(
         return weights_by_step(episodes, ratio)
     if memory < 0:
         raise InputError(f"a memory of {memory} steps is not possible; give 0 or more, or None for all of them.")
-    table = by_step(episodes, ratio, 1.0)
+    table = by_step(episodes, finite("the ratio", ratio), 1.0)
     weight = np.ones_like(table)
     for back in range(min(memory, table.shape[1])):
         weight[:, back:] *= table[:, : table.shape[1] - back]
@@ -244,12 +244,16 @@ def normalised(weight: Float64[np.ndarray, "episodes terms"], gain: Float64[np.n
 
 def tis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
     """Trajectory-wise importance sampling: mean of w_T G, each w_T at most `clip`."""
-    return plain(clipped(trajectory_weights(episodes, ratio), clip)[:, None], episodes.return_[:, None])
+    return plain(
+        clipped(trajectory_weights(episodes, ratio), clip)[:, None], finite("the return", episodes.return_)[:, None]
+    )
 
 
 def wis(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], *, clip: float = math.inf) -> Terms:
     """Weighted (self-normalised) trajectory-wise importance sampling: sum w_T G / sum w_T, each w_T at most `clip`."""
-    return normalised(clipped(trajectory_weights(episodes, ratio), clip)[:, None], episodes.return_[:, None])
+    return normalised(
+        clipped(trajectory_weights(episodes, ratio), clip)[:, None], finite("the return", episodes.return_)[:, None]
+    )
 
 
 def pdis(

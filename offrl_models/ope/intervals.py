@@ -232,7 +232,8 @@ def hcope_lower_bound(values: Float64[np.ndarray, "n"], *, alpha: float, seed: i
     """Lower bound of the mean of weighted returns that are at least 0 and have no upper limit; there is no upper bound.
 
     A random part of the episodes chooses where to clip; the rest, clipped there, gets the empirical Bernstein bound.
-    Clipping can only lower the mean. Thomas, Theocharous & Ghavamzadeh (2015), theorem 1 with one threshold for all.
+    Clipping can only lower the mean, and no mean of such values is below 0. Thomas, Theocharous & Ghavamzadeh (2015), theorem 1
+    with one threshold for all.
 
     Raises InputError for values below 0 and for fewer than 4.
     """
@@ -244,9 +245,9 @@ def hcope_lower_bound(values: Float64[np.ndarray, "n"], *, alpha: float, seed: i
     chosen = max(math.ceil(THRESHOLD_SHARE * len(values)), 2)
     threshold = hcope_threshold(shuffled[:chosen], planned=len(values) - chosen, alpha=alpha)
     if threshold == 0:
-        return 0.0  # which no mean of such values is below
+        return 0.0
     clipped = np.minimum(shuffled[chosen:], threshold)
-    return empirical_bernstein_lower_bound(clipped, low=0.0, high=threshold, alpha=alpha)
+    return max(empirical_bernstein_lower_bound(clipped, low=0.0, high=threshold, alpha=alpha), 0.0)
 
 
 def _mixture_precision(alpha: float, planned: int) -> float:
@@ -259,13 +260,23 @@ def confidence_sequence_lower_bound(values: Float64[np.ndarray, "n"], *, alpha: 
 
     mean - sd sqrt( 2 (n r + 1) / (n^2 r) log(1 + sqrt(n r + 1) / (2 alpha)) ), with r chosen to be tightest near `planned`
     values. Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024), https://arxiv.org/abs/2103.06476, the one-sided boundary;
-    the half-normal mixture that it comes from is checked in the tests.
+    the half-normal mixture that it comes from is checked in the tests. Raises InputError for values that are NaN or infinite.
     """
-    return float(values.mean() - values.std() * confidence_sequence_width(len(values), alpha=alpha, planned=planned))
+    return float(
+        finite("the values", values).mean()
+        - values.std() * confidence_sequence_width(len(values), alpha=alpha, planned=planned)
+    )
 
 
 def confidence_sequence_width(n: int, *, alpha: float, planned: int) -> float:
-    """How far `confidence_sequence_lower_bound` lies under the mean of `n` values, in standard deviations."""
+    """How far `confidence_sequence_lower_bound` lies under the mean of `n` values, in standard deviations.
+
+    Raises InputError for an error rate that is not between 0 and a half.
+    """
+    if not 0 < alpha < 0.5:
+        raise InputError(
+            f"a one-sided confidence sequence at an error rate of {alpha:g} is none; give one between 0 and 0.5."
+        )
     scale = n * (precision := _mixture_precision(2 * alpha, planned)) + 1
     return float(np.sqrt(2 * scale / (n**2 * precision) * np.log1p(np.sqrt(scale) / (2 * alpha))))
 

@@ -29,12 +29,15 @@ Trace = Literal["retrace", "tree_backup", "q_pi"]
 def traces(
     episodes: Episodes, ratio: Float64[np.ndarray, "rows"], kind: Trace, lambda_: float
 ) -> Float64[np.ndarray, "rows"]:
-    """c_t of every row. Raises InputError when `lambda_` is not between 0 and 1."""
+    """c_t of every row. Raises InputError when `lambda_` is not between 0 and 1, and of tree_backup over continuous actions,
+    whose densities are no probabilities."""
     if not 0 <= lambda_ <= 1:
         raise InputError(f"lambda is {lambda_}; a trace needs one between 0 and 1.")
     if kind == "retrace":
-        return lambda_ * np.minimum(ratio, 1.0)
+        return lambda_ * np.minimum(finite("the ratio", ratio), 1.0)
     if kind == "tree_backup":
+        if not episodes.n_actions:
+            raise InputError("tree_backup cuts traces by probabilities, and the actions are continuous; take retrace.")
         return lambda_ * finite("the evaluation policy", ratio * episodes.action_prob)
     return np.full(episodes.n_rows, lambda_)
 

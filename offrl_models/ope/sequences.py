@@ -94,8 +94,11 @@ def by_step(
 
 
 def weights_by_step(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes steps"]:
-    """w_t = product of the ratios up to and including step t; past the end it stays what it was at the end."""
-    table = by_step(episodes, ratio, 1.0)
+    """w_t = product of the ratios up to and including step t; past the end it stays what it was at the end.
+
+    Raises InputError for a ratio that is NaN or infinite.
+    """
+    table = by_step(episodes, finite("the ratio", ratio), 1.0)
     return table if table.shape[1] == 1 else np.cumprod(table, axis=1)
 
 
