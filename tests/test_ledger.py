@@ -15,6 +15,7 @@ from offrl_models.gate import GateConfig, Status
 from offrl_models.ledger import Look, level
 from offrl_models.ope.eprocess import elond_level
 from offrl_models.schema import InputError
+from offrl_models.stages import judging
 from tests.conftest import as_table, attributes, chain_world, write_batches
 
 CONFIG = GateConfig()
@@ -140,12 +141,29 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     second, _ = stages.run(pipeline)
     assert second.summary["champion"] == "version 1"
     evidence = json.loads((pipeline.folder / "evidence" / "evidence.json").read_text())
+    assert evidence["detail"]["influence"][0] == pytest.approx(evidence["verdict"]["measures"]["largest_share"])
     caps = [math.inf if rung["cap"] is None else rung["cap"] for rung in evidence["ladder"]]
     assert min(caps) >= (math.inf if first.summary["cap"] is None else first.summary["cap"])
     looks = ledger.read(pipeline.folder / "policies" / ledger.LEDGER)
     assert [look.verdict for look in looks] == [first.summary["status"], second.summary["status"]]
     assert looks[0].hypothesis != looks[1].hypothesis and looks[1].alpha == elond_level(0.05, 2, 1)
     assert looks[1].champion == released_policy(pipeline, 1)
+
+
+def test_another_way_to_test_is_another_hypothesis() -> None:
+    """Else a look could be repeated with other settings until it passes, at the error rate of the first one."""
+    config = parse_pipeline(attributes(10, 3), "toy")
+    changed = [
+        {"fqe": config.fqe.model_copy(update={"gradient_steps": 7})},
+        {"seed": 1},
+        {"gate": GateConfig(margin=0.1)},
+    ]
+    claims = {
+        judging.hypothesis(config.model_copy(update=change), ["a", "b"], "champion") for change in [{}, {}, *changed]
+    }
+    assert len(claims) == 4
+    assert judging.hypothesis(config, ["a"], "champion") not in claims
+    assert judging.hypothesis(config, ["a", "b"], "other") not in claims
 
 
 def released_policy(pipeline: Pipeline, version: int) -> str:

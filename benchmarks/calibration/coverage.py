@@ -183,11 +183,11 @@ def report(lines: Lines, path: Path) -> list[str]:
         ),
         *table(*rows),
         *prose(
-            "The gate decides by one of them alone, the one-sided confidence sequence of leg A, from 500 episodes on, and only "
-            "where the findings on weights, influence and visits do not object; the others stand in reports. Leg B, which may "
-            "upgrade a certificate, is a test by betting and no interval. Where a row above names n 100, the gate does not look; "
-            "where it names more episodes, the gate does not use that interval"
-            + (" — except for its own:" if own else ".")
+            "The gate decides by one of them, the one-sided confidence sequence of leg A, and by that of leg C as well where the "
+            "state is not Markov; from 500 episodes on, and only where the findings on weights, influence and visits do not "
+            "object. The others stand in reports. Leg B, which may upgrade a certificate, is a test by betting and no interval. "
+            "Where a row above names n 100, the gate does not look; where it names more episodes, the gate does not use that "
+            "interval" + (" — except for its own:" if own else ".")
         ),
         *[f"- {each}" for each in own],
         *[""] * bool(own),

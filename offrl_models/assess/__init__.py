@@ -185,8 +185,8 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
     said.append(
         f"Intervals are percentile bootstraps over entities, {units.SAMPLES:,} samples"
         + ("; FQE's is a t-interval over its networks" if networks else "")
-        + ". The two bounds of the difference are asymptotic confidence sequences: they hold however often a growing log is "
-        "looked at, each on its own."
+        + ". The two bounds of the difference are asymptotic confidence sequences, each on its own and for a look at this log: who "
+        "looks again and again while it grows needs the gate and its ledger."
     )
     return said
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offrl_models import bundle, ledger, storage
-from offrl_models.config import ComparisonConfig, Pipeline
+from offrl_models.config import ComparisonConfig, Pipeline, PipelineConfig
 from offrl_models.evaluation import (
     BEHAVIOR,
     CHAMPION,
@@ -149,6 +149,16 @@ def evidence(pipeline: Pipeline) -> Stage:
     return storage.build_stage(pipeline.folder / "evidence", evidence_key(pipeline), build, pages)
 
 
+def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
+    """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
+    tested = {
+        "gate": config.gate.model_dump(mode="json"),
+        "fqe": config.fqe.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+    return storage.digest({"rungs": rungs, "champion": champion, **tested})
+
+
 class _Look:
     """One look at the gate split: the rungs of the best candidates, exported and evaluated beside everything else."""
 
@@ -203,14 +213,7 @@ class _Look:
 
     @property
     def hypothesis(self) -> str:
-        """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
-        config = self.config
-        tested = {
-            "gate": config.gate.model_dump(mode="json"),
-            "fqe": config.fqe.model_dump(mode="json"),
-            "seed": config.seed,
-        }
-        return storage.digest({"rungs": self.digests, "champion": self.champion.digest, **tested})
+        return hypothesis(self.config, self.digests, self.champion.digest)
 
     @property
     def gate_data(self) -> str:
