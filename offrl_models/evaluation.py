@@ -232,8 +232,9 @@ def _cost_rise(
 
 
 def _visited(leg: legs.Paired, mass: Float64[np.ndarray, "rows"]) -> float:
-    """The mean over where the policy comes, which its weights of the logged rows stand for; 1 where they are all 0."""
-    return float(np.average(mass, weights=leg.weight)) if leg.weight.any() else 1.0
+    """The mean over where the policy comes; 1 where that is nowhere in the log."""
+    visits = np.broadcast_to(leg.visits, mass.shape)
+    return float(np.average(mass, weights=visits)) if visits.any() else 1.0
 
 
 def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> Float64[np.ndarray, "rows"]:

@@ -21,7 +21,7 @@ from offrl_models.ope.importance import Terms, pdis, trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.marginal import paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
-from offrl_models.ope.tabular import TabularModel
+from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.schema import Episodes
 
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
@@ -48,6 +48,7 @@ class Paired:
     weight: Float64[np.ndarray, "rows"]
     method: str
     behavior_weight: Float64[np.ndarray, "rows"] | float = 1.0  # above 1 where rows stand for what was cut off
+    visits: Float64[np.ndarray, "rows"] | float = 1.0  # of the policy for one of the log, in the state of each row
 
 
 def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, model: TabularModel | None) -> Paired | str:
@@ -68,7 +69,8 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     found = paired_differences(model, table, gate, side.ratio)
     if found is None:
         return "the policy never ends an episode in the model of the log, so that its value does not exist"
-    return Paired(*found, "marginalised doubly robust paired difference")
+    visits = np.minimum(model.recorded_state_ratio(table), RATIO_LIMIT)[states_of(gate)[0]]
+    return Paired(*found, "marginalised doubly robust paired difference", visits=visits)
 
 
 def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
@@ -92,7 +94,9 @@ def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> 
             return f"what truncations cut off cannot be made up for: {base.reason.rstrip('.')}"
         behavior_weight = base.weight
     outcome = _gains(gate, side, found.weight, behavior, behavior_weight)
-    return Paired(outcome, found.weight, "doubly robust paired difference with fitted visit ratios", behavior_weight)
+    return Paired(
+        outcome, found.weight, "doubly robust paired difference with fitted visit ratios", behavior_weight, found.omega
+    )
 
 
 def _gains(

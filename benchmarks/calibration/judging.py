@@ -139,12 +139,11 @@ class Prefix(Evaluation):
     known: Mapping[str, Paired | str]
 
     def paired(self, name: str, model: TabularModel | None) -> Paired | str:
-        leg, n = self.known[name], self.episodes.n_episodes
-        return (
-            leg
-            if isinstance(leg, str)
-            else replace(leg, outcome=leg.outcome[:n], weight=leg.weight[: self.episodes.n_rows])
-        )
+        leg, n, rows = self.known[name], self.episodes.n_episodes, self.episodes.n_rows
+        if isinstance(leg, str):
+            return leg
+        visits = np.broadcast_to(leg.visits, leg.weight.shape)[:rows]
+        return replace(leg, outcome=leg.outcome[:n], weight=leg.weight[:rows], visits=visits)
 
 
 def first(found: Evaluation, n: int, known: Mapping[str, Paired | str]) -> Prefix:

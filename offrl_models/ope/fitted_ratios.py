@@ -54,6 +54,7 @@ class Weights:
     """Weights of rows that passed their checks."""
 
     weight: Float64[np.ndarray, "rows"]
+    omega: Float64[np.ndarray, "rows"]  # of the weight, without the ratio of the action
     checks: Checks
 
 
@@ -106,7 +107,7 @@ class FittedRatios:
             functions=len(altogether),
         )
         reason = _objection(checks, log.n_episodes)
-        return Weights(found.omega * flow.factor, checks) if reason is None else Refusal(reason, checks)
+        return Weights(found.omega * flow.factor, found.omega, checks) if reason is None else Refusal(reason, checks)
 
 
 def _objection(checks: Checks, episodes: int) -> str | None:
