@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 from offrl_models import course
-from offrl_models.assess import _plain, answer, options, target, values
+from offrl_models.assess import _found, _plain, answer, options, target, values
 from offrl_models.assess.units import MOST_UNITS, pooled, units_of
 from offrl_models.choices import Probabilities
 from offrl_models.ope.behavior import estimate_propensities
+from offrl_models.ope.diagnostics import gamma_star
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, bootstrap, confidence_sequence_width
 from offrl_models.ope.resampling import bootstrap_shares
+from offrl_models.ope.sequences import completed
 from offrl_models.ope.worlds import bandit
 from offrl_models.schema import Episodes
-from tests.conftest import chain_world
-from tests.test_assess import better
+from tests.conftest import chain_world, cut_after_one_step
+from tests.test_assess import FEW_STEPS, better
 
 SETTLED = answer.Gain("DR", 0.2, 0.1, 0.3, 0.95, 0.01)
 
@@ -107,6 +109,23 @@ def test_where_the_state_is_not_markov_nothing_is_marginalised() -> None:
         assert answer.headline(terms) == ("MDR" if markov else "WDR")
         said = {check.name for check in answer.checks(episodes, known, ratio, found, SETTLED, 0.1)}
         assert ("effective transitions" in said, "effective episodes" in said) == (markov, not markov)
+
+
+def test_hidden_confounding_is_asked_of_what_was_cut_off_as_well() -> None:
+    """Recordings that stop after a step: what comes later counts on both sides."""
+    world = chain_world()
+    cut = cut_after_one_step(world.simulate(3000, 2))
+    table = better(world)
+    probs = table[cut.observation[:, 0].astype(int)]
+    choices = Probabilities(cut, probs)
+    known = target.Target({}, choices.taken, choices, None)
+    ratio = known.ratio(cut)
+    found = values.tabular_values(cut, known, ratio, world.n_states)
+    assert found is not None
+    told = _found(cut, known, ratio, found, "logged", world.n_states, FEW_STEPS)
+    logged, whole = told["logged"].estimate, completed(cut, found.next_v)
+    assert told["weights"]["gamma_star"] == pytest.approx(gamma_star(whole, ratio, logged))
+    assert told["weights"]["gamma_star"] != pytest.approx(gamma_star(cut, ratio, logged), rel=0.01)
 
 
 def test_more_episodes_than_are_resampled_are_pooled_evenly() -> None:

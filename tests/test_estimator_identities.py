@@ -205,6 +205,7 @@ def test_a_truncated_episode_is_completed_by_the_value_model() -> None:
 def test_impossible_parameters_are_refused() -> None:
     log = random_log(0)
     episodes, ratio, q, v = log.given
+    continuous = dataclasses.replace(episodes, action=np.zeros((len(q), 1)), mask=np.ones((len(q), 0), bool))
     refused: list[Callable[[], object]] = [
         lambda: tis(episodes, ratio, clip=0.0),
         lambda: wpdis(episodes, ratio, clip=math.nan),
@@ -232,7 +233,9 @@ def test_impossible_parameters_are_refused() -> None:
             np.zeros((4, 3)),
         ),
         lambda: traces(dataclasses.replace(episodes, action_prob=np.full_like(q, np.nan)), ratio, "tree_backup", 1.0),
+        lambda: traces(continuous, ratio, "tree_backup", 1.0),  # whose densities depend on the unit of the action
     ]
+    assert traces(continuous, ratio, "retrace", 1.0) == pytest.approx(np.minimum(ratio, 1.0))
     for call in refused:
         with pytest.raises(InputError):
             call()

@@ -1,5 +1,7 @@
 """Intervals: identities of their widths, the inequality behind the confidence sequence, and measured coverage."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +75,14 @@ def test_a_lower_error_rate_never_raises_the_bound(seed: int) -> None:
     values = np.random.default_rng(seed).exponential(size=700)
     bounds = [confidence_sequence_lower_bound(values, alpha=alpha, planned=700) for alpha in (0.01, 0.05, 0.2)]
     assert bounds == sorted(bounds)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, math.nan])
+def test_a_sequence_needs_an_error_rate_below_a_half(alpha: float) -> None:
+    with pytest.raises(InputError, match="give one between 0 and 0.5"):
+        confidence_sequence_lower_bound(np.arange(9.0), alpha=alpha, planned=9)
+    with pytest.raises(InputError, match="the values holds 1 values that are NaN"):
+        confidence_sequence_lower_bound(np.array([1.0, math.nan]), alpha=0.05, planned=9)
 
 
 def test_a_bootstrap_forms_self_normalised_ratios_again_in_every_sample() -> None:

@@ -20,7 +20,9 @@ from offrl_models.evaluation import Evaluation
 from offrl_models.legs import contrast
 from offrl_models.ope.bandit import logarithmic_smoothing_lower_bound
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
+from offrl_models.ope.doubly_robust import Model
 from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
+from offrl_models.ope.estimates import all_terms
 from offrl_models.ope.importance import Terms, trajectory_weights
 from offrl_models.ope.intervals import (
     Interval,
@@ -36,6 +38,7 @@ from offrl_models.ope.intervals import (
     student_t_lower_bound,
     two_sided,
 )
+from offrl_models.ope.marginal import tabular_dm
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
@@ -87,6 +90,18 @@ def two_sided_intervals(
     }
 
 
+def reported_intervals(found: Evaluation, policy: Table, model: TabularModel) -> dict[str, Callable[[float], Interval]]:
+    """The further intervals that reports show, all of them percentile bootstraps."""
+    gate, ratio = found.episodes, found.ratio["policy"]
+    terms = all_terms(gate, ratio, Model.of(gate, found.fqe.q[0], found.fqe.v[0]))
+    shown = {name: terms[name] for name in ("PDIS", "WPDIS", "DR", "WDR")} | {"tabular DM": tabular_dm(gate, policy)}
+    leg = found.paired("policy", model)
+    if not isinstance(leg, str):
+        shown["MDR"] = Terms((leg.outcome + gate.return_)[:, None])
+    shares = bootstrap_shares(gate.n_episodes, SAMPLES, 0)
+    return {f"percentile bootstrap, {name}": partial(bootstrap, term, shares) for name, term in shown.items()}
+
+
 def lower_bounds(
     found: Evaluation, model: TabularModel, seed: int
 ) -> Iterator[tuple[str, str, Callable[[float], float]]]:
@@ -120,14 +135,15 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
     intervals = two_sided_intervals(weight, gate.return_, largest)
     cdf = tis_cdf(gate, found.ratio["policy"], low=0.0, high=1.0)
     intervals["mean by a band of the CDF, TIS"] = partial(band_interval, cdf, mean, largest)
+    model = TabularModel.fit(found.fitted_on, world.n_states)
+    assert model is not None
+    intervals |= reported_intervals(found, policy, model)
     initial = found.fqe.initial[0].mean(0)
     intervals[f"t over {MEMBERS} FQE models"] = partial(ensemble, found.fqe.members(0), initial)
     digits = {
         name: _digits(interval.low <= value <= interval.high for interval in map(of_level, LEVELS))
         for name, of_level in intervals.items()
     }
-    model = TabularModel.fit(found.fitted_on, world.n_states)
-    assert model is not None
     for name, what, bound in lower_bounds(found, model, seed):
         truth = value - base if what == "gain" else value
         digits[name] = _digits(bound(1 - level) <= truth for level in LEVELS[name == GATE :])
@@ -177,8 +193,9 @@ def report(lines: Lines, path: Path) -> list[str]:
         *prose(
             "A random exact world of 3 states and 3 actions a step; the policy evaluated is the behavior with a share of the best "
             f"policy mixed in, {OVERLAP['near']:.0%} (near) or {OVERLAP['far']:.0%} (far). Below nominal: the upper "
-            "Clopper-Pearson limit lies under the level. TIS and WIS are (weighted) trajectory importance sampling. HCOPE, "
-            "logarithmic smoothing (horizon 1 only), leg A and its t-bound are one-sided lower bounds, of the value or, for leg "
+            "Clopper-Pearson limit lies under the level. TIS and WIS are (weighted) trajectory importance sampling, PDIS to MDR "
+            "the estimators of the reports, with the nuisances of the gate. HCOPE, logarithmic smoothing (horizon 1 only), leg A "
+            "and its t-bound are one-sided lower bounds, of the value or, for leg "
             f"A, of the gain; its nuisances are fitted on 7 episodes for 3 that judge. {cost(lines)}"
         ),
         *table(*rows),
