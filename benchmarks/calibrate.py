@@ -50,8 +50,9 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "the gate at its date. The check of the newer half, which can only take passes away, is as it is now for policies that "
             "are no better at 10 and at 20 looks, on the chain, where there is power and where gains are gone; where something is "
             "wrong with a log it asked for a fourth of the gain and not for a fifth; the other sections are from before there was "
-            "one. No section has seen yet that harm needs 500 episodes, and that what the log hardly shows is weighed by where the "
-            "policy comes: the first changes FAIL alone, the second may turn a pass into INVALID or the other way round."
+            "one. Only the section on gains that are gone has seen yet that harm needs 500 episodes, and that what the log hardly "
+            "shows is weighed by where the policy comes: the first changes FAIL alone, the second may turn a pass into INVALID or "
+            "the other way round."
         ),
         f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip
