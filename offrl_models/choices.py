@@ -116,16 +116,16 @@ def rare_mass(policy: Choices, behavior: Choices, rare: float) -> Float64[np.nda
             raise TypeError(MIXED)
 
 
-def apart(policy: Choices, other: Choices) -> float:
-    """Total variation distance, mean over the rows; over continuous actions E[(1 - q(a) / p(a))+] for a drawn from p."""
+def apart(policy: Choices, other: Choices) -> Float64[np.ndarray, "rows"]:
+    """Total variation distance in every row; over continuous actions E[(1 - q(a) / p(a))+] for a drawn from p."""
     match policy, other:
         case Probabilities(), Probabilities():
-            return float(0.5 * np.abs(policy.probs - other.probs).sum(1).mean())
+            return 0.5 * np.abs(policy.probs - other.probs).sum(1)
         case Draws(), Draws():
             log_p, log_q = (
                 side.policy.log_density(policy.episodes.observation, policy.drawn) for side in (policy, other)
             )
-            return float((1.0 - np.exp(np.minimum(log_q - log_p, 0.0))).mean())
+            return np.asarray((1.0 - np.exp(np.minimum(log_q - log_p, 0.0))).mean(1), np.float64)
         case _:
             raise TypeError(MIXED)
 

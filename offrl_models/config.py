@@ -146,10 +146,21 @@ class PipelineConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _a_canary_has_a_worst_case(self) -> "PipelineConfig":
+        if self.gate.canary_loss is not None and self.return_range is None:
+            raise ValueError("gate.canary_loss needs gate.return_range, the worst and the best return that can occur")
+        return self
+
+    @model_validator(mode="after")
     def _comparisons_can_be_made(self) -> "PipelineConfig":
         for comparison in self.compare_with:
             comparison.contract(self.logs)
         return self
+
+    @property
+    def return_range(self) -> tuple[float, float] | None:
+        """Of the discounted return: as stated, or at horizon 1 that of the reward; None where it is not known."""
+        return self.gate.return_range or (self.logs.reward.range if self.logs.horizon == 1 else None)
 
     def variants(self) -> dict[str, Variant]:
         """Every algorithm that is trained, a variant for each combination of the values that a sweep lists; by name."""

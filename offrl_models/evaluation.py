@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64
 
 from offrl_models import course, legs
 from offrl_models.choices import Choices, Probabilities, choices_of, rare_mass
@@ -12,25 +12,25 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Measures
+from offrl_models.ope.bandit import smoothed_gain
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
     largest_share,
     mean_ratio_z,
 )
-from offrl_models.ope.estimates import LEVEL, Estimates, Refit, estimate, refitted
+from offrl_models.ope.estimates import Estimates, Refit, estimate
 from offrl_models.ope.fqe import FQEConfig, FQEValues
-from offrl_models.ope.importance import Samples, Terms, tis, trajectory_weights, wis
-from offrl_models.ope.intervals import bootstrap_all, confidence_sequence_width
+from offrl_models.ope.importance import trajectory_weights
+from offrl_models.ope.intervals import confidence_sequence_width
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.resampling import BootstrapSamples
-from offrl_models.ope.sequences import completed, ratios
+from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.progress import progress
-from offrl_models.schema import Episodes, InputError
+from offrl_models.schema import Episodes
 from offrl_models.training import fit_fqe
 
 BEHAVIOR, CHAMPION = "behavior", "champion"  # who wrote the log, and what was released last
-STATED = {"TIS": tis, "WIS": wis}  # estimators that need no model of the values
 
 
 @dataclass(frozen=True)
@@ -121,50 +121,65 @@ class Question:
     propensities: str  # "logged" or "estimated"
     return_range: tuple[float, float] | None  # of the discounted return; leg B needs it
     champion: str = BEHAVIOR  # the policy to beat
+    drifted: str = ""  # what is wrong with the newest batch
 
 
-def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfig, asked: Question) -> list[Measures]:
+@dataclass(frozen=True)
+class Measured:
+    """What the gate asks of a rung, and the leg A that it was read off."""
+
+    measures: Measures
+    leg: legs.Paired  # against the champion
+    own: legs.Paired  # against the policy that wrote the log
+
+
+def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfig, asked: Question) -> list[Measured]:
     """What the gate asks of each rung."""
     model = TabularModel.fit(found.fitted_on, asked.states) if asked.states is not None else None
     names = [*rungs, asked.champion] if asked.champion != BEHAVIOR else rungs
     paired = {name: found.paired(name, model) for name in names}
     markov = None if model is None else markov_z(model, found.fitted_on, found.episodes)
-    return [replace(_measure(name, found, thresholds, asked, paired), markov_z=markov) for name in rungs]
-
-
-def outcome_of(name: str, found: Evaluation, champion: str, states: int | None) -> Float64[np.ndarray, "episodes"]:
-    """What each episode adds to the difference that the gate decides by."""
-    model = TabularModel.fit(found.fitted_on, states) if states is not None else None
-    names = [name] if champion == BEHAVIOR else [name, champion]
-    return _against_champion(name, found, champion, {each: found.paired(each, model) for each in names})[0].outcome
+    return [_measure(name, found, thresholds, asked, paired, markov) for name in rungs]
 
 
 def _against_champion(
     name: str, found: Evaluation, champion: str, paired: Mapping[str, legs.Paired | str]
-) -> tuple[legs.Paired, str]:
-    """Leg A against the champion, and why it cannot be trusted; in doubt, the numbers are those of leg C."""
+) -> tuple[legs.Paired, legs.Paired, str]:
+    """Leg A against the champion and against the behavior, and why it cannot be trusted; in doubt, the numbers are leg C's."""
     names = [name] if champion == BEHAVIOR else [name, champion]
     parts = [paired[each] for each in names]
     doubt = next((f"{each}: {part}" for each, part in zip(names, parts, strict=True) if isinstance(part, str)), "")
     if doubt:
         method = "trajectory-wise doubly robust paired difference"
-        parts = [legs.Paired(found.pseudo_outcome(each), found.ratio[each], method) for each in names]
+        none = np.zeros(found.episodes.n_rows)
+        parts = [legs.Paired(found.pseudo_outcome(each), found.ratio[each], none, method) for each in names]
     mine, *base = [part for part in parts if not isinstance(part, str)]
-    return (replace(mine, outcome=mine.outcome - base[0].outcome) if base else mine), doubt
+    both = [
+        replace(mine, outcome=mine.outcome - other.outcome, correction=mine.correction - other.correction)
+        for other in base
+    ]
+    return [*both, mine][0], mine, doubt
 
 
 def _measure(
-    name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
-) -> Measures:
+    name: str,
+    found: Evaluation,
+    thresholds: GateConfig,
+    asked: Question,
+    paired: Mapping[str, legs.Paired | str],
+    markov: float | None,
+) -> Measured:
     gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
-    mine, doubt = _against_champion(name, found, asked.champion, paired)
+    mine, own, doubt = _against_champion(name, found, asked.champion, paired)
     overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
     older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha)
     width = confidence_sequence_width(gate.n_episodes, alpha=asked.alpha, planned=planned) * np.sqrt(gate.n_episodes)
     kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width)
     sure = legs.sure_share(gate)
-    trajectories = sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
     leg_c = found.trajectory_gains(name, asked.champion)
+    trajectories = sure <= thresholds.sure_share and bool(
+        np.isfinite(leg_c).all()
+    )  # else too little to weigh (C18), or too much
     trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
     betting = (
         trajectories
@@ -175,7 +190,8 @@ def _measure(
     )
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
-    return Measures(
+    one_step = gate.n_rows == gate.n_episodes
+    measures = Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
         alpha=asked.alpha,
@@ -186,6 +202,9 @@ def _measure(
         doubt=doubt,
         e_value=legs.betting(side, gate, asked.return_range, thresholds.margin)
         if betting and asked.return_range
+        else None,
+        smoothed_lower=smoothed_gain(gate, side.ratio, asked.return_range, alpha=asked.alpha)
+        if betting and asked.return_range and one_step
         else None,
         trajectory_difference=trajectory.difference if trajectory else None,
         trajectory_error=float(leg_c.std(ddof=1) / np.sqrt(gate.n_episodes)) if trajectory else None,
@@ -210,12 +229,15 @@ def _measure(
         course=course.parts(mine.outcome, gate.oldest_first, asked.alpha),
         sure_share=sure,
         propensities=asked.propensities,
+        markov_z=markov,
+        drifted=asked.drifted,
         costs=[
             legs.contrast(column, _cost_rise(column, name, found, asked, paired), asked.alpha, planned)
             for column in thresholds.constraints
         ],
         subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned),
     )
+    return Measured(measures, mine, own)
 
 
 def _cost_rise(
@@ -248,48 +270,3 @@ def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int)
         np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
     rare = visits[found.episodes.observation[:, 0].astype(np.int64)] < few
     return (choices.probs * rare).sum(1)
-
-
-def visit_frequencies(
-    visited: Float[np.ndarray, "visited columns"],
-    action: Int64[np.ndarray, "visited"],
-    asked: Float[np.ndarray, "asked columns"],
-    n_actions: int,
-    log: str,
-) -> Float64[np.ndarray, "asked actions"]:
-    """The policy that another log shows: how often each action was taken where the observation was the one asked about.
-
-    The frequency is an unbiased estimate of the mean probability of an action in its cell. The mean of its logged
-    propensities is not: an action is logged more often when its probability is high.
-    Raises InputError naming `log` when it has no row in a cell that is asked about.
-    """
-    cell = np.unique(np.concatenate([visited, asked]), axis=0, return_inverse=True)[1].ravel()
-    visits = np.zeros((int(cell.max()) + 1, n_actions))
-    np.add.at(visits, (cell[: len(visited)], action), 1.0)
-    found = visits[cell[len(visited) :]]
-    total = found.sum(1, keepdims=True)
-    if not total.all():
-        raise InputError(
-            f"{log} has no row in the cells of {int((total == 0).sum())} evaluated rows; compare by fewer `cells`."
-        )
-    return found / total
-
-
-def estimate_stated(
-    episodes: Episodes,
-    probs: Float64[np.ndarray, "rows actions"],
-    samples: Samples,
-    refit: Refit | None = None,
-) -> Estimates:
-    """The value of a policy of which only the probabilities at the logged observations are known."""
-    ratio = ratios(episodes, probs)
-    taken = ratio * episodes.action_prob
-
-    def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
-        return {name: of(episodes, taken / action_prob) for name, of in STATED.items()}
-
-    if refit is None:
-        intervals = bootstrap_all({name: of(episodes, ratio) for name, of in STATED.items()}, samples, LEVEL)
-    else:
-        intervals = refitted(terms_of, refit, episodes, samples, LEVEL)
-    return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))

@@ -57,6 +57,9 @@ class GateConfig(Strict):
     )  # cost column -> most by which its expected total may rise
     subgroups: tuple[str, ...] = ()  # label columns in each of whose groups the candidate must not do harm
     subgroup_margin: float = Field(default=0.0, ge=0)  # loss in a group that its lower bound must exclude; 0: harm only
+    canary_loss: float | None = Field(
+        default=None, gt=0
+    )  # most that trying what is not settled may cost per episode, in units of return
 
     @field_validator("caps")
     @classmethod
@@ -139,6 +142,7 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("visits", m.few_visits_mass <= config.few_visits_mass, Status.INVALID, m.few_visits_mass,
                 config.few_visits_mass, f"{m.few_visits_mass:.1%} of the policy's mass lies where the log has under "
                 f"{config.few_visits} rows; at most {config.few_visits_mass:.1%} may"),
+        Finding("drift", not m.drifted, Status.INVALID, float(bool(m.drifted)), 0.0, m.drifted or "nothing has drifted"),
     ]  # fmt: skip
 
 

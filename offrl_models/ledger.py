@@ -39,6 +39,7 @@ class Look:
     spent: float  # 0 where an earlier look at the same hypothesis paid
     verdict: str
     e_value: float | None
+    salt: str | None = None  # of the split that the data were of; None in entries that are older than this field
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read(path: Path) -> list[Look]:
         try:
             entry = json.loads(line)
             look = Look(**{name: value for name, value in entry.items() if name != "hash"})
-            intact = entry["hash"] == _hash(before, look)
+            intact = entry["hash"] == _hash(before, {name: value for name, value in entry.items() if name != "hash"})
         except (ValueError, TypeError, KeyError):
             intact, entry, look = False, {}, None
         if not intact or look is None:
@@ -69,8 +70,18 @@ def read(path: Path) -> list[Look]:
     return looks
 
 
-def _hash(before: str, look: Look) -> str:
-    return storage.sha256_bytes(before.encode() + b"\n" + storage.canonical_json(asdict(look)))
+def _hash(before: str, look: dict[str, Any]) -> str:
+    return storage.sha256_bytes(before.encode() + b"\n" + storage.canonical_json(look))
+
+
+def require_salt(path: Path, salt: str) -> None:
+    """Raises InputError where a look was taken at the gate split of another salt, which would now be trained on."""
+    for look in read(path):
+        if look.salt not in (None, salt):
+            raise InputError(
+                f"{path}: on {look.date} the gate judged by the split of `salt: {look.salt}`, and it is {salt!r} now: episodes "
+                "that judged would be trained on, and trained ones would judge. Put the salt back, or start a dataset of its own."
+            )
 
 
 def level(
@@ -126,6 +137,6 @@ def enter(path: Path, look: Look) -> bool:
                 )
         lines = path.read_text().splitlines() if looks else []
         before = json.loads(lines[-1])["hash"] if lines else ""
-        entry: dict[str, Any] = {**asdict(look), "hash": _hash(before, look)}
+        entry = {**asdict(look), "hash": _hash(before, asdict(look))}
         storage.write_bytes(path, "".join(f"{line}\n" for line in [*lines, json.dumps(entry)]).encode())
     return True

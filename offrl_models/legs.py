@@ -19,7 +19,7 @@ from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
 from offrl_models.ope.flow import Flow
 from offrl_models.ope.importance import Terms, pdis, trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_lower_bound
-from offrl_models.ope.marginal import paired_differences, policy_table, value_gains
+from offrl_models.ope.marginal import bellman_errors, paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.schema import Episodes
@@ -46,6 +46,9 @@ class Paired:
 
     outcome: Float64[np.ndarray, "episodes"]
     weight: Float64[np.ndarray, "rows"]
+    correction: Float64[
+        np.ndarray, "rows"
+    ]  # what each row adds by its weight: gamma^t w_t [r_t + gamma V(s_t+1) - Q(s_t, a_t)]
     method: str
     behavior_weight: Float64[np.ndarray, "rows"] | float = 1.0  # above 1 where rows stand for what was cut off
     visits: Float64[np.ndarray, "rows"] | float = 1.0  # of the policy for one of the log, in the state of each row
@@ -55,7 +58,7 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     """Leg A of one policy, or the sentence that says why there is none."""
     if (gate.length == 1).all() and gate.terminated.all():
         return Paired(_gains(gate, side, side.ratio, behavior, np.ones(gate.n_rows)), side.ratio,
-                      "doubly robust paired difference")  # fmt: skip
+                      _correction(gate, side, side.ratio), "doubly robust paired difference")  # fmt: skip
     if gate.n_episodes > GATE_PER_FITTED * fitted_on.n_episodes:
         return (
             f"its weights and values are fitted on {fitted_on.n_episodes:,} episodes, and with {gate.n_episodes:,} to judge on "
@@ -70,7 +73,9 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     if found is None:
         return "the policy never ends an episode in the model of the log, so that its value does not exist"
     visits = np.minimum(model.recorded_state_ratio(table), RATIO_LIMIT)[states_of(gate)[0]]
-    return Paired(*found, "marginalised doubly robust paired difference", visits=visits)
+    correction = gate.time_discount * found.weight * found.error
+    method = "marginalised doubly robust paired difference"
+    return Paired(found.outcome, found.weight, correction, method, visits=visits)
 
 
 def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
@@ -94,9 +99,8 @@ def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> 
             return f"what truncations cut off cannot be made up for: {base.reason.rstrip('.')}"
         behavior_weight = base.weight
     outcome = _gains(gate, side, found.weight, behavior, behavior_weight)
-    return Paired(
-        outcome, found.weight, "doubly robust paired difference with fitted visit ratios", behavior_weight, found.omega
-    )
+    method = "doubly robust paired difference with fitted visit ratios"
+    return Paired(outcome, found.weight, _correction(gate, side, found.weight), method, behavior_weight, found.omega)
 
 
 def _gains(
@@ -107,6 +111,10 @@ def _gains(
     behavior_weight: Float64[np.ndarray, "rows"],
 ) -> Float64[np.ndarray, "episodes"]:
     return value_gains(gate, weight, side.q, side.v, side.next_v, behavior_weight, behavior.v, behavior.next_v)
+
+
+def _correction(gate: Episodes, side: Side, weight: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "rows"]:
+    return gate.time_discount * weight * bellman_errors(gate, side.q, side.v, side.next_v)
 
 
 def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int) -> Contrast:

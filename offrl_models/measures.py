@@ -54,6 +54,8 @@ class Measures:
     markov_z: float | None = None  # of "the past tells what comes next, beyond the state"; None where it cannot be told
     trajectory_lower: float | None = None  # bounds of leg C, one-sided, at 1 - alpha
     trajectory_upper: float | None = None
+    smoothed_lower: float | None = None  # leg B as a bound, logarithmic smoothing at 1 - alpha; None beyond horizon 1
+    drifted: str = ""  # what is wrong with the newest batch; empty where it is like those before it
     costs: list[Contrast] = field(default_factory=list)
     subgroups: list[Contrast] = field(default_factory=list)
 
@@ -78,6 +80,11 @@ class Measures:
         if self.trajectory_difference is None or self.trajectory_error is None or not self.trajectory_informs:
             return None
         return self.trajectory_difference + 2 * self.trajectory_error
+
+    @property
+    def relies_on_state(self) -> bool:
+        """Whether nothing stands beside leg A, which holds for a Markov state and nuisances that converge."""
+        return self.rows > self.episodes and not (self.trajectory_informs and self.trajectory_difference is not None)
 
     @property
     def trajectory_bounds(self) -> tuple[float, float]:

@@ -150,20 +150,6 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         )
 
     @asset(
-        deps=[leaderboard],
-        kinds={"python", "onnx"},
-        description="The ladder of capped policies, evaluated on the gate split by every estimator; and the verdict.",
-    )
-    def evidence() -> dg.MaterializeResult:
-        with one_sentence():
-            stage = stages.evidence(pipeline)
-        facts = {name: stage.summary[name] for name in ("status", "policy_name", "reason", "lower_bound", "episodes")}
-        links = {"page": page(pipeline, "evidence.html"), "numbers": page(pipeline, "evidence.json")}
-        return materialized(
-            stage, rows=stage.summary["rows"], metadata={**facts, **links, "picture": plot(pipeline, "evidence.png")}
-        )
-
-    @asset(
         deps=[raw_logs, leaderboard],
         kinds={"evidently"},
         description="Training logs against the newest batch, and behavior actions against the candidate's.",
@@ -185,7 +171,21 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         )
 
     @asset(
-        deps=[evidence, shift_report],
+        deps=[leaderboard, shift_report],
+        kinds={"python", "onnx"},
+        description="The ladder of capped policies, evaluated on the gate split by every estimator; and the verdict.",
+    )
+    def evidence() -> dg.MaterializeResult:
+        with one_sentence():
+            stage = stages.evidence(pipeline)
+        facts = {name: stage.summary[name] for name in ("status", "policy_name", "reason", "lower_bound", "episodes")}
+        links = {"page": page(pipeline, "evidence.html"), "numbers": page(pipeline, "evidence.json")}
+        return materialized(
+            stage, rows=stage.summary["rows"], metadata={**facts, **links, "picture": plot(pipeline, "evidence.png")}
+        )
+
+    @asset(
+        deps=[evidence],
         kinds={"onnx"},
         description="The released policy: an immutable bundle and the champion pointer. Refused without a PASS.",
     )
@@ -205,4 +205,4 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
             },
         )
 
-    return [raw_logs, episodes, behavior_policy, candidates, leaderboard, evidence, shift_report, policy]
+    return [raw_logs, episodes, behavior_policy, candidates, leaderboard, shift_report, evidence, policy]

@@ -30,11 +30,11 @@ STEPS = {
     "behavior_policy_checks": "check its calibration",
     "candidates": "train the candidates",
     "leaderboard": "rank them on the selection split",
+    "shift_report": "compare with the newest batch",
+    "shift_report_checks": "check for drift",
     "evidence": "evaluate the ladder on the gate split",
     "evidence_checks": "check overlap and sample sizes",
     "gate": "the gate",
-    "shift_report": "compare with the newest batch",
-    "shift_report_checks": "check for drift",
     "policy": "release",
 }
 

@@ -26,7 +26,7 @@ ROWS = [
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},
-    {"evaluation"},
+    {"evaluation", "comparison"},
     {"reports", "selection"},
     {"stages", "assess"},
     {"cli"},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models.ope.diagnostics import balance_z, confounded_bounds, gamma_star, imbalance
+from offrl_models.ope.diagnostics import balance_z, confounded_bounds, gamma_star, gamma_star_of_bound, imbalance
 from offrl_models.ope.importance import wis
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
@@ -170,6 +170,34 @@ def test_a_confounder_of_known_strength_is_within_the_bounds() -> None:
     assert confounded_bounds(episodes, ratio, 1.5)[0] > 0.62
 
 
+def test_gamma_star_of_a_bound_by_hand() -> None:
+    """Propensities 1/2: a gain of 1 in one row may be (1 + 1 / Gamma) / 2 of it, a loss of .2 in the other (1 + Gamma) / 2 times
+    as much; the mean is 0 where 1 + 1 / Gamma = .2 (1 + Gamma), at Gamma = 5."""
+    episodes, correction = bandit([1.0, 0.0], [0.5, 0.5]), np.array([1.0, -0.2])
+    found = gamma_star_of_bound(episodes, correction, correction, lambda outcome: float(outcome.mean()))
+    assert found == pytest.approx(5.0)
+    sure = gamma_star_of_bound(episodes, correction + 1.0, np.array([1.0, 0.0]), lambda outcome: float(outcome.mean()))
+    assert sure == math.inf  # what does not hang on propensities is not confounded
+    assert gamma_star_of_bound(episodes, -correction, -correction, lambda outcome: float(outcome.mean())) == 1.0
+
+
+@given(st.integers(0, 10_000), st.floats(1.01, 10.0))
+def test_the_worst_of_a_bound_is_that_of_every_vertex_of_the_box(seed: int, odds_ratio: float) -> None:
+    """Moved by the least mean over all 2^6 combinations of ends, the bound is 0 at exactly this odds ratio."""
+    rng = np.random.default_rng(seed)
+    probs, correction = rng.uniform(0.05, 0.9, size=6), rng.normal(size=6)
+    episodes = dataclasses.replace(
+        bandit([0.0] * 6, probs.tolist()), episode_id=np.arange(3), offsets=np.array([0, 2, 4, 6]),
+        final_observation=np.zeros((3, 1), np.float32), terminated=np.arange(6) % 2 == 1,
+    )  # fmt: skip
+    ends = probs + (1 - probs) / odds_ratio, probs + (1 - probs) * odds_ratio
+    factor = np.where(np.array(list(itertools.product((False, True), repeat=6))), *ends[::-1])
+    least = ((factor - 1.0) @ correction).min() / 3
+    outcome = np.full(3, -least)
+    found = gamma_star_of_bound(episodes, outcome, correction, lambda moved: float(moved.mean()))
+    assert found == pytest.approx(odds_ratio, rel=1e-6)
+
+
 def test_what_has_no_odds_is_an_error() -> None:
     episodes = bandit([0.0, 1.0], [0.5, 0.5])
     with pytest.raises(InputError, match="does not overlap"):
@@ -179,6 +207,8 @@ def test_what_has_no_odds_is_an_error() -> None:
     continuous = dataclasses.replace(episodes, action=np.zeros((2, 1)), mask=np.ones((2, 0), bool))
     with pytest.raises(InputError, match="continuous"):
         confounded_bounds(continuous, np.ones(2), 2.0)
+    with pytest.raises(InputError, match="continuous"):
+        gamma_star_of_bound(continuous, np.ones(2), np.ones(2), lambda moved: 1.0)
 
 
 def test_weights_of_zero_stay_zero_and_long_products_do_not_overflow() -> None:

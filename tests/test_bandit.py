@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offrl_models.ope.bandit import balanced, bandit_terms, dm, logarithmic_smoothing, logarithmic_smoothing_lower_bound
+from offrl_models.ope.bandit import (
+    balanced,
+    bandit_terms,
+    dm,
+    logarithmic_smoothing,
+    logarithmic_smoothing_lower_bound,
+    smoothed_gain,
+)
 from offrl_models.ope.importance import Terms, tis
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.worlds import World, random_policy, random_world
@@ -247,6 +254,43 @@ def test_the_bound_rises_with_alpha_and_stays_under_the_estimate() -> None:
         for alpha in (0.01, 0.05, 0.5)
     ]
     assert bounds == sorted(bounds) and bounds[-1] < tis(episodes, ratio).estimate() and bounds[0] >= lowest
+
+
+def test_a_smoothed_gain_by_hand() -> None:
+    """Rewards 0 to 2, so halves; lambda is 1 / sqrt(2); (4 - 1) .5 = 1.5 and (.5 - 1) .3 = -.15."""
+    episodes, scale = log([0, 1], [1.0, 0.6], [0.2, 0.8]), np.sqrt(0.5)
+    found = smoothed_gain(episodes, np.array([4.0, 0.5]), (0.0, 2.0), alpha=0.5)
+    assert found == pytest.approx(2 * (np.sqrt((1 + 1.5 * scale) * (1 - 0.15 * scale) * 0.5) - 1) / scale)
+
+
+def test_a_smoothed_gain_is_rarely_above_the_gain_over_every_sample() -> None:
+    """A policy that is worth what the behavior is, and one that is worth more: the bound exceeds the difference too seldom."""
+    world = random_world(1, 3, 1, 1.0, seed=6)
+    world = dataclasses.replace(world, reward=np.abs(world.reward), behavior=np.array([[0.9, 0.08, 0.02], [1, 0, 0]]))
+    ceiling, ever_tight = float(world.reward.max()), False
+    samples, probability = every_sample(world, 4)
+    for policy in (world.behavior, np.array([[0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])):
+        gain = world.value(policy) - world.value(world.behavior)
+        for alpha in (0.05, 0.5, 0.9):
+            bounds = [smoothed_gain(s, ratio_of(policy, s), (0.0, ceiling), alpha=alpha) for s in samples]
+            wrong = probability[np.array(bounds) > gain + 1e-12].sum()
+            assert wrong <= alpha
+            ever_tight |= wrong > 0.01 * alpha
+    assert ever_tight
+
+
+def test_a_smoothed_gain_scales_and_shifts_with_rewards_and_needs_their_range() -> None:
+    world = random_world(2, 3, 1, 1.0, seed=4)
+    episodes, low, high = world.simulate(300, 1), float(world.reward.min()), float(world.reward.max())
+    ratio = ratio_of(random_policy(world, 2), episodes)
+    found = smoothed_gain(episodes, ratio, (low, high), alpha=0.05)
+    moved = dataclasses.replace(episodes, reward=3 * episodes.reward - 7)
+    assert smoothed_gain(moved, ratio, (3 * low - 7, 3 * high - 7), alpha=0.05) == pytest.approx(3 * found)
+    assert smoothed_gain(episodes, ratio, (low, high), alpha=0.2) > found
+    with pytest.raises(InputError, match="outside"):
+        smoothed_gain(moved, ratio, (low, high), alpha=0.05)
+    with pytest.raises(InputError, match="alpha"):
+        smoothed_gain(episodes, ratio, (low, high), alpha=0.0)
 
 
 def test_what_smoothing_refuses() -> None:

@@ -193,7 +193,7 @@ def test_wrong_propensities_of_an_action_that_only_the_champion_plays_are_found(
     z = {}
     for champion in (BEHAVIOR, "champion"):
         question = replace(asked(world.n_states), champion=champion)
-        (measures,) = measure_rungs(["candidate"], found, GateConfig(), question)
+        measures = measure_rungs(["candidate"], found, GateConfig(), question)[0].measures
         z[champion] = abs(measures.mean_ratio_z), abs(measures.worst_action_z)
     assert max(z[BEHAVIOR]) < 4 < min(z["champion"])
 
@@ -211,7 +211,7 @@ def test_what_is_hardly_shown_is_weighed_by_where_the_policy_comes() -> None:
     wards = replace(world, transition=to, initial=start, behavior=mu)
     found = on_a_log(wards, {"candidate": pi}, 1, 2000, 4000)
     config = GateConfig(rare_prob=0.04, few_visits=30)  # 300 rows in the ward: of its last two actions 6 and 9
-    (measures,) = measure_rungs(["candidate"], found, config, asked(world.n_states))
+    measures = measure_rungs(["candidate"], found, config, asked(world.n_states))[0].measures
     occupancy = wards.model().occupancy(pi)
     exact = float(occupancy @ (pi * (mu < 0.04)).sum(1) / occupancy.sum())
     assert exact == pytest.approx(0.25 * 0.1 / 2)
@@ -224,7 +224,7 @@ def test_the_newer_half_is_measured_beside_the_bound_of_the_whole() -> None:
     log = simulate_each([world, faded(world, 1.0)], np.arange(1200) % 2, 1)
     log = replace(log, recorded=np.arange(1200) % 2)
     found = split(log, world.mask, {"better": small.better(world, 0.02)}, 1, 600)
-    (measures,) = measure_rungs(["better"], found, GateConfig(), asked(world.n_states))
+    measures = measure_rungs(["better"], found, GateConfig(), asked(world.n_states))[0].measures
     paired = found.paired("better", TabularModel.fit(found.fitted_on, world.n_states))
     assert not isinstance(paired, str)
     outcome, oldest_first = paired.outcome, found.episodes.oldest_first

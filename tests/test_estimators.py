@@ -87,10 +87,10 @@ def test_the_marginalised_difference_over_every_trajectory_is_the_exact_differen
     episodes, probability = world.enumerate(3)
     policy = random_policy(world, 6)
     exact = world.model()
-    x, _ = required(paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
+    x, *_ = required(paired_differences(exact, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
     broken = dataclasses.replace(exact, reward=exact.reward + np.random.default_rng(1).normal(size=exact.reward.shape))
-    x, _ = required(paired_differences(broken, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
+    x, *_ = required(paired_differences(broken, policy, episodes, ratios(episodes, probs_of(policy, episodes))))
     assert probability @ x == pytest.approx(world.value(policy) - world.value(world.behavior), abs=EXACT)
 
 

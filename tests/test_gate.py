@@ -43,7 +43,9 @@ def test_each_objection_alone_refuses_with_its_own_status(name: str) -> None:
     assert (verdict.status, verdict.decided_by) == (status, name)
 
 
-@pytest.mark.parametrize("name", sorted(set(BAD) - {"episodes", "trust"}))  # a count and a sentence are never NaN
+@pytest.mark.parametrize(
+    "name", sorted(set(BAD) - {"episodes", "trust", "drift"})
+)  # a count and sentences are never NaN
 def test_a_number_that_is_nan_refuses(name: str) -> None:
     field, value, _ = BAD[name]
     unknown = [0.01, math.nan, 0.02] if isinstance(value, list) else math.nan
@@ -277,6 +279,13 @@ def test_estimated_propensities_leave_half_of_the_error_rate(
 ) -> None:
     verdict = judge("abc", dataclasses.replace(GOOD, propensities=propensities, alpha=alpha), CONFIG)
     assert (verdict.status, verdict.certificate) == (status, certificate)
+
+
+def test_a_sequence_without_leg_c_relies_on_its_state_and_nuisances() -> None:
+    assert not GOOD.relies_on_state
+    assert dataclasses.replace(GOOD, effective_episodes=150.0).relies_on_state
+    assert dataclasses.replace(GOOD, trajectory_difference=None).relies_on_state
+    assert not dataclasses.replace(GOOD, effective_episodes=150.0, rows=GOOD.episodes).relies_on_state  # horizon 1
 
 
 def test_a_large_e_value_makes_the_certificate_exact() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict, replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models import bundle, ledger, stages, storage
-from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.config import BehaviorConfig, DriftConfig, Pipeline, parse_pipeline
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ledger import Look, level
 from offrl_models.ope.eprocess import elond_level
@@ -150,18 +151,43 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     assert looks[1].champion == released_policy(pipeline, 1)
 
 
+def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline) -> None:
+    """Else episodes of the gate would be trained on. Entries of before the salt was entered name none."""
+    path = toy.folder / "policies" / ledger.LEDGER
+    ledger.enter(path, look("old"))
+    ledger.enter(path, replace(look("new"), salt=toy.config.salt))
+    stages.ingest(toy)
+    stages.coverage(toy)
+    stages.episodes(toy)
+    other = Pipeline(toy.config.model_copy(update={"salt": "pepper"}), toy.root)
+    with pytest.raises(InputError, match=r"split of `salt: offrl`, and it is 'pepper' now"):
+        stages.episodes(other)
+    with pytest.raises(InputError, match="made from other logs or settings"):
+        stages.behavior_policy(other)
+
+
+def test_an_entry_of_before_the_salt_is_still_what_was_written(tmp_path: Path) -> None:
+    entry = {name: value for name, value in asdict(look("a")).items() if name != "salt"}
+    entry["hash"] = storage.sha256_bytes(b"\n" + storage.canonical_json(entry))
+    (tmp_path / ledger.LEDGER).write_text(json.dumps(entry) + "\n")
+    assert ledger.read(tmp_path / ledger.LEDGER) == [look("a")]
+    assert ledger.enter(tmp_path / ledger.LEDGER, look("b")) and len(ledger.read(tmp_path / ledger.LEDGER)) == 2
+
+
 def test_another_way_to_test_is_another_hypothesis() -> None:
     """Else a look could be repeated with other settings until it passes, at the error rate of the first one."""
     config = parse_pipeline(attributes(10, 3), "toy")
     changed = [
         {"fqe": config.fqe.model_copy(update={"gradient_steps": 7})},
         {"seed": 1},
+        {"behavior": BehaviorConfig(calibration="isotonic")},
+        {"drift": DriftConfig(red=0.9)},
         {"gate": GateConfig(margin=0.1)},
     ]
     claims = {
         judging.hypothesis(config.model_copy(update=change), ["a", "b"], "champion") for change in [{}, {}, *changed]
     }
-    assert len(claims) == 4
+    assert len(claims) == 6
     assert judging.hypothesis(config, ["a"], "champion") not in claims
     assert judging.hypothesis(config, ["a", "b"], "other") not in claims
 

@@ -113,7 +113,7 @@ def test_groups_are_bounded_each_by_its_own_episodes() -> None:
     log = WORLD.simulate(900, 3)
     log = dataclasses.replace(log, labels={"sex": np.where(rng.random(900) < 0.3, "f", "m")})
     outcome = rng.normal(size=900)
-    found = legs.by_subgroup(legs.Paired(outcome, np.ones(900), ""), log, ("sex",), 0.05, 1000)
+    found = legs.by_subgroup(legs.Paired(outcome, np.ones(900), np.zeros(900), ""), log, ("sex",), 0.05, 1000)
     assert [contrast.name for contrast in found] == ["sex f", "sex m"]
     mine = outcome[log.labels["sex"] == "f"]
     lower = confidence_sequence_lower_bound(mine, alpha=0.05, planned=1000)

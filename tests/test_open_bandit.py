@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models import bundle, stages, storage
+from offrl_models.comparison import estimate_stated, visit_frequencies
 from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
-from offrl_models.evaluation import BEHAVIOR, Question, estimate_stated, evaluate, measure_rungs, visit_frequencies
+from offrl_models.evaluation import BEHAVIOR, Question, evaluate, measure_rungs
 from offrl_models.exported import export_checked
 from offrl_models.gate import GateConfig, judge
 from offrl_models.logs.contract import Contract
@@ -27,7 +28,7 @@ from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.policies import BehaviorTable
 from offrl_models.schema import Episodes, InputError
-from offrl_models.stages import judging
+from offrl_models.stages import behavior, comparing
 from tests.conftest import attributes
 from tests.walks import ROOT, failures, made, printed, run, script
 
@@ -146,10 +147,10 @@ def test_a_comparison_that_cannot_be_made_is_one_sentence(walked: tuple[Pipeline
     pipeline, _ = walked
     (wanted,) = pipeline.config.compare_with
     elsewhere = Pipeline(pipeline.config, tmp_path)
-    gate = judging.read_evaluated(pipeline, "gate")
+    gate = behavior.read_evaluated(pipeline, "gate")
     shares = bootstrap_shares(gate.n_episodes, 100, 0)
     with pytest.raises(InputError, match="men-bts.csv, the log of 'bts' in compare_with, is missing; fetch it"):
-        judging.compare(elsewhere, wanted, gate, shares)
+        comparing.compare(elsewhere, wanted, gate, shares)
     log = pl.read_csv(pipeline.root / wanted.log, infer_schema=False)
     wrong = {
         r"'click' has 1 row outside the reward range \[0, 1\] \(C12\), row 4": log.with_columns(
@@ -165,7 +166,7 @@ def test_a_comparison_that_cannot_be_made_is_one_sentence(walked: tuple[Pipeline
     for sentence, broken in wrong.items():
         storage.write_bytes(tmp_path / wanted.log, broken.write_csv().encode())
         with pytest.raises(InputError, match=sentence):
-            judging.compare(elsewhere, wanted, gate, shares)
+            comparing.compare(elsewhere, wanted, gate, shares)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def uniform_policy_measured(log: Path, n_items: int, folder: Path) -> Measures:
     policies = {name: export_checked(BehaviorTable(table), episodes, folder / name) for name, table in tables.items()}
     fqe = FQEConfig(hidden=(8,), gradient_steps=20, members=2)
     found = evaluate(policies, episodes, episodes, encoder, fqe, samples=100, seed=0, task="FQE")
-    (measures,) = measure_rungs(["uniform"], found, GateConfig(), Question(0.05, None, "logged", (0.0, 1.0)))
+    measures = measure_rungs(["uniform"], found, GateConfig(), Question(0.05, None, "logged", (0.0, 1.0)))[0].measures
     return measures
 
 

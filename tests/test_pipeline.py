@@ -194,8 +194,28 @@ def test_drift_keeps_the_champion(
         stages.release(copy)
     monkeypatch.setattr(shift, "stability_index", lambda *_: 1.0)
     assert stages.shift_report(copy).summary["color"] == "red"
-    with pytest.raises(bundle.ReleaseRefusedError, match="has drifted from the training logs"):
+    with pytest.raises(InputError, match="evidence was made from other logs or settings"):
         stages.release(copy)
+    judged = stages.evidence(copy)
+    assert (judged.summary["status"], judged.summary["decided_by"]) == ("INVALID", "drift")
+    assert (
+        "the newest batch has drifted from the logs before it: the stability index of 'reward' is 1.00, above 0.9"
+        in str(judged.summary["reason"])
+    )
+    with pytest.raises(bundle.ReleaseRefusedError, match="is INVALID, not PASS: the newest batch has drifted"):
+        stages.release(copy)
+
+
+def test_a_drift_leaves_a_verdict_in_a_run(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its check fails, and stops no step: it is the gate that says INVALID, on its page."""
+    monkeypatch.setattr(shift, "stability_index", lambda *_: 1.0)
+    result = run(toy)
+    assert {"shift_report", "evidence"} <= made(result) and "policy" not in made(result)
+    checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
+    drift = next(check for name, check in checks.items() if name.startswith("C25"))
+    assert not drift.passed and not drift.blocking
+    assert checks["gate"].description and checks["gate"].description.startswith("INVALID")
+    assert "has drifted" in (toy.reports / "evidence.html").read_text()
 
 
 def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline) -> None:

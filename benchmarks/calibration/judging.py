@@ -143,7 +143,9 @@ class Prefix(Evaluation):
         if isinstance(leg, str):
             return leg
         visits = np.broadcast_to(leg.visits, leg.weight.shape)[:rows]
-        return replace(leg, outcome=leg.outcome[:n], weight=leg.weight[:rows], visits=visits)
+        return replace(
+            leg, outcome=leg.outcome[:n], weight=leg.weight[:rows], correction=leg.correction[:rows], visits=visits
+        )
 
 
 def first(found: Evaluation, n: int, known: Mapping[str, Paired | str]) -> Prefix:
@@ -172,7 +174,7 @@ def measured(found: Evaluation, question: Question, looks: Sequence[int] | None 
         model = TabularModel.fit(found.fitted_on, question.states) if question.states is not None else None
         known = {name: found.paired(name, model) for name in names}
         each = [measure_rungs(names, first(found, n, known), CONFIG, question) for n in looks]
-    return {name: [measures[place] for measures in each] for place, name in enumerate(names)}
+    return {name: [rungs[place].measures for rungs in each] for place, name in enumerate(names)}
 
 
 def judged(measures: Sequence[Measures], config: GateConfig = CONFIG) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _status(
     shown = {each: offers.tables[each] for each in (name, champion) if each != BEHAVIOR}
     found = evaluation(shown, behavior_table(log[0], offers.world.mask), *log, seed)
     question = replace(asked(offers.world.n_states, alpha), champion=champion)
-    (measures,) = measure_rungs([name], found, CONFIG, question)
-    return Status(judged([measures])["status"])
+    (rung,) = measure_rungs([name], found, CONFIG, question)
+    return Status(judged([rung.measures])["status"])
 
 
 def on_sepsis(seed: int) -> Found:

@@ -153,7 +153,7 @@ def tabular_values(
         state, following = states_of(fold.held)
         q[fold.rows], v[fold.rows] = of_action[state, fold.held.action], of_state[state]
         next_v[fold.rows], logged[fold.rows] = of_state[following], of_base[following]
-        gains[fold.mine], weight[fold.rows] = paired
+        gains[fold.mine], weight[fold.rows] = paired.outcome, paired.weight
         markov.append(markov_z(model, fold.others, fold.held))
     direct, how = tabular_dm(episodes, table), "counting transitions and rewards by state and action"
     if not max(markov) < GateConfig().markov_z:

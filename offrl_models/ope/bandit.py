@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from offrl_models.ope.doubly_robust import dr, wdr
+from offrl_models.ope.eprocess import gains
 from offrl_models.ope.importance import Terms, tis, wis
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import Episodes, InputError
@@ -114,7 +115,32 @@ def logarithmic_smoothing_lower_bound(
         raise InputError(f"alpha must lie between 0 and 1, not {alpha}.")
     scale = _smoothing(episodes, low, high, smoothing)
     smoothed = logarithmic_smoothing(episodes, ratio, low=low, smoothing=scale).estimate() - low
-    return low + max(math.expm1(scale * smoothed + math.log(alpha) / episodes.n_episodes) / scale, 0.0)
+    return low + max(_by_markov(scale * smoothed, episodes.n_episodes, alpha) / scale, 0.0)
+
+
+def _by_markov(log_growth: float, n: int, alpha: float) -> float:
+    """The least mean of lambda Y for which prod_i (1 + lambda Y_i), of this log per episode, is no surprise at `alpha`."""
+    return math.expm1(log_growth + math.log(alpha) / n)
+
+
+def smoothed_gain(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], reward_range: tuple[float, float], *, alpha: float
+) -> float:
+    """The lower bound of logarithmic smoothing for V(policy) - V(behavior), in units of reward, at most `alpha` of the time wrong.
+
+    The same inequality for Y_i = (w_i - 1) G_i >= -1, G being the reward scaled to [0, 1] (`eprocess.gains`), with lambda =
+    1 / sqrt(n): (exp(mean of log(1 + lambda Y_i) - log(1 / alpha) / n) - 1) / lambda. It holds for this number of episodes, any
+    tail of the weights, and needs no model.
+
+    Raises InputError for episodes of several steps, rewards outside their range, and an alpha that is not between 0 and 1.
+    """
+    _one_step(episodes)
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha must lie between 0 and 1, not {alpha}.")
+    low, high = reward_range
+    scale = _smoothing(episodes, 0.0, 1.0, None) if episodes.n_episodes > 1 else 0.5
+    growth = float(np.log1p(scale * gains(ratio, episodes.reward, reward_range)).mean())
+    return (high - low) * _by_markov(growth, episodes.n_episodes, alpha) / scale
 
 
 def _counts(logger: Int64[np.ndarray, "episodes"], loggers: int) -> Int64[np.ndarray, "loggers"]:

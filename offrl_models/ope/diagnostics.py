@@ -229,6 +229,37 @@ def gamma_star(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], champion_
     return math.exp(optimize.root_scalar(excess, bracket=(0.0, math.log(LARGEST_ODDS)), xtol=1e-10).root)
 
 
+def gamma_star_of_bound(
+    episodes: Episodes,
+    outcome: Float64[np.ndarray, "episodes"],
+    correction: Float64[np.ndarray, "rows"],
+    bound: Callable[[Float64[np.ndarray, "episodes"]], float],
+) -> float:
+    """The smallest odds ratio of hidden confounding at which a lower bound of the mean pseudo-outcome might not be above 0.
+
+    `correction` is what each row adds to its episode's `outcome` in proportion to 1 / mu, the inverse of the logged propensity:
+    gamma^t omega rho [r + gamma V(s') - Q]. By the model of `confounded_bounds` it may have been anything from
+    mu + (1 - mu) / Gamma to mu + (1 - mu) Gamma times that, and the worst is the least in every row. Values and visits are taken as
+    they were fitted. inf beyond LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
+
+    Raises InputError for continuous actions, whose densities have no odds.
+    """
+    if not episodes.n_actions:
+        raise InputError("hidden confounding is bounded by odds, which densities of continuous actions do not have.")
+    hidden = (1.0 - episodes.action_prob) * finite("the correction", correction)
+    gained, lost = (episodes.sum_per_episode(np.maximum(sign * hidden, 0.0)) for sign in (1.0, -1.0))
+
+    def left(log_odds: float) -> float:
+        odds = math.exp(log_odds)
+        return bound(outcome - (1.0 - 1.0 / odds) * gained - (odds - 1.0) * lost)
+
+    if not left(0.0) > 0.0:
+        return 1.0
+    if left(math.log(LARGEST_ODDS)) > 0.0:
+        return math.inf
+    return math.exp(optimize.root_scalar(left, bracket=(0.0, math.log(LARGEST_ODDS)), xtol=1e-10).root)
+
+
 def _weight_ends(
     episodes: Episodes, ratio: Float64[np.ndarray, "rows"], odds_ratio: float
 ) -> tuple[Float64[np.ndarray, "episodes"], Float64[np.ndarray, "episodes"], Float64[np.ndarray, "episodes"]]:

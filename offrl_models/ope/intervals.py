@@ -20,6 +20,7 @@ from offrl_models.schema import InputError
 
 Name = TypeVar("Name", bound=Hashable)
 ROUNDING = 1e-9  # share of a range by which a sum of rewards may miss it
+TUNED = 0.05  # error rate of a one-sided sequence up to which it is made as tight as can be for that rate
 TIES = 1e-4  # standard deviations of the samples: what is nearer to the estimate differs by rounding alone
 THRESHOLD_SHARE = 0.05  # of the episodes choose the threshold of the clipped bound, and are then set aside
 
@@ -259,7 +260,8 @@ def confidence_sequence_lower_bound(values: Float64[np.ndarray, "n"], *, alpha: 
     """One-sided asymptotic confidence sequence for a mean: valid at every look from a large enough n on.
 
     mean - sd sqrt( 2 (n r + 1) / (n^2 r) log(1 + sqrt(n r + 1) / (2 alpha)) ), with r chosen to be tightest near `planned`
-    values. Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024), https://arxiv.org/abs/2103.06476, the one-sided boundary;
+    values; above an error rate of TUNED r stays what it is there, for the width would else rise with the error rate.
+    Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024), https://arxiv.org/abs/2103.06476, the one-sided boundary;
     the half-normal mixture that it comes from is checked in the tests. Raises InputError for values that are NaN or infinite.
     """
     return float(
@@ -277,7 +279,7 @@ def confidence_sequence_width(n: int, *, alpha: float, planned: int) -> float:
         raise InputError(
             f"a one-sided confidence sequence at an error rate of {alpha:g} is none; give one between 0 and 0.5."
         )
-    scale = n * (precision := _mixture_precision(2 * alpha, planned)) + 1
+    scale = n * (precision := _mixture_precision(2 * min(alpha, TUNED), planned)) + 1
     return float(np.sqrt(2 * scale / (n**2 * precision) * np.log1p(np.sqrt(scale) / (2 * alpha))))
 
 

@@ -10,6 +10,7 @@ are. `step_ratios` keeps the steps apart: there a truncation is an end, and its 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -119,6 +120,17 @@ def wmis(episodes: Episodes, weight: Float64[np.ndarray, "rows"], mass: float | 
     return Terms((mass[reached] * (weight_by_step * worth)[:, reached]), weight_by_step[:, reached])
 
 
+def bellman_errors(
+    episodes: Episodes,
+    q: Float64[np.ndarray, "rows"],
+    v: Float64[np.ndarray, "rows"],
+    next_v: Float64[np.ndarray, "rows"],
+) -> Float64[np.ndarray, "rows"]:
+    """r_t + gamma v(s_{t+1}) - q(s_t, a_t) of every row; `next_v` is read in truncated rows only."""
+    ahead = following(episodes, v) + np.where(episodes.truncated, next_v, 0.0)
+    return episodes.reward + episodes.discount * ahead - q
+
+
 def _corrected(
     episodes: Episodes,
     worth: Float64[np.ndarray, "rows"],
@@ -127,8 +139,7 @@ def _corrected(
     next_v: Float64[np.ndarray, "rows"],
 ) -> Float64[np.ndarray, "episodes"]:
     """v(s_0) plus the Bellman errors of the rows, each counted `worth` times."""
-    ahead = following(episodes, v) + np.where(episodes.truncated, next_v, 0.0)
-    error = episodes.reward + episodes.discount * ahead - q
+    error = bellman_errors(episodes, q, v, next_v)
     return finite("the pseudo-outcome", v[episodes.offsets[:-1]] + episodes.sum_per_episode(worth * error))
 
 
@@ -183,13 +194,21 @@ def tabular_dm(episodes: Episodes, policy: Float64[np.ndarray, "states actions"]
     return Terms(_corrected(episodes, worth, q[state, episodes.action], v[state], v[next_state])[:, None])
 
 
+class Differences(NamedTuple):
+    """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior); and of every row its weight, and its Bellman error."""
+
+    outcome: Float64[np.ndarray, "episodes"]
+    weight: Float64[np.ndarray, "rows"]
+    error: Float64[np.ndarray, "rows"]
+
+
 def paired_differences(
     model: TabularModel,
     policy: Float64[np.ndarray, "states actions"],
     episodes: Episodes,
     ratio: Float64[np.ndarray, "rows"],
-) -> tuple[Float64[np.ndarray, "episodes"], Float64[np.ndarray, "rows"]] | None:
-    """Per episode, a pseudo-outcome whose mean is V(policy) - V(behavior), and the weight of every transition.
+) -> Differences | None:
+    """The paired difference by a tabular model.
 
     None where the policy never ends an episode in the model, so that its values do not exist (gamma 1 only).
 
@@ -207,6 +226,6 @@ def paired_differences(
     behavior_weight = np.ones(len(ratio))
     if episodes.truncated.any():
         behavior_weight = state_weights(model, model.behavior, episodes, behavior_weight, RATIO_LIMIT)
-    gains = value_gains(episodes, weight, q[state, episodes.action], v[state], v[next_state], behavior_weight,
-                        behavior_v[state], behavior_v[next_state])  # fmt: skip
-    return gains, weight
+    mine = (q[state, episodes.action], v[state], v[next_state])
+    gains = value_gains(episodes, weight, *mine, behavior_weight, behavior_v[state], behavior_v[next_state])
+    return Differences(gains, weight, bellman_errors(episodes, *mine))

@@ -10,17 +10,27 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from offrl_models.choices import apart, shares
-from offrl_models.evaluation import BEHAVIOR, Evaluation, outcome_of
-from offrl_models.gate import GateConfig
+from offrl_models.evaluation import Evaluation, Measured
+from offrl_models.gate import GateConfig, Status
+from offrl_models.legs import Paired
 from offrl_models.measures import Measures
-from offrl_models.ope.diagnostics import effective_sample_size_by_step, gamma_star, pareto_k, pareto_k_limit
-from offrl_models.ope.importance import trajectory_weights
-from offrl_models.ope.intervals import confidence_sequence_width
-from offrl_models.ope.sequences import completed
+from offrl_models.ope.diagnostics import (
+    clip_sensitivity,
+    effective_sample_size_by_group,
+    effective_sample_size_by_step,
+    gamma_star_of_bound,
+    largest_gap,
+    pareto_k,
+    pareto_k_limit,
+)
+from offrl_models.ope.importance import Terms, trajectory_weights
+from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
 from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
+from offrl_models.reports.where import where_apart
 
 MOST_EPISODES = 10_000_000  # beyond which more of the same data is no plan
-SHOWN = 8  # actions
+SHOWN = 8  # actions, and places
+CLIPS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, np.inf)  # of the weight of a decision
 
 
 def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
@@ -39,24 +49,82 @@ def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
     return 2 + bisect.bisect_left(range(2, MOST_EPISODES), True, key=lambda n: spread * width(n) < gap)
 
 
+def canary_share(status: Status, config: GateConfig, return_range: tuple[float, float] | None) -> float | None:
+    """The largest share of episodes, drawn at random, that a policy may play beside the champion so that all of them together lose
+    at most `canary_loss` a piece, however bad it is.
+
+    None where the verdict is settled, where no loss is allowed, or the range of the return is not known.
+    """
+    if status is not Status.INCONCLUSIVE or config.canary_loss is None or return_range is None:
+        return None
+    low, high = return_range
+    return min(config.canary_loss / (high - low), 1.0)
+
+
+def _gamma_star(found: Evaluation, rung: Measured, config: GateConfig) -> float | None:
+    """Of the bound that passed."""
+    measures = rung.measures
+
+    def bound(outcome: np.ndarray) -> float:
+        return confidence_sequence_lower_bound(outcome, alpha=measures.alpha, planned=config.planned_episodes)
+
+    return _plain(gamma_star_of_bound(found.episodes, rung.leg.outcome - config.margin, rung.leg.correction, bound))
+
+
+def _clipped(found: Evaluation, own: Paired) -> list[float]:
+    """The difference to the policy that wrote the log, with the weights of decisions clipped."""
+
+    def terms_of(weight: np.ndarray) -> Terms:
+        kept = np.divide(weight, own.weight, out=np.ones_like(weight), where=own.weight > 0)
+        return Terms((own.outcome + found.episodes.sum_per_episode(own.correction * (kept - 1.0)))[:, None])
+
+    return [float(value) for value in clip_sensitivity(terms_of, own.weight, CLIPS)]
+
+
+def _agreement(found: Evaluation, name: str) -> dict[str, Any] | None:
+    intervals = {
+        estimator: interval
+        for estimator, interval in found.estimates[name].intervals.items()
+        if np.isfinite([interval.estimate, interval.low, interval.high]).all()
+    }
+    return asdict(largest_gap(intervals)) if len(intervals) > 1 else None
+
+
+def _by_group(found: Evaluation, rung: Measured, columns: tuple[str, ...]) -> dict[str, float]:
+    """The effective transitions of each group."""
+    row = found.episodes.episode_of_row
+    return {
+        f"{column} {group}": size
+        for column in columns
+        for group, size in effective_sample_size_by_group(
+            rung.leg.weight, found.episodes.labels[column].astype(str)[row]
+        ).items()
+    }
+
+
 def detail(
-    found: Evaluation, name: str, champion: str, measures: Measures, config: GateConfig, states: int | None
+    found: Evaluation, name: str, champion: str, rung: Measured, config: GateConfig, status: Status
 ) -> dict[str, Any]:
-    """Plain JSON for the page and its pictures. `states`: of the observation, where it is one category."""
-    gate, ratio = found.episodes, found.ratio[name]
-    weight, whole = trajectory_weights(gate, ratio), completed(gate, found.side(name).next_v)
-    pull = np.sort(np.abs(outcome_of(name, found, champion, states)))[::-1]
+    """Plain JSON for the page and its pictures."""
+    gate, ratio, measures = found.episodes, found.ratio[name], rung.measures
+    weight = trajectory_weights(gate, ratio)
+    pull = np.sort(np.abs(rung.leg.outcome))[::-1]
     mine, theirs = found.choices[name], found.choices[champion]
-    confounded = champion == BEHAVIOR and bool(weight.any()) and gate.n_actions > 0  # a density has no odds
+    differs = apart(mine, theirs)
+    confounded = status is Status.PASS and gate.n_actions > 0  # a density has no odds
     return {
         "episodes_needed": episodes_needed(measures, config),
         "pareto_k": _plain(pareto_k(weight)),
         "pareto_k_limit": pareto_k_limit(gate.n_episodes),
-        "gamma_star": _plain(gamma_star(whole, ratio, float(found.logged_returns.mean()))) if confounded else None,
+        "gamma_star": _gamma_star(found, rung, config) if confounded else None,
+        "agreement": _agreement(found, name),
+        "clipped": None if measures.doubt else _clipped(found, rung.own),
+        "effective_transitions_by_group": _by_group(found, rung, config.subgroups),
         "effective_episodes_by_step": [float(size) for size in effective_sample_size_by_step(gate, ratio)],
         "weights": [float(value) for value in np.quantile(weight, np.linspace(0, 1, 101))],
         "influence": [float(value) for value in (pull.cumsum() / max(pull.sum(), 1e-300))[: max(len(pull) // 20, 1)]],
-        "differs": apart(mine, theirs),
+        "differs": float(differs.mean()),
+        "where": [asdict(place) for place in where_apart(gate, differs, SHOWN)],
         "actions": [asdict(share) for share in shares(mine, theirs, SHOWN)],
     }
 
@@ -65,10 +133,17 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def draw(found: dict[str, Any], measures: dict[str, Any], path: Path) -> None:
-    """Weights, effective sample size by step, what carries the evidence, where the actions differ, and the course of the gain."""
-    figure, axes_of = plt.subplot_mosaic("12;34;55", figsize=(9.2, 8.2))
-    first, second, third, fourth, fifth = (axes_of[name] for name in "12345")
+def draw(
+    found: dict[str, Any],
+    measures: dict[str, Any],
+    reliability: list[dict[str, Any]],
+    path: Path,
+    continuous: bool = False,
+) -> None:
+    """Weights, effective sample size by step, what carries the evidence, clipping, where the actions differ, the calibration of
+    the behavior model, and the course of the gain."""
+    figure, axes_of = plt.subplot_mosaic("123;456;777", figsize=(12.6, 8.4))
+    first, second, third, clip, fourth, calibrated, course = (axes_of[name] for name in "1234567")
     episodes = measures["episodes"]
     first.plot(np.linspace(0, 100, 101), found["weights"], color=BLUE)
     first.set_yscale("symlog", linthresh=0.01)
@@ -89,12 +164,35 @@ def draw(found: dict[str, Any], measures: dict[str, Any], path: Path) -> None:
     fourth.set_xticks(place, labels, rotation=25 if ranges else 0, ha="right" if ranges else "center")
     fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
     fourth.legend(fontsize=8, frameon=False)
-    _draw_course(fifth, measures)
+    _draw_clipped(clip, found["clipped"])
+    _draw_reliability(calibrated, reliability, continuous)
+    _draw_course(course, measures)
     for axes in axes_of.values():
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     save(figure, path)
+
+
+def _draw_clipped(axes: Axes, clipped: list[float] | None) -> None:
+    axes.set_title("difference to the log's policy, weights clipped", fontsize=9, loc="left")
+    if clipped is None:
+        axes.text(0.5, 0.5, "no weights that can be trusted", ha="center", fontsize=8, color=GRAY)
+        return
+    place = range(len(CLIPS))
+    axes.axhline(0, color=GRAY, linewidth=1)
+    axes.plot(place, clipped, "o-", color=BLUE, markersize=4, linewidth=1)
+    axes.set_xticks(place, ["none" if np.isinf(each) else f"{each:g}" for each in CLIPS])
+
+
+def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], continuous: bool) -> None:
+    """Probability by the behavior model against frequency, on episodes that it was not fitted on."""
+    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
+    sizes = np.array([row["pairs"] for row in bins], float)
+    place = [[row[name] for row in bins] for name in ("predicted", "frequency")]
+    axes.scatter(*place, s=10 + 80 * sizes / sizes.max(initial=1.0), color=BLUE)
+    event = "an action lies below a value" if continuous else "an action is taken"
+    axes.set_title(f"behavior model: probability that {event},\nand how often it does", fontsize=9, loc="left")
 
 
 def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:

@@ -10,25 +10,17 @@ import numpy as np
 from rich.table import Table
 
 from offrl_models import storage
-from offrl_models.course import KEPT
-from offrl_models.evaluation import BEHAVIOR, STATED
+from offrl_models.comparison import STATED
+from offrl_models.evaluation import BEHAVIOR
 from offrl_models.exported import Exported, OnnxPolicy
-from offrl_models.gate import Status
 from offrl_models.ope.estimates import ESTIMATORS
 from offrl_models.ope.worlds import WORLDS
 from offrl_models.reports import plots
+from offrl_models.reports.brief import brief
 from offrl_models.reports.detail import draw
 from offrl_models.schema import InputError
 
 LOGGED = "logged"
-SETTLED_BY_MORE = (
-    "episodes",
-    "effective transitions",
-    "one episode",
-    "influence",
-    "lower bound",
-    "newer half",
-)  # of the same logs
 STATEMENT = (
     "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
     "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state, whose "
@@ -90,7 +82,12 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <td>{{ "{:.4g}".format(f.value) }}</td><td>{{ "{:.4g}".format(f.threshold) }}</td>
 <td class="l">{{ f.otherwise }}</td></tr>{% endfor %}
 </table>
-<p><img src="evidence-detail.png" alt="Weights, effective sample sizes, influence, actions, and the course of the difference"></p>
+<h2>Where it decides otherwise</h2>
+<table><tr><th class="l">observed</th><th>share of decisions</th><th>other decisions there</th></tr>
+{% for place in e.detail.where %}<tr><td>{{ place.where }}</td><td>{{ "{:.2%}".format(place.decisions) }}</td>
+<td>{{ "{:.1%}".format(place.differs) }}</td></tr>{% endfor %}
+</table>
+<p><img src="evidence-detail.png" alt="Weights, sample sizes, influence, clipping, actions, calibration, course"></p>
 {% if e.comparisons %}<h2>Beside another policy's own log</h2>
 <p>{{ e.comparisons.note[0] | upper }}{{ e.comparisons.note[1:] }}.</p>
 <table><tr><th class="l">policy</th><th class="l">counted by</th>
@@ -135,7 +132,10 @@ def certificate(evidence: dict[str, Any]) -> dict[str, str]:
         )
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in behavior["versions"].items())
-    return {"color": "GREEN" if logged else "AMBER", "reason": reason + (f"; logged by {shares}" if shares else "")}
+    reason += f"; logged by {shares}" if shares else ""
+    if evidence["verdict"]["relies_on_state"]:
+        reason += "; leg A stands alone: it relies on Markov state and nuisances"
+    return {"color": "GREEN" if logged else "AMBER", "reason": reason}
 
 
 def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
@@ -160,7 +160,8 @@ def write(
     }
     rows = policy_rows(evidence)
     plots.forest(rows, ESTIMATORS, evidence["champion"]["value"], folder / "evidence.png", exact or {})
-    draw(evidence["detail"], evidence["verdict"]["measures"], folder / "evidence-detail.png")
+    found, asked = evidence["detail"], evidence["verdict"]["measures"]
+    draw(found, asked, evidence["behavior"]["reliability"], folder / "evidence-detail.png", evidence["continuous"])
     page = PAGE.render(
         e=shown,
         brief=brief(shown),
@@ -173,50 +174,6 @@ def write(
     )
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
-
-
-def brief(shown: dict[str, Any]) -> list[str]:
-    """What someone who signs has to know, a sentence each: what decided, what would settle it, how the policy differs."""
-    verdict, behind = shown["verdict"], shown["detail"]
-    measures = verdict["measures"]
-    said = [
-        f"It was decided by: {verdict['decided_by']}. The difference to {shown['champion']['name']} is "
-        f"{measures['difference']:+.4g}, between {measures['lower_bound']:+.4g} and {measures['upper_bound']:+.4g}, each bound at "
-        f"{1 - measures['alpha']:.2%} confidence.",
-    ]
-    older, newer = measures["older_half"], measures["newer_half"]
-    said.append(
-        f"In the {older['episodes']:,} older ones of {measures['episodes']:,} episodes the difference is "
-        f"{older['difference']:+.4g}, in the newer ones {newer['difference']:+.4g}, which is more than {KEPT:g} of that "
-        f"by {measures['kept']:+.4g}, at least by {measures['kept_bound']:+.4g}."
-    )
-    if verdict["proven_by_betting"]:
-        said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
-    if verdict["status"] != Status.PASS:
-        decided = verdict["decided_by"]
-        needed = (
-            behind["episodes_needed"] if decided in SETTLED_BY_MORE or decided.startswith(("bound ", "size ")) else None
-        )
-        said.append(
-            f"If difference and spread stay what they are, {needed:,} gate episodes would put the lower bound above the margin; "
-            f"there are {measures['episodes']:,}."
-            if needed and needed > measures["episodes"]
-            else "More of the same logs would not settle it: what decided has to change."
-            if not needed
-            else "The lower bound is above the margin already; what decided is another check."
-        )
-    said.append(f"On average {behind['differs']:.1%} of the decisions would be other ones than the champion's.")
-    if behind["gamma_star"]:
-        said.append(
-            f"Hidden confounding that changes the odds of an action by a factor of {behind['gamma_star']:.3g} at every step could "
-            "turn the sign of the trajectory-weighted estimate."
-        )
-    said += [
-        f"{group['name']}: {group['episodes']:,} episodes, difference {group['difference']:+.4g}, between "
-        f"{group['lower_bound']:+.4g} and {group['upper_bound']:+.4g}."
-        for group in (*measures["subgroups"], *measures["costs"])
-    ]
-    return said
 
 
 def tables(shown: dict[str, Any]) -> list[Table]:

@@ -9,10 +9,11 @@ from offrl_models.config import Pipeline
 from offrl_models.gate import Status
 from offrl_models.stages.behavior import behavior_policy
 from offrl_models.stages.data import check_results, coverage, episodes, ingest
+from offrl_models.stages.drifting import shift_report
 from offrl_models.stages.judging import evidence
 from offrl_models.stages.learning import candidates
 from offrl_models.stages.ranking import leaderboard
-from offrl_models.stages.releasing import release, shift_report
+from offrl_models.stages.releasing import release
 from offrl_models.storage import Stage
 
 __all__ = [
@@ -38,6 +39,6 @@ def run(pipeline: Pipeline) -> tuple[Stage, bundle.Release | None]:
     behavior_policy(pipeline)
     candidates(pipeline)
     leaderboard(pipeline)
-    judged = evidence(pipeline)
     shift_report(pipeline)
+    judged = evidence(pipeline)
     return judged, release(pipeline) if judged.summary["status"] == Status.PASS else None

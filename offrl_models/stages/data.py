@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from offrl_models import storage
+from offrl_models import ledger, storage
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
@@ -107,6 +107,7 @@ def current_episodes(pipeline: Pipeline) -> Stage:
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
+    ledger.require_salt(pipeline.folder / "policies" / ledger.LEDGER, config.salt)
     require_unblocked(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline)), "log")
 
     def build(folder: Path) -> dict[str, Any]:

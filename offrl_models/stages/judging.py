@@ -5,39 +5,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from offrl_models import bundle, ledger, storage
-from offrl_models.config import ComparisonConfig, Pipeline, PipelineConfig
+from offrl_models.config import Pipeline, PipelineConfig
 from offrl_models.evaluation import (
     BEHAVIOR,
     CHAMPION,
     Evaluation,
     Question,
-    estimate_stated,
     measure_rungs,
-    visit_frequencies,
 )
 from offrl_models.exported import Exported, export_checked, open_policy
 from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
-from offrl_models.logs import values
-from offrl_models.logs.read import Log
-from offrl_models.logs.screen import screen
-from offrl_models.ope.importance import Samples
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
-from offrl_models.reports.detail import detail
-from offrl_models.schema import Episodes, InputError
+from offrl_models.reports.detail import canary_share, detail
+from offrl_models.schema import InputError
 from offrl_models.stages.behavior import (
     LOGGED,
     current_behavior,
     load_behavior,
     propensities_are,
     read_evaluated,
-    refit_of,
 )
 from offrl_models.stages.champion import candidate_digest, current_champion
+from offrl_models.stages.comparing import compare, log_of
 from offrl_models.stages.data import current_episodes, encoder_of
+from offrl_models.stages.drifting import current_shift, drifted
 from offrl_models.stages.learning import capped, evaluate_policies
 from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
@@ -55,55 +48,14 @@ def evidence_key(pipeline: Pipeline) -> dict[str, Any]:
     return {
         **{name: value for name, value in board.key.items() if name != "code"},
         "leaderboard": board.digest,
+        "shift": current_shift(pipeline).digest,
         "gate": pipeline.config.gate.model_dump(mode="json"),
         "champion": current_champion(pipeline).digest,
         "known_world": pipeline.config.known_world,
         "compare_with": [
-            {**wanted.model_dump(mode="json"), "sha256": storage.sha256_tree(_log_of(pipeline, wanted))}
+            {**wanted.model_dump(mode="json"), "sha256": storage.sha256_tree(log_of(pipeline, wanted))}
             for wanted in pipeline.config.compare_with
         ],
-    }
-
-
-def _log_of(pipeline: Pipeline, wanted: ComparisonConfig) -> Path:
-    path = pipeline.root / wanted.log
-    if not path.exists():
-        raise InputError(
-            f"{wanted.log}, the log of {wanted.name!r} in compare_with, is missing; fetch it with `dvc pull` or "
-            "`dvc repro`, or leave the comparison out."
-        )
-    return path
-
-
-def compare(pipeline: Pipeline, wanted: ComparisonConfig, gate: Episodes, samples: Samples) -> dict[str, Any]:
-    """What the gate split says of another policy, and what its own log says.
-
-    Raises InputError where that log is missing, breaks a rule of the contract, or leaves out a cell of the gate split.
-    """
-    contract = wanted.contract(pipeline.config.logs)
-    log = Log.open([_log_of(pipeline, wanted)], contract)
-    broken = screen(log).violations
-    if broken:
-        raise InputError(broken[0].sentence(wanted.log))
-    rows = log.frame()
-    names = [feature.name for feature in gate.features]
-    probs = visit_frequencies(
-        values.observed_now(rows, contract),
-        values.action(rows, contract),
-        gate.observation[:, [names.index(name) for name in wanted.cells]],
-        gate.n_actions,
-        wanted.log,
-    )
-    reward = values.rewards(rows, contract)
-    return {
-        "policy": wanted.name,
-        "log": wanted.log,
-        "cells": list(wanted.cells),
-        "logged_rows": len(reward),
-        "logged_mean": float(reward.mean()),
-        "logged_standard_error": float(reward.std(ddof=1) / np.sqrt(len(reward))),
-        "gate_episodes": gate.n_episodes,
-        **estimate_stated(gate, probs, samples, refit_of(pipeline, gate)).to_json(),
     }
 
 
@@ -154,6 +106,8 @@ def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
     tested = {
         "gate": config.gate.model_dump(mode="json"),
         "fqe": config.fqe.model_dump(mode="json"),
+        "behavior": config.behavior.model_dump(mode="json"),
+        "drift": config.drift.model_dump(mode="json"),
         "seed": config.seed,
     }
     return storage.digest({"rungs": rungs, "champion": champion, **tested})
@@ -225,9 +179,16 @@ class _Look:
         level = ledger.level(ledger.read(self.ledger_path), self.hypothesis, self.gate_data, gate)
         ladders = len(self.steps) // len(self.caps)
         alpha = level.alpha * (1.0 if propensities == LOGGED else 0.5) / ladders
-        returns = gate.return_range or (logs.reward.range if logs.horizon == 1 else None)
-        asked = Question(alpha, logs.tabular_states, propensities, returns, self.champion.key)
-        measures, rungs = measure_rungs(self.names, self.found, gate, asked), len(self.caps)
+        asked = Question(
+            alpha,
+            logs.tabular_states,
+            propensities,
+            self.config.return_range,
+            self.champion.key,
+            drifted(self.pipeline),
+        )
+        self.measured, rungs = measure_rungs(self.names, self.found, gate, asked), len(self.caps)
+        measures = [rung.measures for rung in self.measured]
         starts = range(0, len(self.steps), rungs)
         climbed = [ladder(self.digests[s : s + rungs], measures[s : s + rungs], gate) for s in starts]
         decisive = decisive_ladder(climbed)
@@ -241,7 +202,7 @@ class _Look:
             self.ledger_path,
             ledger.Look(
                 self.hypothesis, self.champion.digest, self.gate_data, today, level.alpha, level.spends, verdict.status,
-                verdict.measures.e_value,
+                verdict.measures.e_value, self.config.salt,
             ),
         )  # fmt: skip
 
@@ -258,9 +219,11 @@ class _Look:
             "dataset": config.dataset,
             "raw_logs": current_episodes(self.pipeline).summary["raw"],
             "gate_episodes": self.gate.n_episodes,
+            "continuous": not self.gate.n_actions,
             "error_rate": asdict(level),
             "behavior": {
-                name: current_behavior(self.pipeline).summary[name] for name in ("propensities", "versions", "ece")
+                name: current_behavior(self.pipeline).summary[name]
+                for name in ("propensities", "versions", "ece", "reliability")
             },
             "champion": {"name": self.champion.name, "policy": self.champion.key, **champion},
             "logged": {"policy": BEHAVIOR, "value": returns, **estimates[BEHAVIOR].to_json()},
@@ -275,13 +238,15 @@ class _Look:
                 self.found,
                 self.names[final],
                 self.champion.key,
-                verdicts[final].measures,
+                self.measured[final],
                 config.gate,
-                config.logs.tabular_states,
+                verdicts[final].status,
             ),
+            "canary": canary_share(verdicts[final].status, config.gate, self.config.return_range),
             "verdict": {
                 **verdicts[final].to_json(),
                 "proven_by_betting": verdicts[final].exact,
+                "relies_on_state": verdicts[final].measures.relies_on_state and not verdicts[final].exact,
                 "policy_name": self.names[final],
                 "cap": self.steps[final][1],
             },

@@ -1,0 +1,156 @@
+"""What the evidence page says beside the verdict: what is behind it, where the policy differs, and what would settle it."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.calibration import small
+from benchmarks.calibration.judging import asked, on_a_log
+from offrl_models.config import parse_pipeline
+from offrl_models.evaluation import BEHAVIOR, Evaluation, Measured, measure_rungs
+from offrl_models.gate import GateConfig, Status
+from offrl_models.ope.estimates import Estimates
+from offrl_models.ope.intervals import Interval, confidence_sequence_lower_bound
+from offrl_models.reports.brief import brief
+from offrl_models.reports.detail import CLIPS, canary_share, detail
+from offrl_models.reports.where import where_apart
+from offrl_models.schema import Episodes, Feature, InputError
+from tests.conftest import attributes
+
+WORLD = small.world()
+
+
+@pytest.fixture(scope="module")
+def judged() -> tuple[Evaluation, Measured, GateConfig]:
+    """A better policy on a log with two groups."""
+    found = on_a_log(WORLD, {"better": small.better(WORLD, 0.05)}, 1, 1500, 2500)
+    sex = np.where(np.arange(found.episodes.n_episodes) % 3 == 0, "f", "m")
+    found = dataclasses.replace(found, episodes=dataclasses.replace(found.episodes, labels={"sex": sex}))
+    found.estimates["better"] = Estimates(
+        {"A": Interval(1.0, 0.8, 1.2, 0.95, ""), "B": Interval(1.1, 0.9, 1.3, 0.95, ""),
+                   "C": Interval(math.nan, math.nan, math.nan, 0.95, ""), "D": Interval(0.9, 0.7, 1.1, 0.95, "")},
+        0.0,
+    )  # fmt: skip
+    config = GateConfig(subgroups=("sex",), planned_episodes=2500)
+    (rung,) = measure_rungs(["better"], found, config, asked(WORLD.n_states))
+    return found, rung, config
+
+
+def test_at_gamma_star_the_bound_that_passed_is_the_margin(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    found, rung, config = judged
+    assert rung.measures.lower_bound > 0
+    told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)
+    odds, mu = told["gamma_star"], found.episodes.action_prob
+    assert odds > 1.0
+    factor = np.where(rung.leg.correction > 0, mu + (1 - mu) / odds, mu + (1 - mu) * odds)
+    moved = rung.leg.outcome + found.episodes.sum_per_episode((factor - 1.0) * rung.leg.correction)
+    assert confidence_sequence_lower_bound(moved, alpha=0.05, planned=2500) == pytest.approx(0.0, abs=1e-9)
+    stricter = config.model_copy(update={"margin": rung.measures.lower_bound / 2})
+    assert detail(found, "better", BEHAVIOR, rung, stricter, Status.PASS)["gamma_star"] < odds
+    assert detail(found, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)["gamma_star"] is None
+
+
+def test_clipped_weights_end_in_the_difference_itself(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    found, rung, config = judged
+    told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)["clipped"]
+    assert len(told) == len(CLIPS) and told[-1] == pytest.approx(rung.measures.difference)
+    kept = np.minimum(1.0, 2.0 / np.maximum(rung.own.weight, 1e-12))
+    by_hand = rung.own.outcome - found.episodes.sum_per_episode((1.0 - kept) * rung.own.correction)
+    assert told[CLIPS.index(2.0)] == pytest.approx(by_hand.mean()) and told[0] != pytest.approx(told[-1])
+    doubted = dataclasses.replace(rung, measures=dataclasses.replace(rung.measures, doubt="none"))
+    assert detail(found, "better", BEHAVIOR, doubted, config, Status.INCONCLUSIVE)["clipped"] is None
+
+
+def test_groups_have_sample_sizes_of_their_own(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    found, rung, config = judged
+    told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)["effective_transitions_by_group"]
+    weight = rung.leg.weight[(found.episodes.labels["sex"] == "f")[found.episodes.episode_of_row]]
+    assert told["sex f"] == pytest.approx(weight.sum() ** 2 / np.square(weight).sum())
+    assert set(told) == {contrast.name for contrast in rung.measures.subgroups} == {"sex f", "sex m"}
+
+
+def test_the_page_names_the_estimators_that_agree_the_least(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    """B and D are .2 apart, each with a standard error of .1 / 1.96 * 2; C has no estimate."""
+    found, rung, config = judged
+    told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)["agreement"]
+    assert {told["first"], told["second"]} == {"B", "D"}
+    assert told["standardized"] == pytest.approx(0.2 / math.hypot(0.2 / 1.96, 0.2 / 1.96), rel=1e-4)
+
+
+def shown(told: dict, rung: Measured, **more: object) -> list[str]:
+    verdict = {"measures": dataclasses.asdict(rung.measures), "decided_by": "lower bound", "proven_by_betting": False}
+    return brief(
+        {"verdict": verdict | {"status": more.pop("status", "PASS")}, "detail": told, "canary": None,
+         "champion": {"name": "the behavior policy"}} | more
+    )  # fmt: skip
+
+
+def test_the_brief_says_what_a_risk_officer_asks(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    found, rung, config = judged
+    told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)
+    said = " ".join(shown(told, rung))
+    assert f"by a factor of {told['gamma_star']:.4g} at every step" in said
+    assert "agree the least, B and D, lie 1.4 standard errors apart" in said or "D and B" in said
+    size = told["effective_transitions_by_group"]["sex f"]
+    assert f"sex f: {rung.measures.subgroups[0].episodes:,} episodes, worth {size:,.0f} transitions, difference" in said
+    assert "canary" not in said and "logarithmic smoothing" not in said
+    smoothed = dataclasses.replace(rung, measures=dataclasses.replace(rung.measures, smoothed_lower=0.0123))
+    assert "the difference is at least +0.0123 at 95.00% confidence" in " ".join(shown(told, smoothed))
+    canary = " ".join(shown(told, rung, status="INCONCLUSIVE", canary=0.0125))
+    assert "Played in at most 1.250% of the episodes" in canary
+
+
+def test_a_canary_loses_no_more_than_is_allowed_however_bad_the_policy_is() -> None:
+    config = GateConfig(canary_loss=0.05)
+    share = canary_share(Status.INCONCLUSIVE, config, (-1.0, 3.0))
+    assert share is not None and share == pytest.approx(0.0125)
+    best, worst = 3.0, -1.0  # a champion that always earns the most, and a candidate that never does
+    assert best - ((1 - share) * best + share * worst) == pytest.approx(0.05)
+    assert canary_share(Status.INCONCLUSIVE, GateConfig(canary_loss=9.0), (0.0, 1.0)) == 1.0
+    for status in (Status.PASS, Status.FAIL, Status.INVALID):
+        assert canary_share(status, config, (-1.0, 3.0)) is None
+    assert canary_share(Status.INCONCLUSIVE, GateConfig(), (0.0, 1.0)) is None
+    assert canary_share(Status.INCONCLUSIVE, config, None) is None
+
+
+def test_a_canary_needs_the_worst_that_can_happen() -> None:
+    with pytest.raises(InputError, match=r"gate.canary_loss needs gate.return_range"):
+        parse_pipeline(attributes(10, 3, gate={"canary_loss": 0.1}), "toy")
+    stated = parse_pipeline(attributes(10, 3, gate={"canary_loss": 0.1, "return_range": [0, 5]}), "toy")
+    assert stated.return_range == (0, 5)
+
+
+def log(columns: list[np.ndarray], features: list[Feature]) -> Episodes:
+    n = len(columns[0])
+    return Episodes(
+        episode_id=np.arange(n), offsets=np.arange(n + 1), observation=np.stack(columns, 1).astype(np.float32),
+        final_observation=np.zeros((n, len(columns)), np.float32), action=np.zeros(n, np.int64), reward=np.zeros(n),
+        terminated=np.ones(n, bool), truncated=np.zeros(n, bool), mask=np.ones((n, 2), bool), action_prob=np.full(n, 0.5),
+        gamma=1.0, features=tuple(features),
+    )  # fmt: skip
+
+
+def test_where_a_policy_differs_is_told_by_value() -> None:
+    """Decisions differ in ward 2 and where the patient is old; nowhere else."""
+    rng = np.random.default_rng(0)
+    ward, age = rng.integers(0, 4, size=4000).astype(float), rng.uniform(0, 100, size=4000)
+    episodes = log([ward, age], [Feature("ward", 4), Feature("age")])
+    places = where_apart(episodes, (ward == 2).astype(float), 8)
+    assert places[0].where == "ward = 2" and places[0].differs == 1.0
+    assert places[0].decisions == pytest.approx((ward == 2).mean()) and all("ward" not in p.where for p in places[1:])
+    old = where_apart(episodes, (age > np.quantile(age, 0.75)).astype(float), 2)[0]
+    assert old.where.startswith("age from 7") and old.differs > 0.99 and old.decisions == pytest.approx(0.25, abs=0.01)
+    assert len(where_apart(episodes, rng.random(4000), 3)) <= 3
+
+
+def test_what_is_missing_or_always_the_same_is_a_place_too() -> None:
+    value = np.where(np.arange(400) % 4 == 0, np.nan, 7.0)
+    episodes = log([value], [Feature("lactate", missing="mean")])
+    (place,) = where_apart(episodes, np.isnan(value).astype(float), 8)
+    assert (place.where, place.decisions, place.differs) == ("lactate missing", 0.25, 1.0)
+    (rest,) = where_apart(episodes, np.isfinite(value).astype(float), 8)
+    assert rest.where == "lactate = 7" and rest.differs == 1.0
+    few = log([np.arange(400) % 40 * 1.0], [Feature("ward", 40)])  # 10 decisions each
+    assert where_apart(few, (np.arange(400) % 40 == 3).astype(float), 8) == []
