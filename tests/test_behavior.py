@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from offrl_models import stages, storage
 from offrl_models.config import Pipeline, parse_pipeline, read_pipeline
@@ -265,10 +266,11 @@ def test_with_propensities_fitted_again_weights_need_no_normalising_in_any_sampl
     assert given["TIS"].high - given["TIS"].low > 1.1 * (found["TIS"].high - found["TIS"].low)
 
 
-def test_the_interval_is_as_wide_as_estimates_spread() -> None:
-    """Over 60 logs, the width of TIS's interval is that of a normal distribution of its own spread. Rewards are 1 or 2: with
-    propensities that are not fitted again in the samples the interval would be more than twice as wide."""
-    points, widths = [], []
+def test_the_interval_is_as_wide_as_estimates_spread_and_covers() -> None:
+    """Over 60 logs, the width of TIS's interval is that of a normal distribution of its own spread, and it holds the value as
+    often as it says. Rewards are 1 or 2: with propensities that are not fitted again in the samples the interval would be more than
+    twice as wide."""
+    points, widths, covered = [], [], 0
     for seed in range(60):
         log, policy = context_free(300, seed)
         estimated = behavior.estimate_propensities(log, 1)
@@ -277,4 +279,8 @@ def test_the_interval_is_as_wide_as_estimates_spread() -> None:
         found = refitted(importance_terms(log, policy), refit, log, bootstrap_shares(300, 150, seed), 0.9)["TIS"]
         points.append(found.estimate)
         widths.append(found.high - found.low)
+        covered += found.low <= 1.0 + bandit(1, 3, 1, seed=0).value(policy) <= found.high
+    assert (
+        covered == 60 or stats.beta.ppf(0.999, covered + 1, 60 - covered) >= 0.9
+    )  # the Clopper-Pearson limit of the coverage
     assert np.mean(widths) == pytest.approx(2 * 1.645 * np.std(points), rel=0.15)

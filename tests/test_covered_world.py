@@ -90,6 +90,22 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
     )
 
 
+def test_values_of_fitted_q_evaluation_do_not_depend_on_the_order_of_what_is_evaluated() -> None:
+    config = FQEConfig(hidden=(16,), gradient_steps=60, members=2)
+    fitted_on, whole = WORLD.simulate(300, seed=1), WORLD.simulate(80, seed=2)
+    cut = np.arange(whole.n_rows) % 3 == 0  # some episodes are truncated, so that next_v is read
+    whole = dataclasses.replace(whole, terminated=whole.terminated & ~cut, truncated=whole.terminated & cut)
+    order = np.random.default_rng(0).permutation(80)
+    rows = np.concatenate([np.arange(whole.offsets[i], whole.offsets[i + 1]) for i in order])
+    before, after = (
+        fit_fqe(config, Encoder(codes(WORLD.n_states)), [Tabled(WORLD.optimal())], fitted_on, log, seed=0)
+        for log in (whole, whole.take(order))
+    )
+    for name in ("q", "v", "next_v"):
+        assert getattr(after, name) == pytest.approx(getattr(before, name)[:, rows], rel=1e-6, abs=1e-9), name
+    assert after.initial == pytest.approx(before.initial[..., order], rel=1e-6)
+
+
 def test_fqe_is_trainable_like_an_algorithm() -> None:
     fqe = FQE(FQEConfig(hidden=(4,)), Encoder(codes(WORLD.n_states)), policies=2, actions=3, start=1.5)
     assert fqe.learning_rates() == {"q": 1e-3} and fqe.q.last_bias().shape == (6, 1, 3)

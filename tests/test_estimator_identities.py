@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offrl_models.ope import mrdr
 from offrl_models.ope.doubly_robust import dr, dros, magic, partial_returns, switch_dr, wdr
 from offrl_models.ope.importance import Terms, clipped, pdis, tis, wis, wpdis
 from offrl_models.ope.multistep import corrected_returns, fixed_point, traces
@@ -153,6 +154,18 @@ def test_the_order_of_episodes_never_matters(seed: int) -> None:
     after["MAGIC"] = magic(shuffled, ratio, q, v, [0, 2, INF], shares[:, order])
     for name in before:
         assert after[name].estimate() == pytest.approx(before[name].estimate(), rel=1e-7, abs=1e-7), name
+
+
+@given(st.integers(0, 10_000))
+def test_mrdr_does_not_depend_on_the_order_of_episodes(seed: int) -> None:
+    log = random_log(seed)
+    order, fold = np.random.default_rng(seed).permutation(7), np.arange(7) % 2
+    shuffled, rows = log.episodes.take(order), np.concatenate([np.array(paths(log)[i]) for i in order])
+    basis, moved = (mrdr.Basis.of_states(states_of(e)[0], 4) for e in (log.episodes, shuffled))
+    before = mrdr.mrdr(log.episodes, log.ratio, log.probs, log.behavior, basis, fold, ridge=1e-3)
+    arrays = (each[rows] for each in (log.ratio, log.probs, log.behavior))
+    after = mrdr.mrdr(shuffled, *arrays, moved, fold[order], ridge=1e-3)
+    assert after.numerator[:, 0] == pytest.approx(before.numerator[order, 0], rel=1e-6, abs=1e-7)
 
 
 @given(st.integers(0, 10_000))

@@ -7,11 +7,14 @@ import pytest
 from scipy import stats
 
 from offrl_models.ope import fitted_ratios
+from offrl_models.ope.drl import drl_fitted
 from offrl_models.ope.fitted_ratios import Refusal, Weights, fit_ratios
 from offrl_models.ope.flow import Flow, chunks
+from offrl_models.ope.importance import pdis
 from offrl_models.ope.marginal import mis, value_gains
+from offrl_models.ope.model_based import AffinePolicy, LinearGaussianModel, Values
 from offrl_models.ope.worlds import random_policy, random_world
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 from tests.conftest import circling_world, ratio_of, recorded_paths
 from tests.test_fitted_ratios import MASS, STEADY, coded, gaussian_ratio, numbered, required
 
@@ -245,3 +248,36 @@ def test_the_fitting_error_is_part_of_the_checks() -> None:
         sure = dataclasses.replace(fitted, covariance=np.zeros_like(fitted.covariance))
         unaware += isinstance(sure.weights(flow), Refusal)
     assert aware <= 1 and unaware >= 10
+
+
+def test_double_reinforcement_learning_needs_right_values_or_right_weights(
+    controlled: tuple[Episodes, Episodes],
+) -> None:
+    """Over continuous states and actions, with the value known in closed form; values of other folds, good ones and none."""
+    log = controlled[1]
+    ratio, n = gaussian_ratio(log), log.n_episodes
+    affine = AffinePolicy(np.concatenate([[[0.0]], STEADY.gain, [[0.0]]], 1), STEADY.covariance)
+    shared = []
+
+    def modelled(others: Episodes, held: Episodes) -> Values:
+        shared.append(set(others.episode_id.tolist()) & set(held.episode_id.tolist()))
+        return LinearGaussianModel.fit(others, steps=MASS.horizon).values(held, affine)
+
+    def nothing(others: Episodes, held: Episodes) -> Values:
+        return Values(*np.zeros((3, held.n_rows)))
+
+    errors = {}
+    for name, form, values_of in (
+        ("good", "markov", modelled),
+        ("none", "markov", nothing),
+        ("past", "history", modelled),
+    ):
+        found = drl_fitted(log, ratio, values_of, form=form, folds=2)
+        errors[name] = found.influence().std() / np.sqrt(n)
+        assert abs(found.estimate() - MASS.value(STEADY)) < 4 * errors[name], name
+    assert errors["good"] < 0.8 * errors["none"] and errors["good"] < 1.05 * errors["past"]
+    assert shared == [set()] * 4  # the others of a fold hold none of it
+    plain = drl_fitted(log, ratio, nothing, form="history", folds=2)
+    assert plain.numerator[:, 0] == pytest.approx(pdis(log, ratio).numerator.sum(1), abs=1e-9)
+    with pytest.raises(InputError, match="do not average 1"):
+        drl_fitted(log, 1.3 * ratio, nothing, form="markov", folds=2)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64
 
 from offrl_models.ope.doubly_robust import dr
+from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
+from offrl_models.ope.flow import Flow
+from offrl_models.ope.folds import fold_of
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.marginal import pseudo_outcomes, state_weights
 from offrl_models.ope.sequences import completed
@@ -19,18 +22,8 @@ from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, fit_ending, stat
 from offrl_models.schema import Episodes, Feature, InputError
 
 Form = Literal["history", "markov"]
-
-
-def fold_of(episodes: Episodes, folds: int) -> Int64[np.ndarray, "episodes"]:
-    """A fold 0 to folds - 1 of every episode, the same for all episodes of an entity and in whatever order they come.
-
-    Raises InputError where there are fewer entities than folds.
-    """
-    entity = episodes.episode_id if episodes.entity is None else episodes.entity
-    distinct, place = np.unique(entity, return_inverse=True)
-    if not 2 <= folds <= len(distinct):
-        raise InputError(f"{len(distinct)} entities cannot be cut into {folds} folds; ask for 2 at least.")
-    return place.ravel() % folds
+Rows = Float64[np.ndarray, "rows"]
+ValuesOf = Callable[[Episodes, Episodes], tuple[Rows, Rows, Rows]]
 
 
 def cross_fit(
@@ -70,6 +63,30 @@ def drl(
 
     def terms_of(others: Episodes, held: Episodes, rows: np.ndarray) -> np.ndarray:
         return _terms(fit_ending(others, policy), policy, held, ratio[rows], form)
+
+    return cross_fit(episodes, folds, terms_of)
+
+
+def drl_fitted(
+    episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values_of: ValuesOf, *, form: Form, folds: int = 5
+) -> Terms:
+    """Double reinforcement learning for observations of any kind and actions of any kind.
+
+    `values_of(others, held)` fits values on the first episodes and gives q of the logged action, v, and next_v (read in
+    truncated rows only) in the rows of the second. The state ratios of "markov" are fitted on the others as well
+    (`fitted_ratios`), and used only where they balance on the fold itself.
+
+    Raises InputError where the ratios of a fold cannot be trusted, with the reason.
+    """
+
+    def terms_of(others: Episodes, held: Episodes, rows: np.ndarray) -> np.ndarray:
+        q, v, next_v = values_of(others, held)
+        if form == "history":
+            return dr(completed(held, next_v), ratio[rows], q, v).numerator[:, 0]
+        found = fit_ratios(Flow.by_state(others, ratio[~rows])).weights(Flow.by_state(held, ratio[rows]))
+        if isinstance(found, Refusal):
+            raise InputError(found.reason)
+        return pseudo_outcomes(held, found.weight, q, v, next_v)
 
     return cross_fit(episodes, folds, terms_of)
 

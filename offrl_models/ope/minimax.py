@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from offrl_models.ope.drl import fold_of
 from offrl_models.ope.flow import Features, Flow, block, chunks
+from offrl_models.ope.folds import fold_of
 from offrl_models.ope.tabular import RATIO_LIMIT
 
 ROUNDING = 1e-3  # of the ball, in units of the largest mean square
