@@ -60,8 +60,9 @@ class Evaluation:
         return completed(self.episodes, self.fqe.next_v[self.names.index(BEHAVIOR)]).return_
 
     def pseudo_outcome(self, name: str) -> Float64[np.ndarray, "episodes"]:
-        """Trajectory-wise doubly robust pseudo-outcome, less the realised return."""
-        return legs.trajectory_outcome(self.side(name), self.episodes) - self.logged_returns
+        """Trajectory-wise doubly robust pseudo-outcome, less the realised return; not finite where weights overflow."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return legs.trajectory_outcome(self.side(name), self.episodes) - self.logged_returns
 
     def trajectory_gains(self, name: str, champion: str) -> Float64[np.ndarray, "episodes"]:
         """Leg C: per episode a number whose mean is the trajectory-wise doubly robust difference to the champion."""

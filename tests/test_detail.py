@@ -1,6 +1,7 @@
 """What the evidence page says beside the verdict: what is behind it, where the policy differs, and what would settle it."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -8,11 +9,18 @@ import pytest
 
 from benchmarks.calibration import small
 from benchmarks.calibration.judging import asked, on_a_log
+from offrl_models import legs
+from offrl_models.choices import Probabilities
 from offrl_models.config import parse_pipeline
 from offrl_models.evaluation import BEHAVIOR, Evaluation, Measured, measure_rungs
 from offrl_models.gate import GateConfig, Status
-from offrl_models.ope.estimates import Estimates
+from offrl_models.ope.bandit import smoothed_gain
+from offrl_models.ope.estimates import Estimates, estimate
 from offrl_models.ope.intervals import Interval, confidence_sequence_lower_bound
+from offrl_models.ope.resampling import bootstrap_shares
+from offrl_models.ope.sequences import weights_by_step
+from offrl_models.ope.tabular import TabularModel
+from offrl_models.ope.worlds import bandit
 from offrl_models.reports.brief import brief
 from offrl_models.reports.detail import CLIPS, canary_share, detail
 from offrl_models.reports.where import where_apart
@@ -77,6 +85,77 @@ def test_the_page_names_the_estimators_that_agree_the_least(judged: tuple[Evalua
     told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)["agreement"]
     assert {told["first"], told["second"]} == {"B", "D"}
     assert told["standardized"] == pytest.approx(0.2 / math.hypot(0.2 / 1.96, 0.2 / 1.96), rel=1e-4)
+
+
+def test_corrections_are_what_the_weights_add(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    """Leg A is linear in the ratios: doubled, they add every correction once more. By tables and at horizon 1 alike."""
+    found, rung, _ = judged
+    model = TabularModel.fit(found.fitted_on, WORLD.n_states)
+    doubled = dataclasses.replace(found, ratio={name: 2.0 * ratio for name, ratio in found.ratio.items()})
+    twice = doubled.paired("better", model)
+    assert isinstance(twice, legs.Paired)
+    added = found.episodes.sum_per_episode(rung.own.correction)
+    assert twice.outcome - rung.own.outcome == pytest.approx(added, abs=1e-9) and np.abs(added).max() > 0.1
+    one = bandit(3, 2, 2, seed=1).simulate(300, 2)
+    rng, ones = np.random.default_rng(0), np.ones(300)
+    base = legs.Side(
+        Probabilities(one, one.mask / 2), Probabilities(one, one.mask / 2), ones, *rng.normal(size=(3, 300))
+    )
+    side = dataclasses.replace(base, ratio=rng.uniform(size=300))
+    parts = [
+        legs.paired(dataclasses.replace(side, ratio=factor * side.ratio), base, one, one, None) for factor in (1.0, 2.0)
+    ]
+    first, second = (part for part in parts if isinstance(part, legs.Paired))
+    assert second.outcome - first.outcome == pytest.approx(first.correction, abs=1e-9)
+
+
+def test_against_another_champion_both_sides_are_corrected(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+    _, _, config = judged
+    tables = {"better": small.better(WORLD, 0.05), "champion": small.better(WORLD, 0.02)}
+    found = on_a_log(WORLD, tables, 1, 1500, 2500)
+    question = dataclasses.replace(asked(WORLD.n_states), champion="champion", drifted="so it has")
+    plain = config.model_copy(update={"subgroups": ()})
+    (rung,) = measure_rungs(["better"], found, plain, question)
+    model = TabularModel.fit(found.fitted_on, WORLD.n_states)
+    mine, other = (found.paired(name, model) for name in ("better", "champion"))
+    assert isinstance(mine, legs.Paired) and isinstance(other, legs.Paired)
+    assert rung.own.outcome == pytest.approx(mine.outcome) and rung.own.correction == pytest.approx(mine.correction)
+    assert rung.leg.outcome == pytest.approx(mine.outcome - other.outcome)
+    assert rung.leg.correction == pytest.approx(mine.correction - other.correction)
+    assert rung.measures.drifted == "so it has" and rung.measures.smoothed_lower is None
+
+
+def test_at_horizon_one_the_gain_is_smoothed_as_well() -> None:
+    world = bandit(3, 2, 2, seed=1)
+    policy = 0.5 * world.behavior + 0.5 * world.optimal()
+    found = on_a_log(world, {"better": policy}, 1, 1500, 2500)
+    question = dataclasses.replace(asked(world.n_states), return_range=(-5.0, 5.0))
+    (rung,) = measure_rungs(["better"], found, GateConfig(), question)
+    expected = smoothed_gain(found.episodes, found.ratio["better"], (-5.0, 5.0), alpha=0.05)
+    assert rung.measures.smoothed_lower == pytest.approx(expected) and expected < rung.measures.difference
+    for none in ({"return_range": None}, {"propensities": "estimated"}):
+        (other,) = measure_rungs(["better"], found, GateConfig(), dataclasses.replace(question, **none))
+        assert other.measures.smoothed_lower is None
+
+
+def test_weights_that_overflow_switch_off_leg_c_and_stop_nothing(
+    judged: tuple[Evaluation, Measured, GateConfig],
+) -> None:
+    """Five ratios of 1e120 are more than a double holds; so is their product with a ratio of 0 nothing."""
+    found, _, config = judged
+    start, end = found.episodes.offsets[(longest := int(found.episodes.length.argmax())) :][:2]
+    ratio = found.ratio["better"].copy()
+    ratio[start:end] = 1e120
+    wild = dataclasses.replace(found, ratio=found.ratio | {"better": ratio})
+    (rung,) = measure_rungs(["better"], wild, config, asked(WORLD.n_states))
+    assert rung.measures.trajectory_difference is None and rung.measures.e_value is None
+    told = detail(wild, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)
+    assert told["weights"][-1] == 1e300 and json.dumps(told, allow_nan=False)
+    told = estimate(wild.episodes, [ratio, ratio], wild.fqe, bootstrap_shares(wild.episodes.n_episodes, 20, 0))
+    assert told[0].to_json()["estimates"]["TIS"]["estimate"] is None
+    ratio[end - 1] = 0.0
+    weight = weights_by_step(wild.episodes, ratio)
+    assert np.isinf(weight[longest, -2]) and weight[longest, -1] == 0.0
 
 
 def shown(told: dict, rung: Measured, **more: object) -> list[str]:

@@ -99,20 +99,23 @@ def estimate(
     all of its estimators. `refit` fits estimated propensities again.
     """
     found, terms = [dict[str, Interval]() for _ in ratios], dict[tuple[int, str], Terms]()
-    for policy, ratio in enumerate(ratios):
-        valued = completed(episodes, fqe.next_v[policy])
-        model = Model.of(valued, fqe.q[policy], fqe.v[policy])
-        if refit is None:
-            terms |= {(policy, name): each for name, each in all_terms(valued, ratio, model).items()}
-        else:
-            again = partial(_reweighted, valued, ratio * episodes.action_prob, model)
-            found[policy] |= refitted(again, refit, episodes, samples, LEVEL)
-    if terms:
-        for (policy, name), interval in bootstrap_all(terms, samples, LEVEL).items():
-            found[policy][name] = interval
-    for policy, intervals in enumerate(found):
-        intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
-    effective = [effective_sample_size(trajectory_weights(episodes, ratio)) for ratio in ratios]
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # weights of long episodes may overflow; then there is no estimate
+        for policy, ratio in enumerate(ratios):
+            valued = completed(episodes, fqe.next_v[policy])
+            model = Model.of(valued, fqe.q[policy], fqe.v[policy])
+            if refit is None:
+                terms |= {(policy, name): each for name, each in all_terms(valued, ratio, model).items()}
+            else:
+                again = partial(_reweighted, valued, ratio * episodes.action_prob, model)
+                found[policy] |= refitted(again, refit, episodes, samples, LEVEL)
+        if terms:
+            for (policy, name), interval in bootstrap_all(terms, samples, LEVEL).items():
+                found[policy][name] = interval
+        for policy, intervals in enumerate(found):
+            intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
+        effective = [effective_sample_size(trajectory_weights(episodes, ratio)) for ratio in ratios]
     return [Estimates(*each) for each in zip(found, effective, strict=True)]
 
 

@@ -37,7 +37,8 @@ class Interval:
 
     def to_json(self) -> dict[str, float | str | None]:
         """Plain JSON; what could not be estimated is null."""
-        return {key: value if value == value else None for key, value in asdict(self).items()}
+        plain = asdict(self).items()
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain}
 
 
 def difference(minuend: Terms, subtrahend: Terms) -> Terms:

@@ -96,10 +96,17 @@ def by_step(
 def weights_by_step(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes steps"]:
     """w_t = product of the ratios up to and including step t; past the end it stays what it was at the end.
 
-    Raises InputError for a ratio that is NaN or infinite.
+    Infinite where a product is too large for a double, but 0 from a ratio of 0 on. Raises InputError for a ratio that is NaN or
+    infinite.
     """
     table = by_step(episodes, finite("the ratio", ratio), 1.0)
-    return table if table.shape[1] == 1 else np.cumprod(table, axis=1)
+    if table.shape[1] == 1:
+        return table
+    with np.errstate(over="ignore", invalid="ignore"):
+        weight = np.cumprod(table, axis=1)
+        if not np.isfinite(weight[:, -1].sum()):
+            weight[np.minimum.accumulate(table, axis=1) == 0.0] = 0.0
+    return weight
 
 
 def sum_of_products(

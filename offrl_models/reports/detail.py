@@ -30,6 +30,7 @@ from offrl_models.reports.where import where_apart
 
 MOST_EPISODES = 10_000_000  # beyond which more of the same data is no plan
 SHOWN = 8  # actions, and places
+LARGEST_WEIGHT = 1e300  # of an episode, as which one that overflows is shown
 CLIPS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, np.inf)  # of the weight of a decision
 
 
@@ -107,7 +108,7 @@ def detail(
 ) -> dict[str, Any]:
     """Plain JSON for the page and its pictures."""
     gate, ratio, measures = found.episodes, found.ratio[name], rung.measures
-    weight = trajectory_weights(gate, ratio)
+    weight = np.minimum(trajectory_weights(gate, ratio), LARGEST_WEIGHT)
     pull = np.sort(np.abs(rung.leg.outcome))[::-1]
     mine, theirs = found.choices[name], found.choices[champion]
     differs = apart(mine, theirs)
@@ -192,7 +193,7 @@ def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], continuous: bool) 
     place = [[row[name] for row in bins] for name in ("predicted", "frequency")]
     axes.scatter(*place, s=10 + 80 * sizes / sizes.max(initial=1.0), color=BLUE)
     event = "an action lies below a value" if continuous else "an action is taken"
-    axes.set_title(f"behavior model: probability that {event},\nand how often it does", fontsize=9, loc="left")
+    axes.set_title(f"behavior model: probability that {event},\nand how often it was so", fontsize=9, loc="left")
 
 
 def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:
