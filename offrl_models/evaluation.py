@@ -69,6 +69,14 @@ class Evaluation:
         gains = self.pseudo_outcome(name)
         return gains if champion == BEHAVIOR else gains - self.pseudo_outcome(champion)
 
+    def stand_in(self, name: str) -> legs.Paired:
+        """What is shown where leg A cannot be trusted: leg C, or where its weights overflow fitted Q evaluation."""
+        gains, method = self.pseudo_outcome(name), "trajectory-wise doubly robust paired difference"
+        if not np.isfinite(gains).all():
+            gains = self.side(name).v[self.episodes.offsets[:-1]] - self.logged_returns
+            method = "paired difference by fitted Q evaluation"
+        return legs.Paired(gains, self.ratio[name], np.zeros(self.episodes.n_rows), method)
+
     def paired(self, name: str, model: TabularModel | None) -> legs.Paired | str:
         """Leg A against the behavior, or the sentence that says why there is none."""
         return legs.paired(self.side(name), self.side(BEHAVIOR), self.fitted_on, self.episodes, model)
@@ -146,14 +154,12 @@ def measure_rungs(rungs: Sequence[str], found: Evaluation, thresholds: GateConfi
 def _against_champion(
     name: str, found: Evaluation, champion: str, paired: Mapping[str, legs.Paired | str]
 ) -> tuple[legs.Paired, legs.Paired, str]:
-    """Leg A against the champion and against the behavior, and why it cannot be trusted; in doubt, the numbers are leg C's."""
+    """Leg A against the champion and against the behavior, and why it cannot be trusted; in doubt, what stands in for it."""
     names = [name] if champion == BEHAVIOR else [name, champion]
     parts = [paired[each] for each in names]
     doubt = next((f"{each}: {part}" for each, part in zip(names, parts, strict=True) if isinstance(part, str)), "")
     if doubt:
-        method = "trajectory-wise doubly robust paired difference"
-        none = np.zeros(found.episodes.n_rows)
-        parts = [legs.Paired(found.pseudo_outcome(each), found.ratio[each], none, method) for each in names]
+        parts = [found.stand_in(each) for each in names]
     mine, *base = [part for part in parts if not isinstance(part, str)]
     both = [
         replace(mine, outcome=mine.outcome - other.outcome, correction=mine.correction - other.correction)
@@ -178,9 +184,8 @@ def _measure(
     kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width)
     sure = legs.sure_share(gate)
     leg_c = found.trajectory_gains(name, asked.champion)
-    trajectories = sure <= thresholds.sure_share and bool(
-        np.isfinite(leg_c).all()
-    )  # else too little to weigh (C18), or too much
+    weighable = bool(np.isfinite(leg_c).all())
+    trajectories = weighable and sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
     trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
     betting = (
         trajectories

@@ -151,6 +151,12 @@ def test_weights_that_overflow_switch_off_leg_c_and_stop_nothing(
     assert rung.measures.trajectory_difference is None and rung.measures.e_value is None
     told = detail(wild, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)
     assert told["weights"][-1] == 1e300 and json.dumps(told, allow_nan=False)
+    numbers = dataclasses.replace(asked(WORLD.n_states), states=None)  # with few to fit on leg A is in doubt as well
+    few = dataclasses.replace(wild, fitted_on=found.fitted_on.take(np.arange(100)))
+    (doubted,) = measure_rungs(["better"], few, config.model_copy(update={"subgroups": ()}), numbers)
+    assert doubted.measures.doubt and doubted.measures.bound.startswith("paired difference by fitted Q evaluation")
+    expected = found.fqe.v[found.names.index("better")][found.episodes.offsets[:-1]] - found.logged_returns
+    assert doubted.measures.difference == pytest.approx(expected.mean())
     told = estimate(wild.episodes, [ratio, ratio], wild.fqe, bootstrap_shares(wild.episodes.n_episodes, 20, 0))
     assert told[0].to_json()["estimates"]["TIS"]["estimate"] is None
     ratio[end - 1] = 0.0

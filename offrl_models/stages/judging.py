@@ -104,7 +104,7 @@ def evidence(pipeline: Pipeline) -> Stage:
 def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
     """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
     tested = {
-        "gate": config.gate.model_dump(mode="json"),
+        "gate": config.gate.model_dump(mode="json", exclude={"canary_loss"}),
         "fqe": config.fqe.model_dump(mode="json"),
         "behavior": config.behavior.model_dump(mode="json"),
         "drift": config.drift.model_dump(mode="json"),
