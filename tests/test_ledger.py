@@ -189,7 +189,8 @@ def test_another_way_to_test_is_another_hypothesis() -> None:
     }
     assert len(claims) == 6
     assert judging.hypothesis(config, ["a"], "champion") not in claims
-    canary = config.model_copy(update={"gate": GateConfig(**config.gate.model_dump() | {"canary_loss": 0.1})})
+    gate = config.gate.model_copy(update={"canary_loss": 0.1})
+    canary = config.model_copy(update={"gate": gate})
     assert judging.hypothesis(canary, ["a", "b"], "champion") in claims  # it tests nothing
     assert judging.hypothesis(config, ["a", "b"], "other") not in claims
 
