@@ -158,6 +158,12 @@ class PipelineConfig(Strict):
         return self
 
     @property
+    def split_by(self) -> str:
+        """What decides into which split an episode falls."""
+        logs = self.logs
+        return f"salt {self.salt!r} and {logs.entity or logs.episode_id or 'the place in its file'}"
+
+    @property
     def return_range(self) -> tuple[float, float] | None:
         """Of the discounted return: as stated, or at horizon 1 that of the reward; None where it is not known."""
         return self.gate.return_range or (self.logs.reward.range if self.logs.horizon == 1 else None)

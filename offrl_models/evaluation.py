@@ -11,7 +11,7 @@ from offrl_models.choices import Choices, Probabilities, choices_of, rare_mass
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
-from offrl_models.measures import Measures
+from offrl_models.measures import Contrast, Measures
 from offrl_models.ope.bandit import smoothed_gain
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
@@ -67,12 +67,13 @@ class Evaluation:
     def trajectory_gains(self, name: str, champion: str) -> Float64[np.ndarray, "episodes"]:
         """Leg C: per episode a number whose mean is the trajectory-wise doubly robust difference to the champion."""
         gains = self.pseudo_outcome(name)
-        return gains if champion == BEHAVIOR else gains - self.pseudo_outcome(champion)
+        with np.errstate(invalid="ignore"):
+            return gains if champion == BEHAVIOR else gains - self.pseudo_outcome(champion)
 
     def stand_in(self, name: str) -> legs.Paired:
         """What is shown where leg A cannot be trusted: leg C, or where its weights overflow fitted Q evaluation."""
         gains, method = self.pseudo_outcome(name), "trajectory-wise doubly robust paired difference"
-        if not np.isfinite(gains).all():
+        if not _has_spread(gains):
             gains = self.side(name).v[self.episodes.offsets[:-1]] - self.logged_returns
             method = "paired difference by fitted Q evaluation"
         return legs.Paired(gains, self.ratio[name], np.zeros(self.episodes.n_rows), method)
@@ -184,8 +185,7 @@ def _measure(
     kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width)
     sure = legs.sure_share(gate)
     leg_c = found.trajectory_gains(name, asked.champion)
-    weighable = bool(np.isfinite(leg_c).all())
-    trajectories = weighable and sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
+    trajectories = _has_spread(leg_c) and sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
     trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
     betting = (
         trajectories
@@ -237,13 +237,26 @@ def _measure(
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
-        costs=[
-            legs.contrast(column, _cost_rise(column, name, found, asked, paired), asked.alpha, planned)
-            for column in thresholds.constraints
-        ],
+        costs=_costs(name, found, thresholds, asked, paired),
         subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned),
     )
     return Measured(measures, mine, own)
+
+
+def _has_spread(gains: Float64[np.ndarray, "episodes"]) -> bool:
+    """Whether neither the numbers nor their squares overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.square(gains).sum()))
+
+
+def _costs(
+    name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
+) -> list[Contrast]:
+    """The rise of every cost; one whose weights overflow is not measured."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rises = {column: _cost_rise(column, name, found, asked, paired) for column in thresholds.constraints}
+    planned = thresholds.planned_episodes
+    return [legs.contrast(column, rise, asked.alpha, planned) for column, rise in rises.items() if _has_spread(rise)]
 
 
 def _cost_rise(

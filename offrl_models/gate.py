@@ -61,6 +61,13 @@ class GateConfig(Strict):
         default=None, gt=0
     )  # most that trying what is not settled may cost per episode, in units of return
 
+    @field_validator("return_range")
+    @classmethod
+    def _range_has_room(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not -math.inf < ends[0] < ends[1] < math.inf:
+            raise ValueError(f"return_range {list(ends)} must be two numbers, the lower one first")
+        return ends
+
     @field_validator("caps")
     @classmethod
     def _caps_climb(cls, caps: tuple[float | None, ...]) -> tuple[float | None, ...]:
@@ -101,9 +108,7 @@ class Verdict:
     @property
     def exact(self) -> bool:
         """Whether leg B alone proves the gain: at any time, for any weights, without a Markov state."""
-        e = self.measures.e_value
-        logged = self.measures.propensities == "logged"  # estimates of them prove nothing
-        return self.status is Status.PASS and logged and e is not None and e >= 1.0 / self.measures.alpha
+        return self.status is Status.PASS and self.measures.proven
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

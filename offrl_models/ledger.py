@@ -39,7 +39,7 @@ class Look:
     spent: float  # 0 where an earlier look at the same hypothesis paid
     verdict: str
     e_value: float | None
-    salt: str | None = None  # of the split that the data were of; None in entries that are older than this field
+    split_by: str | None = None  # what the data were split by; None in entries that are older than this field
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def _hash(before: str, look: dict[str, Any]) -> str:
     return storage.sha256_bytes(before.encode() + b"\n" + storage.canonical_json(look))
 
 
-def require_salt(path: Path, salt: str) -> None:
-    """Raises InputError where a look was taken at the gate split of another salt, which would now be trained on."""
+def require_split(path: Path, split_by: str) -> None:
+    """Raises InputError where a look was taken at a gate split that was made otherwise, which would now be trained on."""
     for look in read(path):
-        if look.salt not in (None, salt):
+        if look.split_by not in (None, split_by):
             raise InputError(
-                f"{path}: on {look.date} the gate judged by the split of `salt: {look.salt}`, and it is {salt!r} now: episodes "
-                "that judged would be trained on, and trained ones would judge. Put the salt back, or start a dataset of its own."
+                f"{path}: on {look.date} the gate judged logs that were split by {look.split_by}, and they are split by "
+                f"{split_by} now: episodes that judged would be trained on, and trained ones would judge. Put it back, or start a "
+                "dataset of its own."
             )
 
 

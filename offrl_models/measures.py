@@ -82,9 +82,15 @@ class Measures:
         return self.trajectory_difference + 2 * self.trajectory_error
 
     @property
+    def proven(self) -> bool:
+        """Whether leg B alone proves the gain. Estimates of propensities prove nothing."""
+        return self.propensities == "logged" and self.e_value is not None and self.e_value >= 1.0 / self.alpha
+
+    @property
     def relies_on_state(self) -> bool:
         """Whether nothing stands beside leg A, which holds for a Markov state and nuisances that converge."""
-        return self.rows > self.episodes and not (self.trajectory_informs and self.trajectory_difference is not None)
+        alone = not (self.trajectory_informs and self.trajectory_difference is not None)
+        return self.rows > self.episodes and alone and not self.doubt and not self.proven
 
     @property
     def trajectory_bounds(self) -> tuple[float, float]:

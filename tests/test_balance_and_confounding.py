@@ -170,32 +170,48 @@ def test_a_confounder_of_known_strength_is_within_the_bounds() -> None:
     assert confounded_bounds(episodes, ratio, 1.5)[0] > 0.62
 
 
-def test_gamma_star_of_a_bound_by_hand() -> None:
+def test_gamma_star_of_a_mean_by_hand() -> None:
     """Propensities 1/2: a gain of 1 in one row may be (1 + 1 / Gamma) / 2 of it, a loss of .2 in the other (1 + Gamma) / 2 times
     as much; the mean is 0 where 1 + 1 / Gamma = .2 (1 + Gamma), at Gamma = 5."""
     episodes, correction = bandit([1.0, 0.0], [0.5, 0.5]), np.array([1.0, -0.2])
-    found = gamma_star_of_bound(episodes, correction, correction, lambda outcome: float(outcome.mean()))
-    assert found == pytest.approx(5.0)
-    sure = gamma_star_of_bound(episodes, correction + 1.0, np.array([1.0, 0.0]), lambda outcome: float(outcome.mean()))
+    assert gamma_star_of_bound(episodes, correction, correction, 0.0) == pytest.approx(5.0)
+    assert gamma_star_of_bound(episodes, correction, correction, 0.1) < 4.9
+    sure = gamma_star_of_bound(episodes, correction + 1.0, np.array([1.0, 0.0]), 0.0)
     assert sure == math.inf  # what does not hang on propensities is not confounded
-    assert gamma_star_of_bound(episodes, -correction, -correction, lambda outcome: float(outcome.mean())) == 1.0
+    assert gamma_star_of_bound(episodes, -correction, -correction, 0.0) == 1.0
 
 
-@given(st.integers(0, 10_000), st.floats(1.01, 10.0))
-def test_the_worst_of_a_bound_is_that_of_every_vertex_of_the_box(seed: int, odds_ratio: float) -> None:
-    """Moved by the least mean over all 2^6 combinations of ends, the bound is 0 at exactly this odds ratio."""
+@given(st.integers(0, 10_000), st.floats(0.0, 1.0))
+def test_no_vertex_of_a_smaller_box_takes_the_bound_down(seed: int, width: float) -> None:
+    """All 2^6 combinations of ends, at the odds ratio told: the bound stays above 0; without a width it is 0 at worst."""
     rng = np.random.default_rng(seed)
     probs, correction = rng.uniform(0.05, 0.9, size=6), rng.normal(size=6)
     episodes = dataclasses.replace(
         bandit([0.0] * 6, probs.tolist()), episode_id=np.arange(3), offsets=np.array([0, 2, 4, 6]),
         final_observation=np.zeros((3, 1), np.float32), terminated=np.arange(6) % 2 == 1,
     )  # fmt: skip
-    ends = probs + (1 - probs) / odds_ratio, probs + (1 - probs) * odds_ratio
-    factor = np.where(np.array(list(itertools.product((False, True), repeat=6))), *ends[::-1])
-    least = ((factor - 1.0) @ correction).min() / 3
-    outcome = np.full(3, -least)
-    found = gamma_star_of_bound(episodes, outcome, correction, lambda moved: float(moved.mean()))
-    assert found == pytest.approx(odds_ratio, rel=1e-6)
+    outcome = rng.normal(size=3)
+    outcome += 0.3 + width * outcome.std() - outcome.mean()
+    odds = gamma_star_of_bound(episodes, outcome, correction, width)
+    assert 1.0 < odds < math.inf
+    ends = probs + (1 - probs) / odds, probs + (1 - probs) * odds
+    factor = np.where(np.array(list(itertools.product((False, True), repeat=6))), *ends)
+    moved = outcome + ((factor - 1.0) * correction).reshape(-1, 3, 2).sum(2)
+    bounds = moved.mean(1) - width * moved.std(1)
+    assert bounds.min() > -1e-7
+    if width == 0.0:
+        assert bounds.min() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_outliers_among_gains_do_not_hide_what_confounding_can_do() -> None:
+    """Two episodes with large corrections: shrinking them lowers mean and spread, growing them raises both, which is worse."""
+    n = 2000
+    episodes = bandit([0.0] * n, [0.1] * n)
+    correction, outcome = np.full(n, -0.02), np.full(n, 0.03)
+    correction[:2], outcome[:2] = 5.0, 5.0
+    odds = gamma_star_of_bound(episodes, outcome, correction, 0.05)
+    grown = outcome + (0.1 + 0.9 * odds - 1.0) * correction
+    assert grown.mean() - 0.05 * grown.std() > 0
 
 
 def test_what_has_no_odds_is_an_error() -> None:
@@ -208,7 +224,7 @@ def test_what_has_no_odds_is_an_error() -> None:
     with pytest.raises(InputError, match="continuous"):
         confounded_bounds(continuous, np.ones(2), 2.0)
     with pytest.raises(InputError, match="continuous"):
-        gamma_star_of_bound(continuous, np.ones(2), np.ones(2), lambda moved: 1.0)
+        gamma_star_of_bound(continuous, np.ones(2), np.ones(2), 1.0)
 
 
 def test_weights_of_zero_stay_zero_and_long_products_do_not_overflow() -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.calibration import small
 from benchmarks.calibration.judging import asked, on_a_log
@@ -15,8 +16,9 @@ from offrl_models.config import parse_pipeline
 from offrl_models.evaluation import BEHAVIOR, Evaluation, Measured, measure_rungs
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.bandit import smoothed_gain
+from offrl_models.ope.diagnostics import gamma_star_of_bound
 from offrl_models.ope.estimates import Estimates, estimate
-from offrl_models.ope.intervals import Interval, confidence_sequence_lower_bound
+from offrl_models.ope.intervals import Interval, confidence_sequence_width
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import weights_by_step
 from offrl_models.ope.tabular import TabularModel
@@ -50,11 +52,9 @@ def test_at_gamma_star_the_bound_that_passed_is_the_margin(judged: tuple[Evaluat
     found, rung, config = judged
     assert rung.measures.lower_bound > 0
     told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)
-    odds, mu = told["gamma_star"], found.episodes.action_prob
-    assert odds > 1.0
-    factor = np.where(rung.leg.correction > 0, mu + (1 - mu) / odds, mu + (1 - mu) * odds)
-    moved = rung.leg.outcome + found.episodes.sum_per_episode((factor - 1.0) * rung.leg.correction)
-    assert confidence_sequence_lower_bound(moved, alpha=0.05, planned=2500) == pytest.approx(0.0, abs=1e-9)
+    width = confidence_sequence_width(rung.measures.episodes, alpha=0.05, planned=2500)
+    odds = told["gamma_star"]
+    assert odds == gamma_star_of_bound(found.episodes, rung.leg.outcome, rung.leg.correction, width) and odds > 1.0
     stricter = config.model_copy(update={"margin": rung.measures.lower_bound / 2})
     assert detail(found, "better", BEHAVIOR, rung, stricter, Status.PASS)["gamma_star"] < odds
     assert detail(found, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)["gamma_star"] is None
@@ -87,15 +87,18 @@ def test_the_page_names_the_estimators_that_agree_the_least(judged: tuple[Evalua
     assert told["standardized"] == pytest.approx(0.2 / math.hypot(0.2 / 1.96, 0.2 / 1.96), rel=1e-4)
 
 
-def test_corrections_are_what_the_weights_add(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+def test_corrections_are_what_the_weights_add() -> None:
     """Leg A is linear in the ratios: doubled, they add every correction once more. By tables and at horizon 1 alike."""
-    found, rung, _ = judged
+    world = dataclasses.replace(WORLD, gamma=0.8)
+    found = on_a_log(world, {"better": small.better(WORLD, 0.05)}, 1, 1500, 600)
     model = TabularModel.fit(found.fitted_on, WORLD.n_states)
+    rung = found.paired("better", model)
+    assert isinstance(rung, legs.Paired)
     doubled = dataclasses.replace(found, ratio={name: 2.0 * ratio for name, ratio in found.ratio.items()})
     twice = doubled.paired("better", model)
     assert isinstance(twice, legs.Paired)
-    added = found.episodes.sum_per_episode(rung.own.correction)
-    assert twice.outcome - rung.own.outcome == pytest.approx(added, abs=1e-9) and np.abs(added).max() > 0.1
+    added = found.episodes.sum_per_episode(rung.correction)
+    assert twice.outcome - rung.outcome == pytest.approx(added, abs=1e-9) and np.abs(added).max() > 0.1
     one = bandit(3, 2, 2, seed=1).simulate(300, 2)
     rng, ones = np.random.default_rng(0), np.ones(300)
     base = legs.Side(
@@ -138,19 +141,22 @@ def test_at_horizon_one_the_gain_is_smoothed_as_well() -> None:
         assert other.measures.smoothed_lower is None
 
 
+@pytest.mark.parametrize("size", [1e40, 1e120])
 def test_weights_that_overflow_switch_off_leg_c_and_stop_nothing(
-    judged: tuple[Evaluation, Measured, GateConfig],
+    judged: tuple[Evaluation, Measured, GateConfig], size: float
 ) -> None:
-    """Five ratios of 1e120 are more than a double holds; so is their product with a ratio of 0 nothing."""
+    """Five ratios of 1e120 are more than a double holds, as are the squares of 1e200; a later ratio of 0 leaves nothing of them."""
     found, _, config = judged
     start, end = found.episodes.offsets[(longest := int(found.episodes.length.argmax())) :][:2]
     ratio = found.ratio["better"].copy()
-    ratio[start:end] = 1e120
+    ratio[start:end] = size
     wild = dataclasses.replace(found, ratio=found.ratio | {"better": ratio})
     (rung,) = measure_rungs(["better"], wild, config, asked(WORLD.n_states))
     assert rung.measures.trajectory_difference is None and rung.measures.e_value is None
     told = detail(wild, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)
-    assert told["weights"][-1] == 1e300 and json.dumps(told, allow_nan=False)
+    json.dumps(told | dataclasses.asdict(rung.measures), allow_nan=False)
+    assert told["weights"][-1] == pytest.approx(1e200 if size == 1e40 else 1e300)
+    assert told["pareto_k"] is None
     numbers = dataclasses.replace(asked(WORLD.n_states), states=None)  # with few to fit on leg A is in doubt as well
     few = dataclasses.replace(wild, fitted_on=found.fitted_on.take(np.arange(100)))
     (doubted,) = measure_rungs(["better"], few, config.model_copy(update={"subgroups": ()}), numbers)
@@ -158,10 +164,11 @@ def test_weights_that_overflow_switch_off_leg_c_and_stop_nothing(
     expected = found.fqe.v[found.names.index("better")][found.episodes.offsets[:-1]] - found.logged_returns
     assert doubted.measures.difference == pytest.approx(expected.mean())
     told = estimate(wild.episodes, [ratio, ratio], wild.fqe, bootstrap_shares(wild.episodes.n_episodes, 20, 0))
-    assert told[0].to_json()["estimates"]["TIS"]["estimate"] is None
+    assert (told[0].to_json()["estimates"]["TIS"]["estimate"] is None) is (size > 1e60)
+    json.dumps([each.to_json() for each in told], allow_nan=False)
     ratio[end - 1] = 0.0
     weight = weights_by_step(wild.episodes, ratio)
-    assert np.isinf(weight[longest, -2]) and weight[longest, -1] == 0.0
+    assert weight[longest, -2] > 1e155 and weight[longest, -1] == 0.0
 
 
 def shown(told: dict, rung: Measured, **more: object) -> list[str]:
@@ -188,16 +195,20 @@ def test_the_brief_says_what_a_risk_officer_asks(judged: tuple[Evaluation, Measu
 
 
 def test_a_canary_loses_no_more_than_is_allowed_however_bad_the_policy_is() -> None:
-    config = GateConfig(canary_loss=0.05)
-    share = canary_share(Status.INCONCLUSIVE, config, (-1.0, 3.0))
+    config, returns = GateConfig(canary_loss=0.05), np.array([-1.0, 0.0, 3.0])
+    share = canary_share(Status.INCONCLUSIVE, config, (-1.0, 3.0), returns)
     assert share is not None and share == pytest.approx(0.0125)
     best, worst = 3.0, -1.0  # a champion that always earns the most, and a candidate that never does
     assert best - ((1 - share) * best + share * worst) == pytest.approx(0.05)
-    assert canary_share(Status.INCONCLUSIVE, GateConfig(canary_loss=9.0), (0.0, 1.0)) == 1.0
+    assert canary_share(Status.INCONCLUSIVE, GateConfig(canary_loss=9.0), (-1.0, 3.0), returns) == 1.0
     for status in (Status.PASS, Status.FAIL, Status.INVALID):
-        assert canary_share(status, config, (-1.0, 3.0)) is None
-    assert canary_share(Status.INCONCLUSIVE, GateConfig(), (0.0, 1.0)) is None
-    assert canary_share(Status.INCONCLUSIVE, config, None) is None
+        assert canary_share(status, config, (-1.0, 3.0), returns) is None
+    assert canary_share(Status.INCONCLUSIVE, GateConfig(), (-1.0, 3.0), returns) is None
+    assert canary_share(Status.INCONCLUSIVE, config, None, returns) is None
+    for ends in ((-0.5, 3.0), (-1.0, 2.5)):  # the log says otherwise
+        assert canary_share(Status.INCONCLUSIVE, config, ends, returns) is None
+    with pytest.raises(ValidationError, match="the lower one first"):
+        GateConfig(return_range=(5.0, 0.0))
 
 
 def test_a_canary_needs_the_worst_that_can_happen() -> None:
@@ -231,11 +242,17 @@ def test_where_a_policy_differs_is_told_by_value() -> None:
 
 
 def test_what_is_missing_or_always_the_same_is_a_place_too() -> None:
-    value = np.where(np.arange(400) % 4 == 0, np.nan, 7.0)
+    rng, value = np.random.default_rng(0), np.where(np.arange(400) % 4 == 0, np.nan, 7.0)
     episodes = log([value], [Feature("lactate", missing="mean")])
     (place,) = where_apart(episodes, np.isnan(value).astype(float), 8)
     assert (place.where, place.decisions, place.differs) == ("lactate missing", 0.25, 1.0)
     (rest,) = where_apart(episodes, np.isfinite(value).astype(float), 8)
     assert rest.where == "lactate = 7" and rest.differs == 1.0
+    sparse = np.where(np.arange(400) % 5 == 0, rng.uniform(1, 9, size=400), 0.0)  # a dose that is mostly 0
+    dose = where_apart(log([sparse], [Feature("dose")]), (sparse == 0).astype(float), 8)
+    assert [(place.where, place.differs) for place in dose] == [("dose = 0", 1.0)]
+    level = rng.integers(0, 4, size=400).astype(float)
+    (third,) = where_apart(log([level], [Feature("level")]), (level == 3).astype(float), 8)
+    assert (third.where, third.differs) == ("level = 3", 1.0)
     few = log([np.arange(400) % 40 * 1.0], [Feature("ward", 40)])  # 10 decisions each
     assert where_apart(few, (np.arange(400) % 40 == 3).astype(float), 8) == []

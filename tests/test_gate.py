@@ -286,6 +286,8 @@ def test_a_sequence_without_leg_c_relies_on_its_state_and_nuisances() -> None:
     assert dataclasses.replace(GOOD, effective_episodes=150.0).relies_on_state
     assert dataclasses.replace(GOOD, trajectory_difference=None).relies_on_state
     assert not dataclasses.replace(GOOD, effective_episodes=150.0, rows=GOOD.episodes).relies_on_state  # horizon 1
+    assert not dataclasses.replace(GOOD, effective_episodes=150.0, e_value=21.0).relies_on_state
+    assert not dataclasses.replace(GOOD, effective_episodes=150.0, doubt="no weights").relies_on_state
 
 
 def test_a_large_e_value_makes_the_certificate_exact() -> None:

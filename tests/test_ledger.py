@@ -155,19 +155,23 @@ def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline) -> None:
     """Else episodes of the gate would be trained on. Entries of before the salt was entered name none."""
     path = toy.folder / "policies" / ledger.LEDGER
     ledger.enter(path, look("old"))
-    ledger.enter(path, replace(look("new"), salt=toy.config.salt))
+    ledger.enter(path, replace(look("new"), split_by=toy.config.split_by))
     stages.ingest(toy)
     stages.coverage(toy)
     stages.episodes(toy)
     other = Pipeline(toy.config.model_copy(update={"salt": "pepper"}), toy.root)
-    with pytest.raises(InputError, match=r"split of `salt: offrl`, and it is 'pepper' now"):
+    with pytest.raises(
+        InputError, match=r"split by salt 'offrl' and episode, and they are split by salt 'pepper' and episode now"
+    ):
         stages.episodes(other)
+    logs = toy.config.logs.model_copy(update={"entity": "patient"})
+    assert toy.config.model_copy(update={"logs": logs}).split_by == "salt 'offrl' and patient"
     with pytest.raises(InputError, match="made from other logs or settings"):
         stages.behavior_policy(other)
 
 
 def test_an_entry_of_before_the_salt_is_still_what_was_written(tmp_path: Path) -> None:
-    entry = {name: value for name, value in asdict(look("a")).items() if name != "salt"}
+    entry = {name: value for name, value in asdict(look("a")).items() if name != "split_by"}
     entry["hash"] = storage.sha256_bytes(b"\n" + storage.canonical_json(entry))
     (tmp_path / ledger.LEDGER).write_text(json.dumps(entry) + "\n")
     assert ledger.read(tmp_path / ledger.LEDGER) == [look("a")]

@@ -245,7 +245,9 @@ def _several(log_seed: int, seed: int, mean: str | None) -> Found:
 
 
 def report(lines: Lines, path: Path) -> list[str]:
-    rows = [("what is wrong", "false passes, worst policy", "verdicts on all policies", "Γ* of passes, median")]
+    rows = [
+        ("what is wrong", "false passes, worst policy", "verdicts on all policies", "Γ* of WIS's sign, passes, median")
+    ]
     for case in next(iter(lines.values())).found:
         logs = [line.found[case] for line in lines.values() if case in line.found]
         passes = {name: sum(one[name]["passes"][0] for one in logs) for name in logs[0]}

@@ -233,14 +233,15 @@ def gamma_star_of_bound(
     episodes: Episodes,
     outcome: Float64[np.ndarray, "episodes"],
     correction: Float64[np.ndarray, "rows"],
-    bound: Callable[[Float64[np.ndarray, "episodes"]], float],
+    width: float,
 ) -> float:
-    """The smallest odds ratio of hidden confounding at which a lower bound of the mean pseudo-outcome might not be above 0.
+    """An odds ratio of hidden confounding under which a lower bound stays above 0: mean less `width` standard deviations.
 
     `correction` is what each row adds to its episode's `outcome` in proportion to 1 / mu, the inverse of the logged propensity:
     gamma^t omega rho [r + gamma V(s') - Q]. By the model of `confounded_bounds` it may have been anything from
-    mu + (1 - mu) / Gamma to mu + (1 - mu) Gamma times that, and the worst is the least in every row. Values and visits are taken as
-    they were fitted. inf beyond LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
+    mu + (1 - mu) / Gamma to mu + (1 - mu) Gamma times that. The bound is taken at the least mean and the greatest spread that
+    any choice in every row leaves, which no single choice has at once: what confounding it takes may be more, never less. Values
+    and visits are taken as they were fitted. inf beyond LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
 
     Raises InputError for continuous actions, whose densities have no odds.
     """
@@ -250,8 +251,11 @@ def gamma_star_of_bound(
     gained, lost = (episodes.sum_per_episode(np.maximum(sign * hidden, 0.0)) for sign in (1.0, -1.0))
 
     def left(log_odds: float) -> float:
-        odds = math.exp(log_odds)
-        return bound(outcome - (1.0 - 1.0 / odds) * gained - (odds - 1.0) * lost)
+        less, more = -math.expm1(-log_odds), math.expm1(log_odds)
+        low, high = outcome - less * gained - more * lost, outcome + more * gained + less * lost
+        middle = (low.mean() + high.mean()) / 2
+        spread = math.sqrt(np.square(np.maximum(high - middle, middle - low)).mean())
+        return float(low.mean() - width * spread)
 
     if not left(0.0) > 0.0:
         return 1.0

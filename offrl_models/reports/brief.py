@@ -35,7 +35,7 @@ def brief(shown: dict[str, Any]) -> list[str]:
     if measures["smoothed_lower"] is not None:
         said.append(
             f"By logarithmic smoothing, which needs no model and no bound of the weights, the difference is at least "
-            f"{measures['smoothed_lower']:+.4g} at {1 - measures['alpha']:.2%} confidence."
+            f"{measures['smoothed_lower']:+.4g} at {1 - measures['alpha']:.2%} confidence, for this number of episodes."
         )
     if verdict["status"] != Status.PASS:
         decided = verdict["decided_by"]
@@ -59,7 +59,13 @@ def brief(shown: dict[str, Any]) -> list[str]:
     if behind["gamma_star"]:
         said.append(
             f"Hidden confounding that changes the odds of an action by a factor of {behind['gamma_star']:.4g} at every step could "
-            "take the lower bound down to the margin, values and visits taken as they were fitted."
+            "take the lower bound down to the margin, values and visits taken as they were fitted; a smaller one could not."
+        )
+    if behind["pareto_k"] is not None:
+        k, limit = behind["pareto_k"], behind["pareto_k_limit"]
+        said.append(
+            f"The weights of whole episodes have a tail of Pareto k = {k:.2f}, {'within' if k <= limit else 'above'} the limit of "
+            f"{limit:.2f} up to which they can be relied on."
         )
     if behind["agreement"]:
         gap = behind["agreement"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 
 from offrl_models.choices import apart, shares
@@ -24,7 +25,7 @@ from offrl_models.ope.diagnostics import (
     pareto_k_limit,
 )
 from offrl_models.ope.importance import Terms, trajectory_weights
-from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
+from offrl_models.ope.intervals import ROUNDING, confidence_sequence_width
 from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
 from offrl_models.reports.where import where_apart
 
@@ -50,26 +51,31 @@ def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
     return 2 + bisect.bisect_left(range(2, MOST_EPISODES), True, key=lambda n: spread * width(n) < gap)
 
 
-def canary_share(status: Status, config: GateConfig, return_range: tuple[float, float] | None) -> float | None:
+def canary_share(
+    status: Status,
+    config: GateConfig,
+    return_range: tuple[float, float] | None,
+    returns: Float64[np.ndarray, "episodes"],
+) -> float | None:
     """The largest share of episodes, drawn at random, that a policy may play beside the champion so that all of them together lose
     at most `canary_loss` a piece, however bad it is.
 
-    None where the verdict is settled, where no loss is allowed, or the range of the return is not known.
+    None where the verdict is settled, where no loss is allowed, or where the range of the return is not known, or not that of the
+    logged ones.
     """
     if status is not Status.INCONCLUSIVE or config.canary_loss is None or return_range is None:
         return None
     low, high = return_range
+    if returns.min() < low - ROUNDING * (high - low) or returns.max() > high + ROUNDING * (high - low):
+        return None
     return min(config.canary_loss / (high - low), 1.0)
 
 
 def _gamma_star(found: Evaluation, rung: Measured, config: GateConfig) -> float | None:
     """Of the bound that passed."""
     measures = rung.measures
-
-    def bound(outcome: np.ndarray) -> float:
-        return confidence_sequence_lower_bound(outcome, alpha=measures.alpha, planned=config.planned_episodes)
-
-    return _plain(gamma_star_of_bound(found.episodes, rung.leg.outcome - config.margin, rung.leg.correction, bound))
+    width = confidence_sequence_width(measures.episodes, alpha=measures.alpha, planned=config.planned_episodes)
+    return _plain(gamma_star_of_bound(found.episodes, rung.leg.outcome - config.margin, rung.leg.correction, width))
 
 
 def _clipped(found: Evaluation, own: Paired) -> list[float]:
@@ -88,7 +94,8 @@ def _agreement(found: Evaluation, name: str) -> dict[str, Any] | None:
         for estimator, interval in found.estimates[name].intervals.items()
         if np.isfinite([interval.estimate, interval.low, interval.high]).all()
     }
-    return asdict(largest_gap(intervals)) if len(intervals) > 1 else None
+    gap = largest_gap(intervals) if len(intervals) > 1 else None
+    return asdict(gap) if gap is not None and np.isfinite(gap.standardized) else None
 
 
 def _by_group(found: Evaluation, rung: Measured, columns: tuple[str, ...]) -> dict[str, float]:
@@ -115,7 +122,7 @@ def detail(
     confounded = status is Status.PASS and gate.n_actions > 0  # a density has no odds
     return {
         "episodes_needed": episodes_needed(measures, config),
-        "pareto_k": _plain(pareto_k(weight)),
+        "pareto_k": None if (weight == LARGEST_WEIGHT).any() else _plain(pareto_k(weight)),
         "pareto_k_limit": pareto_k_limit(gate.n_episodes),
         "gamma_star": _gamma_star(found, rung, config) if confounded else None,
         "agreement": _agreement(found, name),
@@ -193,6 +200,8 @@ def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], continuous: bool) 
     place = [[row[name] for row in bins] for name in ("predicted", "frequency")]
     axes.scatter(*place, s=10 + 80 * sizes / sizes.max(initial=1.0), color=BLUE)
     event = "an action lies below a value" if continuous else "an action is taken"
+    axes.set_xlabel("probability", fontsize=7)
+    axes.set_ylabel("share", fontsize=7)
     axes.set_title(f"behavior model: probability that {event},\nand how often it was so", fontsize=9, loc="left")
 
 

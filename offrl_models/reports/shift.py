@@ -28,6 +28,7 @@ SAMPLE_ROWS = 20_000
 CATEGORIES = 10  # the most frequent ones, each a group of its own
 POOLS = 20  # groups for the other categories
 QUANTILES = 10
+LEAST_ROWS = 1000  # of what is newest
 
 
 def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> tuple[pl.Series, pl.Series]:
@@ -108,18 +109,27 @@ def _columns(contract: Contract) -> list[_Column]:
 def log_drift(log: Log, seed: int) -> tuple[list[dict[str, Any]], pl.DataFrame, pl.DataFrame]:
     """Index per column of the newest batch against all earlier ones, over all rows, and samples of both for the page.
 
-    One column is in memory at a time. With a single batch there is nothing to compare; the list is empty.
+    Batches before it count as newest as well until they have LEAST_ROWS, so that a handful of rows says nothing of the next
+    ones' shift. What is missing has an index of its own. One column is in memory at a time. With a single batch there is
+    nothing to compare; the list is empty.
     """
     contract, numbers = log.contract, [number for number, _ in log.decisions]
     rows, left, right = [], {}, {}
     if len(numbers) < 2:
         return rows, pl.DataFrame(), pl.DataFrame()
     for column in _columns(contract):
-        part = log.frame(column.read).select(BATCH, column.value.alias(column.name)).drop_nulls()
+        part = log.frame(column.read).select(BATCH, column.value.alias(column.name))
+        part = part.with_columns(newest=part[BATCH].is_in(_newest(part[BATCH], numbers)))
+        known = pl.col(column.name).is_not_null()
         if part.schema[column.name].is_float():
-            part = part.filter(pl.col(column.name).is_finite())
-        newest = part[BATCH] == numbers[-1]
-        reference, current = part.filter(~newest)[column.name], part.filter(newest)[column.name]
+            known = known & pl.col(column.name).is_finite()
+        part = part.with_columns(known=known.fill_null(False))
+        if not part["known"].all():
+            told = part.select("newest", pl.col("known").cast(pl.String))
+            index = stability_index(told.filter(~pl.col("newest"))["known"], told.filter("newest")["known"])
+            rows.append({"column": f"{column.name} missing", "index": index})
+        part = part.filter("known")
+        reference, current = part.filter(~pl.col("newest"))[column.name], part.filter("newest")[column.name]
         if reference.len() == 0 or current.len() == 0:
             continue
         few = part[column.name].n_unique() <= QUANTILES
@@ -128,6 +138,16 @@ def log_drift(log: Log, seed: int) -> tuple[list[dict[str, Any]], pl.DataFrame, 
         shown = (before, after) if column.categorical or few else (reference, current)
         left[column.name], right[column.name] = (_sampled(series, seed) for series in shown)
     return rows, _side_by_side(left), _side_by_side(right)
+
+
+def _newest(batch: pl.Series, numbers: Sequence[int]) -> list[int]:
+    """The newest batch and those before it, until they have LEAST_ROWS; never the first one."""
+    rows, found = dict(batch.value_counts(name="count").iter_rows()), [numbers[-1]]
+    for number in numbers[-2:0:-1]:
+        if sum(rows.get(each, 0) for each in found) >= LEAST_ROWS:
+            break
+        found.append(number)
+    return found
 
 
 def _sampled(column: pl.Series, seed: int) -> pl.Series:

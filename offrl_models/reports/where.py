@@ -32,7 +32,7 @@ def where_apart(episodes: Episodes, apart: Float64[np.ndarray, "rows"], most: in
         excess = count * (mean - overall)
         found += [
             (excess[i], Place(names[i], count[i] / len(apart), float(mean[i])))
-            for i in np.flatnonzero((count >= FEWEST) & (excess > 0))
+            for i in np.flatnonzero((count >= FEWEST) & (excess > 1e-9 * len(apart)))
         ]
     return [place for _, place in sorted(found, key=lambda each: -each[0])[:most]]
 
@@ -43,10 +43,19 @@ def _categories(name: str, value: Float64[np.ndarray, "rows"]) -> tuple[list[str
 
 
 def _ranges(name: str, value: Float64[np.ndarray, "rows"]) -> tuple[list[str], Int64[np.ndarray, "rows"]]:
-    """Missing numbers are a group of their own."""
-    known = value[~np.isnan(value)]
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, RANGES + 1))) if len(known) else np.zeros(1)
-    names = [f"{name} from {low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
-    names = names or [f"{name} = {edges[0]:.3g}"]
-    group = np.clip(np.searchsorted(edges, value, side="right") - 1, 0, len(names) - 1)
-    return [*names, f"{name} missing"], np.where(np.isnan(value), len(names), group)
+    """Values that are as frequent as a range is are groups of their own, and so is what is missing."""
+    group, names = np.full(len(value), -1), []
+    distinct, count = np.unique(value[~np.isnan(value)], return_counts=True)
+    for each in distinct[count >= (~np.isnan(value)).sum() / (2 * RANGES)]:
+        group[value == each] = len(names)
+        names.append(f"{name} = {each:.4g}")
+    rest = (group < 0) & ~np.isnan(value)
+    if rest.any():
+        edges = np.unique(np.quantile(value[rest], np.linspace(0, 1, RANGES + 1)))
+        between = np.searchsorted(edges[1:-1], value[rest], side="right")
+        group[rest] = len(names) + between
+        names += [f"{name} from {low:.3g} to {high:.3g}" for low, high in pairwise(edges)] or [
+            f"{name} = {edges[0]:.4g}"
+        ]
+    group[np.isnan(value)] = len(names)
+    return [*names, f"{name} missing"], group

@@ -107,7 +107,7 @@ def current_episodes(pipeline: Pipeline) -> Stage:
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
-    ledger.require_salt(pipeline.folder / "policies" / ledger.LEDGER, config.salt)
+    ledger.require_split(pipeline.folder / "policies" / ledger.LEDGER, config.split_by)
     require_unblocked(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline)), "log")
 
     def build(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From the best candidate to a verdict: the ladder on the gate split, against the champion, at the error rate that is left."""
 
+import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,7 +203,7 @@ class _Look:
             self.ledger_path,
             ledger.Look(
                 self.hypothesis, self.champion.digest, self.gate_data, today, level.alpha, level.spends, verdict.status,
-                verdict.measures.e_value, self.config.salt,
+                verdict.measures.e_value, self.config.split_by,
             ),
         )  # fmt: skip
 
@@ -212,7 +213,8 @@ class _Look:
         returns = float(self.found.logged_returns.mean())
         champion = {"value": returns, **estimates[BEHAVIOR].to_json()}
         if self.champion.key != BEHAVIOR:
-            value = estimates[CHAMPION].intervals["DR"].estimate
+            known = estimates[CHAMPION].intervals
+            value = next(known[name].estimate for name in ("DR", "FQE") if math.isfinite(known[name].estimate))
             champion = {"value": value, **estimates[CHAMPION].to_json()}
         ranking = {row["candidate"]: row["rank"] for row in self.board.summary["ranking"]}
         return {
@@ -242,11 +244,11 @@ class _Look:
                 config.gate,
                 verdicts[final].status,
             ),
-            "canary": canary_share(verdicts[final].status, config.gate, self.config.return_range),
+            "canary": canary_share(verdicts[final].status, config.gate, self.config.return_range, self.gate.return_),
             "verdict": {
                 **verdicts[final].to_json(),
                 "proven_by_betting": verdicts[final].exact,
-                "relies_on_state": verdicts[final].measures.relies_on_state and not verdicts[final].exact,
+                "relies_on_state": verdicts[final].measures.relies_on_state,
                 "policy_name": self.names[final],
                 "cap": self.steps[final][1],
             },
