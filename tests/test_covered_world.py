@@ -96,7 +96,7 @@ def test_values_of_fitted_q_evaluation_do_not_depend_on_the_order_of_what_is_eva
     cut = np.arange(whole.n_rows) % 3 == 0  # some episodes are truncated, so that next_v is read
     whole = dataclasses.replace(whole, terminated=whole.terminated & ~cut, truncated=whole.terminated & cut)
     order = np.random.default_rng(0).permutation(80)
-    rows = np.concatenate([np.arange(whole.offsets[i], whole.offsets[i + 1]) for i in order])
+    rows = np.concatenate([np.flatnonzero(whole.episode_of_row == i) for i in order])
     before, after = (
         fit_fqe(config, Encoder(codes(WORLD.n_states)), [Tabled(WORLD.optimal())], fitted_on, log, seed=0)
         for log in (whole, whole.take(order))

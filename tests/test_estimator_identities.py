@@ -163,8 +163,8 @@ def test_mrdr_does_not_depend_on_the_order_of_episodes(seed: int) -> None:
     shuffled, rows = log.episodes.take(order), np.concatenate([np.array(paths(log)[i]) for i in order])
     basis, moved = (mrdr.Basis.of_states(states_of(e)[0], 4) for e in (log.episodes, shuffled))
     before = mrdr.mrdr(log.episodes, log.ratio, log.probs, log.behavior, basis, fold, ridge=1e-3)
-    arrays = (each[rows] for each in (log.ratio, log.probs, log.behavior))
-    after = mrdr.mrdr(shuffled, *arrays, moved, fold[order], ridge=1e-3)
+    ratio, probs, behavior = (each[rows] for each in (log.ratio, log.probs, log.behavior))
+    after = mrdr.mrdr(shuffled, ratio, probs, behavior, moved, fold[order], ridge=1e-3)
     assert after.numerator[:, 0] == pytest.approx(before.numerator[order, 0], rel=1e-6, abs=1e-7)
 
 

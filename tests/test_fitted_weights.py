@@ -266,15 +266,14 @@ def test_double_reinforcement_learning_needs_right_values_or_right_weights(
     def nothing(others: Episodes, held: Episodes) -> Values:
         return Values(*np.zeros((3, held.n_rows)))
 
-    errors = {}
-    for name, form, values_of in (
-        ("good", "markov", modelled),
-        ("none", "markov", nothing),
-        ("past", "history", modelled),
-    ):
-        found = drl_fitted(log, ratio, values_of, form=form, folds=2)
-        errors[name] = found.influence().std() / np.sqrt(n)
-        assert abs(found.estimate() - MASS.value(STEADY)) < 4 * errors[name], name
+    found = {
+        "good": drl_fitted(log, ratio, modelled, form="markov", folds=2),
+        "none": drl_fitted(log, ratio, nothing, form="markov", folds=2),
+        "past": drl_fitted(log, ratio, modelled, form="history", folds=2),
+    }
+    errors = {name: terms.influence().std() / np.sqrt(n) for name, terms in found.items()}
+    for name, terms in found.items():
+        assert abs(terms.estimate() - MASS.value(STEADY)) < 4 * errors[name], name
     assert errors["good"] < 0.8 * errors["none"] and errors["good"] < 1.05 * errors["past"]
     assert shared == [set()] * 4  # the others of a fold hold none of it
     plain = drl_fitted(log, ratio, nothing, form="history", folds=2)
