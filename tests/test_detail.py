@@ -183,7 +183,7 @@ def test_the_brief_says_what_a_risk_officer_asks(judged: tuple[Evaluation, Measu
     found, rung, config = judged
     told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)
     said = " ".join(shown(told, rung))
-    assert f"by a factor of {told['gamma_star']:.4g} at every step" in said
+    assert f"by less than a factor of {told['gamma_star']:.4g} at every step" in said
     assert "agree the least, B and D, lie 1.4 standard errors apart" in said or "D and B" in said
     size = told["effective_transitions_by_group"]["sex f"]
     assert f"sex f: {rung.measures.subgroups[0].episodes:,} episodes, worth {size:,.0f} transitions, difference" in said
