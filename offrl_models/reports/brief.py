@@ -58,8 +58,8 @@ def brief(shown: dict[str, Any]) -> list[str]:
     said.append(f"On average {behind['differs']:.1%} of the decisions would be other ones than the champion's.")
     if behind["gamma_star"]:
         said.append(
-            f"Hidden confounding that changes the odds of an action by less than a factor of {behind['gamma_star']:.4g} at every step "
-            "leaves the lower bound above the margin, values and visits taken as they were fitted."
+            f"Hidden confounding that changes the odds of an action by less than a factor of {behind['gamma_star']:.4g} at every "
+            "step leaves the lower bound above the margin, values and visits taken as they were fitted."
         )
     if behind["pareto_k"] is not None:
         k, limit = behind["pareto_k"], behind["pareto_k_limit"]
