@@ -260,7 +260,7 @@ def test_the_next_candidate_is_held_against_the_released_one(released: tuple[Pip
     stages.release(pipeline)
     settings = {**pipeline.config.model_dump(), "seed": 7, "algorithms": {"td3_bc": {"hidden": [32], "alpha": 5.0}}}
     later = Pipeline(parse_pipeline(settings, "toy"), pipeline.root)
-    for stage in (stages.behavior_policy, stages.candidates, stages.leaderboard, stages.evidence):
+    for stage in (stages.behavior_policy, stages.candidates, stages.leaderboard, stages.shift_report, stages.evidence):
         stage(later)
     found = json.loads((later.folder / "evidence" / "evidence.json").read_text())
     assert found["champion"]["name"] == "version 1"

@@ -84,6 +84,7 @@ def judge(pipeline: Pipeline, candidate: np.ndarray) -> list[CheckResult]:
         patch.setattr(learning, "fit", given(candidate))
         stages.candidates(pipeline)
     stages.leaderboard(pipeline)
+    stages.shift_report(pipeline)
     return stages.check_results(stages.evidence(pipeline))
 
 
