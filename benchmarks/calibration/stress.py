@@ -265,8 +265,8 @@ def report(lines: Lines, path: Path) -> list[str]:
             "logged propensities. With estimated propensities the error rate is halved and the certificate is AMBER. Two kinds no "
             "gate that sees the log alone can be sure to notice, and no verdict covers them: a hidden confounder, and "
             "episodes that were forged with the right propensities. There Γ* says how little hidden confounding would "
-            f"turn the verdict; the largest odds ratios that were really there are {odds}. What was better until the middle of the "
-            f"log is better on average over it, and a pass is false all the same: the gain is gone. {cost(lines)}"
+            f"turn the sign of WIS; the largest odds ratios that were really there are {odds}. What was better until the "
+            f"middle of the log is better on average over it, and a pass is false all the same: the gain is gone. {cost(lines)}"
         ),
         *table(*rows),
     ]
