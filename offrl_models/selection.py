@@ -15,6 +15,7 @@ from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import Episodes, InputError
 
+TRIED = 3  # policies in regret@k and SharpeRatio@k of a report
 ROUNDING = 1e-6  # of the largest gain: smaller differences are none
 Scorer = Callable[[Sequence[str]], Sequence[float]]  # names of candidates in, one score each out, higher is better
 
@@ -206,3 +207,25 @@ def sharpe_ratio_at_k(
     tried = finite("a value", value)[_best(estimate, k)]
     spread = float(tried.std())
     return float(tried.max() - champion_value) / spread if np.ptp(tried) > 0 else math.nan
+
+
+def worth(
+    estimate: Float64[np.ndarray, "policies"],
+    value: Float64[np.ndarray, "policies"],
+    champion: tuple[float, float],
+) -> dict[str, float | None]:
+    """What ranking policies by their estimates was worth, and taking every one above the champion's; None where nothing tells.
+
+    `champion` is the champion's estimate and value. The best few are `TRIED`, or all where there are fewer.
+    """
+    tried = min(TRIED, len(value))
+    false_pass, false_fail = error_rates(estimate > champion[0], value, champion[1])
+    found = {
+        "spearman": spearman(estimate, value),
+        "regret_at_1": regret_at_k(estimate, value, 1),
+        "regret_at_k": regret_at_k(estimate, value, tried),
+        "sharpe_ratio_at_k": sharpe_ratio_at_k(estimate, value, champion[1], tried),
+        "type_1_error": false_pass,
+        "type_2_error": false_fail,
+    }
+    return {name: number if math.isfinite(number) else None for name, number in found.items()}

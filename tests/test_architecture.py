@@ -27,7 +27,8 @@ ROWS = [
     {"config", "ledger", "legs"},
     {"training", "bundle"},
     {"evaluation", "comparison"},
-    {"reports", "selection"},
+    {"selection"},
+    {"reports"},
     {"stages", "assess"},
     {"cli"},
 ]

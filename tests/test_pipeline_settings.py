@@ -9,6 +9,7 @@ import pytest
 
 from offrl_models import cli, stages, storage
 from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_pipeline
+from offrl_models.reports.evidence import policy_rows
 from offrl_models.schema import InputError
 from offrl_models.variants import candidate_name, variant_of
 from orchestration.pipeline import TEMPLATE
@@ -49,7 +50,14 @@ def test_a_few_hundred_icu_stays_go_the_whole_way(tmp_path: Path) -> None:
     shown = storage.read_json(pipeline.reports / "evidence.json")
     assert shown["verdict"]["status"] in ("INCONCLUSIVE", "INVALID")  # too few stays, and too few rows in most cells
     assert shown["exact"]["values"]["behavior"] == pytest.approx(0.7817, abs=0.02)
-    assert set(shown["exact"]["values"]) >= {"bc", "cql", "iql", "bcq"}
+    exact = shown["exact"]["values"]
+    assert set(exact) >= {"bc", "cql", "iql", "bcq"}
+    ranked = {row["policy"]: row["estimates"]["FQE"]["estimate"] for row in policy_rows(shown)[1:]}
+    assert set(ranked) == set(exact) - {"behavior"}
+    best = max(exact[name] for name in ranked)
+    assert shown["exact"]["rankings"]["FQE"]["regret_at_1"] == pytest.approx(
+        best - exact[max(ranked, key=lambda name: ranked[name])]
+    )
     gated = (pipeline.folder / "evidence" / "evidence.json").read_text()
     assert "exact" not in json.loads(gated) and "exact" not in gated
 

@@ -28,6 +28,7 @@ from offrl_models.selection import (
     sharpe_ratio_at_k,
     spearman,
     two_stage,
+    worth,
 )
 
 VALUE = np.array([1.0, 4.0, 2.0, 3.0])
@@ -85,6 +86,17 @@ def test_sharpe_ratio_by_hand() -> None:
     assert sharpe_ratio_at_k(ESTIMATE, VALUE, 3.0, 2) == pytest.approx(-2.0)
     assert math.isnan(sharpe_ratio_at_k(ESTIMATE, VALUE, 1.5, 1))
     assert math.isnan(sharpe_ratio_at_k(ESTIMATE, np.full(4, 0.1), 0.0, 3))
+
+
+def test_what_a_ranking_was_worth_by_hand() -> None:
+    """Of the champion, worth 2, it is estimated 7.5: policies of 1 and 2 seem better, and those of 4 and 3 do not."""
+    found = worth(ESTIMATE, VALUE, (7.5, 2.0))
+    assert found.pop("sharpe_ratio_at_k") == pytest.approx(1.0 / np.std([1.0, 2.0, 3.0]))
+    assert found.pop("spearman") == pytest.approx(-1.0)
+    assert found == {"regret_at_1": 3.0, "regret_at_k": 1.0, "type_1_error": 1.0, "type_2_error": 1.0}
+    two = worth(np.array([1.0, 2.0]), np.array([5.0, 5.0]), (0.0, 1.0))
+    untold = dict.fromkeys(("spearman", "sharpe_ratio_at_k", "type_1_error"))
+    assert two == {**untold, "regret_at_1": 0.0, "regret_at_k": 0.0, "type_2_error": 0.0}
 
 
 def scorer(scores: dict[str, float], asked: list[list[str]]):

@@ -19,6 +19,7 @@ from offrl_models.reports import plots
 from offrl_models.reports.brief import brief
 from offrl_models.reports.detail import draw
 from offrl_models.schema import InputError
+from offrl_models.selection import TRIED, worth
 
 LOGGED = "logged"
 STATEMENT = (
@@ -65,7 +66,16 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
 {% if e.exact %}<td class="exact">{{ number(e.exact["values"][row.policy], digits + 1) }}</td>{% endif %}</tr>{% endfor %}
 </table>
-{% if e.exact %}<p>* {{ e.exact.note }}.</p>{% endif %}
+{% if e.exact %}<p>* {{ e.exact.note }}.</p>
+{% if e.exact.rankings %}<table class="exact"><tr><th class="l">ranked by*</th><th>Spearman</th><th>regret@1</th>
+<th>regret@{{ e.exact.tried }}</th><th>SharpeRatio@{{ e.exact.tried }}</th><th>type I error</th><th>type II error</th></tr>
+{% for name, w in e.exact.rankings.items() %}<tr><td>{{ name }}</td><td>{{ number(w.spearman, 2) }}</td>
+<td>{{ number(w.regret_at_1, digits + 1) }}</td><td>{{ number(w.regret_at_k, digits + 1) }}</td>
+<td>{{ number(w.sharpe_ratio_at_k, 2) }}</td><td>{{ number(w.type_1_error, 2) }}</td>
+<td>{{ number(w.type_2_error, 2) }}</td></tr>{% endfor %}</table>
+<p>* What it would have been worth to rank candidates and rungs by each estimator's values; the share of those no better than
+the champion whose estimate is above the champion's (type I), and of the better ones whose estimate is not (type II).</p>{% endif %}
+{% endif %}
 <h2>The ladder</h2>
 <table><tr><th class="l">rung</th><th class="l">verdict</th><th>difference</th><th>lower bound</th><th>ESS, episodes</th>
 <th>ESS, transitions</th><th class="l">reason</th></tr>
@@ -120,6 +130,20 @@ def exact_values(world: str, policies: Mapping[str, Exported], gamma: float) -> 
     return {name: known.value(policy.probs(states, known.mask)) for name, policy in tables.items()}
 
 
+def rankings(evidence: dict[str, Any], exact: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    """What each estimator's order of candidates and rungs was worth by the exact values; of one policy there is no order."""
+    champion, base = evidence["champion"], exact.get(evidence["champion"]["policy"])
+    rows = [row for row in _challengers(evidence) if row["policy"] in exact]
+    if base is None or len(rows) < 2:
+        return {}
+    value = np.array([exact[row["policy"]] for row in rows])
+
+    def estimates(name: str) -> np.ndarray:
+        return np.array([row["estimates"][name]["estimate"] for row in rows])
+
+    return {name: worth(estimates(name), value, (champion["estimates"][name]["estimate"], base)) for name in ESTIMATORS}
+
+
 def certificate(evidence: dict[str, Any]) -> dict[str, str]:
     """The color of the certificate, and what it is of: where propensities come from, and which policies wrote the log."""
     behavior = evidence["behavior"]
@@ -140,9 +164,12 @@ def certificate(evidence: dict[str, Any]) -> dict[str, str]:
 
 def policy_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     """The policy that wrote the log, the champion, the candidates, then the rungs that are not a candidate themselves."""
-    rungs = [rung for rung in evidence["ladder"] if rung["cap"] is not None]
     champion = [evidence["champion"]] if evidence["champion"]["policy"] != BEHAVIOR else []
-    return [evidence["logged"], *champion, *evidence["candidates"], *rungs]
+    return [evidence["logged"], *champion, *_challengers(evidence)]
+
+
+def _challengers(evidence: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*evidence["candidates"], *(rung for rung in evidence["ladder"] if rung["cap"] is not None)]
 
 
 def write(
@@ -155,7 +182,7 @@ def write(
         if evidence["behavior"]["propensities"] == LOGGED
         else STATEMENT.replace("logged", "estimated", 1),
         "certificate": certificate(evidence),
-        "exact": {"note": EXACT_NOTE, "values": exact} if exact else None,
+        "exact": _known(evidence, exact) if exact else None,
         "comparisons": {"note": COMPARISON_NOTE, "rows": comparisons} if comparisons else None,
     }
     rows = policy_rows(evidence)
@@ -174,6 +201,10 @@ def write(
     )
     storage.write_bytes(folder / "evidence.html", page.encode())
     storage.write_json(folder / "evidence.json", shown)
+
+
+def _known(evidence: dict[str, Any], exact: dict[str, float]) -> dict[str, Any]:
+    return {"note": EXACT_NOTE, "values": exact, "rankings": rankings(evidence, exact), "tried": TRIED}
 
 
 def tables(shown: dict[str, Any]) -> list[Table]:
