@@ -88,7 +88,8 @@ def test_the_page_names_the_estimators_that_agree_the_least(judged: tuple[Evalua
 
 
 def test_corrections_are_what_the_weights_add() -> None:
-    """Leg A is linear in the ratios: doubled, they add every correction once more. By tables and at horizon 1 alike."""
+    """Leg A is linear in the ratios: doubled, they add every correction once more, by tables and at horizon 1. With fitted weights
+    it is the first value with the corrections, less the return."""
     world = dataclasses.replace(WORLD, gamma=0.8)
     found = on_a_log(world, {"better": small.better(WORLD, 0.05)}, 1, 1500, 600)
     model = TabularModel.fit(found.fitted_on, WORLD.n_states)
@@ -99,6 +100,15 @@ def test_corrections_are_what_the_weights_add() -> None:
     assert isinstance(twice, legs.Paired)
     added = found.episodes.sum_per_episode(rung.correction)
     assert twice.outcome - rung.outcome == pytest.approx(added, abs=1e-9) and np.abs(added).max() > 0.1
+    fitted_on, gate = (
+        dataclasses.replace(log, features=(Feature("state", WORLD.n_states),))
+        for log in (found.fitted_on, found.episodes)
+    )
+    side = found.side("better")
+    fitted = legs.paired(side, found.side(BEHAVIOR), fitted_on, gate, None)
+    assert isinstance(fitted, legs.Paired) and "fitted" in fitted.method
+    gained = side.v[gate.offsets[:-1]] + gate.sum_per_episode(fitted.correction) - gate.return_
+    assert fitted.outcome == pytest.approx(gained, abs=1e-9)
     one = bandit(3, 2, 2, seed=1).simulate(300, 2)
     rng, ones = np.random.default_rng(0), np.ones(300)
     base = legs.Side(
@@ -198,6 +208,7 @@ def test_a_canary_loses_no_more_than_is_allowed_however_bad_the_policy_is() -> N
     config, returns = GateConfig(canary_loss=0.05), np.array([-1.0, 0.0, 3.0])
     share = canary_share(Status.INCONCLUSIVE, config, (-1.0, 3.0), returns)
     assert share is not None and share == pytest.approx(0.0125)
+    assert canary_share(Status.INCONCLUSIVE, config, (-1.0, 4.0), returns) == pytest.approx(0.01)  # whatever was logged
     best, worst = 3.0, -1.0  # a champion that always earns the most, and a candidate that never does
     assert best - ((1 - share) * best + share * worst) == pytest.approx(0.05)
     assert canary_share(Status.INCONCLUSIVE, GateConfig(canary_loss=9.0), (-1.0, 3.0), returns) == 1.0
