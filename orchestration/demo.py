@@ -70,7 +70,11 @@ def outcome(result: dg.ExecuteInProcessResult) -> Outcome:
             said = event.step_failure_data.user_failure_data
             if said and said.description:
                 return Outcome(error=said.description)
-    broken = [check for check in result.get_asset_check_evaluations() if check.blocking and not check.passed]
+    broken = [
+        check
+        for check in result.get_asset_check_evaluations()
+        if check.blocking and not check.passed and check.severity is dg.AssetCheckSeverity.ERROR  # others only warn
+    ]
     if broken and broken[0].check_name != "gate":
         return Outcome(error=f"check {broken[0].check_name} blocks: {broken[0].description}")
     if broken:

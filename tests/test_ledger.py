@@ -149,6 +149,7 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     assert [look.verdict for look in looks] == [first.summary["status"], second.summary["status"]]
     assert looks[0].hypothesis != looks[1].hypothesis and looks[1].alpha == elond_level(0.05, 2, 1)
     assert looks[1].champion == released_policy(pipeline, 1)
+    assert {look.split_by for look in looks} == {pipeline.config.split_by}
 
 
 def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline) -> None:

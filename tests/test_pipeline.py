@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from offrl_models import bundle, registry, stages, storage
@@ -203,8 +205,12 @@ def test_drift_keeps_the_champion(
 
 
 def test_a_drift_leaves_a_verdict_in_a_run(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its check fails, and stops no step: it is the gate that says INVALID, on its page."""
+    """Its check fails, and stops no step, nor does a warning: it is the gate that says INVALID, on its page."""
     monkeypatch.setattr(shift, "stability_index", lambda *_: 1.0)
+    path = toy.raw / "batch-2.parquet"
+    table = pq.read_table(path)
+    poorer = pc.multiply(table["reward"], 0.2)
+    storage.write_parquet(path, table.set_column(table.schema.get_field_index("reward"), "reward", poorer))
     result = run(toy)
     assert {"shift_report", "evidence"} <= made(result) and "policy" not in made(result)
     checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
@@ -212,6 +218,10 @@ def test_a_drift_leaves_a_verdict_in_a_run(toy: Pipeline, monkeypatch: pytest.Mo
     assert not drift.passed and not drift.blocking
     assert checks["gate"].description and checks["gate"].description.startswith("INVALID")
     assert "has drifted" in (toy.reports / "evidence.html").read_text()
+    rewards = next(check for name, check in checks.items() if name.startswith("C12"))
+    assert not rewards.passed and rewards.blocking and rewards.severity is dg.AssetCheckSeverity.WARN
+    status, text = printed(toy, result)
+    assert status == 0 and "Not released. INVALID: " in text
 
 
 def test_too_few_episodes_are_inconclusive_and_nothing_is_released(toy: Pipeline) -> None:
