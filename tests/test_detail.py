@@ -14,7 +14,7 @@ from offrl_models import legs
 from offrl_models.choices import Probabilities
 from offrl_models.config import parse_pipeline
 from offrl_models.evaluation import BEHAVIOR, Evaluation, Measured, measure_rungs
-from offrl_models.gate import GateConfig, Status
+from offrl_models.gate import GateConfig, Status, findings
 from offrl_models.ope.bandit import smoothed_gain
 from offrl_models.ope.diagnostics import gamma_star_of_bound
 from offrl_models.ope.estimates import Estimates, estimate
@@ -173,6 +173,13 @@ def test_weights_that_overflow_switch_off_leg_c_and_stop_nothing(
     assert doubted.measures.doubt and doubted.measures.bound.startswith("paired difference by fitted Q evaluation")
     expected = found.fqe.v[found.names.index("better")][found.episodes.offsets[:-1]] - found.logged_returns
     assert doubted.measures.difference == pytest.approx(expected.mean())
+    paid = [dataclasses.replace(log, costs={"paid": np.ones(log.n_rows)}) for log in (few.fitted_on, few.episodes)]
+    held = config.model_copy(update={"subgroups": (), "constraints": {"paid": 1.0}})
+    costly = dataclasses.replace(few, fitted_on=paid[0], episodes=paid[1])
+    (unmeasured,) = measure_rungs(["better"], costly, held, numbers)
+    assert unmeasured.measures.costs == [] and "measure of paid" in {
+        each.name for each in findings(unmeasured.measures, held)
+    }
     told = estimate(wild.episodes, [ratio, ratio], wild.fqe, bootstrap_shares(wild.episodes.n_episodes, 20, 0))
     assert (told[0].to_json()["estimates"]["TIS"]["estimate"] is None) is (size > 1e60)
     json.dumps([each.to_json() for each in told], allow_nan=False)

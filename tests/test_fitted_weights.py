@@ -7,12 +7,15 @@ import pytest
 from scipy import stats
 
 from offrl_models.ope import fitted_ratios
+from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.drl import drl_fitted
 from offrl_models.ope.fitted_ratios import Refusal, Weights, fit_ratios
 from offrl_models.ope.flow import Flow, chunks
 from offrl_models.ope.importance import pdis
 from offrl_models.ope.marginal import mis, value_gains
 from offrl_models.ope.model_based import AffinePolicy, LinearGaussianModel, Values
+from offrl_models.ope.sequences import completed
+from offrl_models.ope.tabular import states_of
 from offrl_models.ope.worlds import random_policy, random_world
 from offrl_models.schema import Episodes, InputError
 from tests.conftest import circling_world, ratio_of, recorded_paths
@@ -280,3 +283,18 @@ def test_double_reinforcement_learning_needs_right_values_or_right_weights(
     assert plain.numerator[:, 0] == pytest.approx(pdis(log, ratio).numerator.sum(1), abs=1e-9)
     with pytest.raises(InputError, match="do not average 1"):
         drl_fitted(log, 1.3 * ratio, nothing, form="markov", folds=2)
+
+
+def test_double_reinforcement_learning_counts_what_a_truncation_cut_off() -> None:
+    log, _ = recorded_paths(world := circling_world(0.9), 3)
+    q = world.q_values(policy := random_policy(world, 1))
+    v, ratio = (policy * q).sum(1), ratio_of(policy, log)
+
+    def exact(others: Episodes, held: Episodes) -> Values:
+        state, following = states_of(held)
+        return Values(q[state, held.action], v[state], v[following])
+
+    found = drl_fitted(log, ratio, exact, form="history", folds=2)
+    of_all = exact(log, log)
+    expected = dr(completed(log, of_all.next_v), ratio, of_all.q, of_all.v).numerator[:, 0]
+    assert log.truncated.any() and found.numerator[:, 0] == pytest.approx(expected, abs=1e-9)
