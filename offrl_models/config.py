@@ -230,6 +230,9 @@ class Pipeline:
     config: PipelineConfig
     root: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.absolute())  # Data Docs are written to no relative folder
+
     @cached_property
     def folder(self) -> Path:
         return self.root / "data" / self.config.dataset
