@@ -1,5 +1,6 @@
 """What a policy does at every logged observation, over discrete actions or over continuous ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,14 +131,15 @@ def apart(policy: Choices, other: Choices) -> Float64[np.ndarray, "rows"]:
             raise TypeError(MIXED)
 
 
-def shares(policy: Choices, champion: Choices, most: int) -> list[Share]:
+def shares(policy: Choices, champion: Choices, most: int, action_names: Sequence[str] | None = None) -> list[Share]:
     """Of the actions that two policies play differently often, the most different ones first; over continuous actions, the ranges
     of the dimension in which they differ most."""
     match policy, champion:
         case Probabilities(), Probabilities():
             mine, theirs = policy.probs.mean(0), champion.probs.mean(0)
             first = np.argsort(-np.abs(mine - theirs), kind="stable")[:most]
-            return [Share(str(action), float(mine[action]), float(theirs[action])) for action in first]
+            called = action_names or range(len(mine))
+            return [Share(str(called[action]), float(mine[action]), float(theirs[action])) for action in first]
         case Draws(), Draws():
             both = [
                 (policy.shares(d).mean(0), champion.shares(d).mean(0)) for d in range(len(policy.episodes.known_bounds))

@@ -25,8 +25,7 @@ from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import bandit
 from offrl_models.reports.brief import brief
 from offrl_models.reports.detail import CLIPS, canary_share, detail
-from offrl_models.reports.where import where_apart
-from offrl_models.schema import Episodes, Feature, InputError
+from offrl_models.schema import Feature, InputError
 from tests.conftest import attributes
 
 WORLD = small.world()
@@ -234,43 +233,3 @@ def test_a_canary_needs_the_worst_that_can_happen() -> None:
         parse_pipeline(attributes(10, 3, gate={"canary_loss": 0.1}), "toy")
     stated = parse_pipeline(attributes(10, 3, gate={"canary_loss": 0.1, "return_range": [0, 5]}), "toy")
     assert stated.return_range == (0, 5)
-
-
-def log(columns: list[np.ndarray], features: list[Feature]) -> Episodes:
-    n = len(columns[0])
-    return Episodes(
-        episode_id=np.arange(n), offsets=np.arange(n + 1), observation=np.stack(columns, 1).astype(np.float32),
-        final_observation=np.zeros((n, len(columns)), np.float32), action=np.zeros(n, np.int64), reward=np.zeros(n),
-        terminated=np.ones(n, bool), truncated=np.zeros(n, bool), mask=np.ones((n, 2), bool), action_prob=np.full(n, 0.5),
-        gamma=1.0, features=tuple(features),
-    )  # fmt: skip
-
-
-def test_where_a_policy_differs_is_told_by_value() -> None:
-    """Decisions differ in ward 2 and where the patient is old; nowhere else."""
-    rng = np.random.default_rng(0)
-    ward, age = rng.integers(0, 4, size=4000).astype(float), rng.uniform(0, 100, size=4000)
-    episodes = log([ward, age], [Feature("ward", 4), Feature("age")])
-    places = where_apart(episodes, (ward == 2).astype(float), 8)
-    assert places[0].where == "ward = 2" and places[0].differs == 1.0
-    assert places[0].decisions == pytest.approx((ward == 2).mean()) and all("ward" not in p.where for p in places[1:])
-    old = where_apart(episodes, (age > np.quantile(age, 0.75)).astype(float), 2)[0]
-    assert old.where.startswith("age from 7") and old.differs > 0.99 and old.decisions == pytest.approx(0.25, abs=0.01)
-    assert len(where_apart(episodes, rng.random(4000), 3)) <= 3
-
-
-def test_what_is_missing_or_always_the_same_is_a_place_too() -> None:
-    rng, value = np.random.default_rng(0), np.where(np.arange(400) % 4 == 0, np.nan, 7.0)
-    episodes = log([value], [Feature("lactate", missing="mean")])
-    (place,) = where_apart(episodes, np.isnan(value).astype(float), 8)
-    assert (place.where, place.decisions, place.differs) == ("lactate missing", 0.25, 1.0)
-    (rest,) = where_apart(episodes, np.isfinite(value).astype(float), 8)
-    assert rest.where == "lactate = 7" and rest.differs == 1.0
-    sparse = np.where(np.arange(400) % 5 == 0, rng.uniform(1, 9, size=400), 0.0)  # a dose that is mostly 0
-    dose = where_apart(log([sparse], [Feature("dose")]), (sparse == 0).astype(float), 8)
-    assert [(place.where, place.differs) for place in dose] == [("dose = 0", 1.0)]
-    level = rng.integers(0, 4, size=400).astype(float)
-    (third,) = where_apart(log([level], [Feature("level")]), (level == 3).astype(float), 8)
-    assert (third.where, third.differs) == ("level = 3", 1.0)
-    few = log([np.arange(400) % 40 * 1.0], [Feature("ward", 40)])  # 10 decisions each
-    assert where_apart(few, (np.arange(400) % 40 == 3).astype(float), 8) == []

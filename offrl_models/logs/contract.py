@@ -172,6 +172,15 @@ class Contract(Strict):
         return tuple(dict.fromkeys([*self.subgroups, *([self.policy_version] if self.policy_version else [])]))
 
     @property
+    def category_names(self) -> dict[str, tuple[str, ...]]:
+        """Column of the observation matrix -> what a person would call each of its codes, where categories have labels."""
+        return {
+            column.column: (*map(str, column.labels or ()), "missing")
+            for column in self.observation
+            if isinstance(column.categories, tuple)
+        }
+
+    @property
     def tabular_states(self) -> int | None:
         """Number of states when the observation is one categorical column and actions are discrete, else None."""
         return self.features[0].categories if len(self.features) == 1 and not self.action.continuous else None

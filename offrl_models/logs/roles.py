@@ -1,6 +1,7 @@
 """The parts of a contract: what one column, or a few of them, mean."""
 
 from collections.abc import Iterable
+from itertools import product
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -219,6 +220,16 @@ class ActionColumns(Strict):
     def n_actions(self) -> int:
         """Number of discrete actions, joint ones counted as such; 0 for a continuous action."""
         return prod(choice.n_values for choice in self.choices) if self.choices else 0
+
+    @property
+    def action_names(self) -> tuple[str, ...] | None:
+        """What a person would call each discrete action; None where its number is all there is."""
+        if not self.components:
+            return None if self.values is None or isinstance(self.values, int) else tuple(map(str, self.values))
+        parts = [
+            [f"{each.column} {value}" for value in each.labels or range(each.n_values)] for each in self.components
+        ]
+        return tuple(map(", ".join, product(*parts)))
 
     @property
     def name(self) -> str:

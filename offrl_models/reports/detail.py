@@ -1,6 +1,8 @@
 """What stands behind a verdict: how the weights are spread, what carries it, where the policy differs, and what would settle it."""
 
 import bisect
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -111,9 +113,17 @@ def _by_group(found: Evaluation, rung: Measured, columns: tuple[str, ...]) -> di
 
 
 def detail(
-    found: Evaluation, name: str, champion: str, rung: Measured, config: GateConfig, status: Status
+    found: Evaluation,
+    name: str,
+    champion: str,
+    rung: Measured,
+    config: GateConfig,
+    status: Status,
+    *,
+    action_names: Sequence[str] | None = None,
+    category_names: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Plain JSON for the page and its pictures."""
+    """Plain JSON for the page and its pictures, with what people call actions and categories in the place of their codes."""
     gate, ratio, measures = found.episodes, found.ratio[name], rung.measures
     weight = np.minimum(trajectory_weights(gate, ratio), LARGEST_WEIGHT)
     pull = np.sort(np.abs(rung.leg.outcome))[::-1]
@@ -132,8 +142,8 @@ def detail(
         "weights": [float(value) for value in np.quantile(weight, np.linspace(0, 1, 101))],
         "influence": [float(value) for value in (pull.cumsum() / max(pull.sum(), 1e-300))[: max(len(pull) // 20, 1)]],
         "differs": float(differs.mean()),
-        "where": [asdict(place) for place in where_apart(gate, differs, SHOWN)],
-        "actions": [asdict(share) for share in shares(mine, theirs, SHOWN)],
+        "where": [asdict(place) for place in where_apart(gate, differs, SHOWN, category_names)],
+        "actions": [asdict(share) for share in shares(mine, theirs, SHOWN, action_names)],
     }
 
 
@@ -167,9 +177,9 @@ def draw(
     place = np.arange(len(found["actions"]))
     for key, color, shift in (("champion", GRAY, -0.2), ("policy", ORANGE, 0.2)):
         fourth.bar(place + shift, [row[key] for row in found["actions"]], 0.4, color=color, label=key)
-    labels = [str(row["action"]) for row in found["actions"]]
-    ranges = any(len(label) > 5 for label in labels)  # of a continuous action
-    fourth.set_xticks(place, labels, rotation=25 if ranges else 0, ha="right" if ranges else "center")
+    labels = [textwrap.shorten(row["action"], 20, placeholder="...") for row in found["actions"]]
+    long = any(len(label) > 5 for label in labels)  # ranges of a continuous action, or names
+    fourth.set_xticks(place, labels, rotation=25 if long else 0, ha="right" if long else "center")
     fourth.set_title("share of each action, where they differ most", fontsize=9, loc="left")
     fourth.legend(fontsize=8, frameon=False)
     _draw_clipped(clip, found["clipped"])

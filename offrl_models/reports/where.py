@@ -1,5 +1,6 @@
 """Where a policy differs from another: the observed values at which it decides otherwise more often than elsewhere."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,12 +22,19 @@ class Place:
     differs: float  # mean share of other decisions there
 
 
-def where_apart(episodes: Episodes, apart: Float64[np.ndarray, "rows"], most: int) -> list[Place]:
-    """The places that add the most to what differs beyond its mean, the greatest first."""
+def where_apart(
+    episodes: Episodes,
+    apart: Float64[np.ndarray, "rows"],
+    most: int,
+    category_names: Mapping[str, Sequence[str]] | None = None,
+) -> list[Place]:
+    """The places that add the most to what differs beyond its mean, the greatest first; categories by their names, if they have
+    some, and else by their codes."""
     found, overall = [], apart.mean()
     for place, feature in enumerate(episodes.features):
         value = np.asarray(episodes.observation[:, place], np.float64)
-        names, group = _categories(feature.name, value) if feature.categories else _ranges(feature.name, value)
+        called = (category_names or {}).get(feature.name)
+        names, group = _categories(feature.name, value, called) if feature.categories else _ranges(feature.name, value)
         count = np.bincount(group, minlength=len(names))
         mean = np.bincount(group, apart, len(names)) / np.maximum(count, 1)
         excess = count * (mean - overall)
@@ -37,9 +45,11 @@ def where_apart(episodes: Episodes, apart: Float64[np.ndarray, "rows"], most: in
     return [place for _, place in sorted(found, key=lambda each: -each[0])[:most]]
 
 
-def _categories(name: str, value: Float64[np.ndarray, "rows"]) -> tuple[list[str], Int64[np.ndarray, "rows"]]:
+def _categories(
+    name: str, value: Float64[np.ndarray, "rows"], called: Sequence[str] | None
+) -> tuple[list[str], Int64[np.ndarray, "rows"]]:
     codes, group = np.unique(value.astype(np.int64), return_inverse=True)
-    return [f"{name} = {code}" for code in codes], group
+    return [f"{name} = {called[code] if called else code}" for code in codes], group
 
 
 def _ranges(name: str, value: Float64[np.ndarray, "rows"]) -> tuple[list[str], Int64[np.ndarray, "rows"]]:

@@ -243,6 +243,8 @@ class _Look:
                 self.measured[final],
                 config.gate,
                 verdicts[final].status,
+                action_names=config.logs.action.action_names,
+                category_names=config.logs.category_names,
             ),
             "canary": canary_share(verdicts[final].status, config.gate, self.config.return_range, self.gate.return_),
             "verdict": {
