@@ -131,7 +131,9 @@ def test_what_was_rewritten_is_seen(tmp_path: Path, damage: str) -> None:
 
 def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path: Path) -> None:
     world = chain_world()
-    pipeline = Pipeline(parse_pipeline(attributes(world.n_states, 3), "toy"), tmp_path)
+    configured = attributes(world.n_states, 3)
+    configured["logs"]["action"] = {"components": [{"column": "action", "values": 3}], "mask": "allowed"}
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
     write_batches(tmp_path, world.simulate(3000, seed=3))
     first, released = stages.run(pipeline)
     assert released is not None and first.summary["champion"] == "the behavior policy"
@@ -143,6 +145,7 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     assert second.summary["champion"] == "version 1"
     evidence = json.loads((pipeline.folder / "evidence" / "evidence.json").read_text())
     assert evidence["detail"]["influence"][0] == pytest.approx(evidence["verdict"]["measures"]["largest_share"])
+    assert {share["action"] for share in evidence["detail"]["actions"]} <= {"action 0", "action 1", "action 2"}
     caps = [math.inf if rung["cap"] is None else rung["cap"] for rung in evidence["ladder"]]
     assert min(caps) >= (math.inf if first.summary["cap"] is None else first.summary["cap"])
     looks = ledger.read(pipeline.folder / "policies" / ledger.LEDGER)
