@@ -8,6 +8,7 @@ from offrl_models.ope.estimates import LEVEL, Estimates, Refit, refitted
 from offrl_models.ope.importance import Samples, Terms, tis, trajectory_weights, wis
 from offrl_models.ope.intervals import bootstrap_all
 from offrl_models.ope.sequences import ratios
+from offrl_models.ope.units import by, entities_of, summed
 from offrl_models.schema import Episodes, InputError
 
 STATED = {"TIS": tis, "WIS": wis}  # estimators that need no model of the values
@@ -44,15 +45,17 @@ def estimate_stated(
     samples: Samples,
     refit: Refit | None = None,
 ) -> Estimates:
-    """The value of a policy of which only the probabilities at the logged observations are known."""
+    """The value of a policy of which only the probabilities at the logged observations are known; `samples` are of entities, where
+    one has several episodes."""
     ratio = ratios(episodes, probs)
-    taken = ratio * episodes.action_prob
+    taken, unit = ratio * episodes.action_prob, entities_of(episodes)
 
     def terms_of(action_prob: Float64[np.ndarray, "rows"]) -> dict[str, Terms]:
         return {name: of(episodes, taken / action_prob) for name, of in STATED.items()}
 
     if refit is None:
-        intervals = bootstrap_all({name: of(episodes, ratio) for name, of in STATED.items()}, samples, LEVEL)
+        terms = {name: by(of(episodes, ratio), unit) for name, of in STATED.items()}
+        intervals = bootstrap_all(terms, samples, LEVEL)
     else:
-        intervals = refitted(terms_of, refit, episodes, samples, LEVEL)
-    return Estimates(intervals, effective_sample_size(trajectory_weights(episodes, ratio)))
+        intervals = refitted(terms_of, refit, episodes, samples, LEVEL, unit)
+    return Estimates(intervals, effective_sample_size(summed(trajectory_weights(episodes, ratio), unit)))

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from offrl_models.algorithms import AlgorithmConfig, config_of, require_gateable
 from offrl_models.gate import GateConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
+from offrl_models.logs.formats import nearest_column
 from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.rollouts import refuse_rollouts
@@ -149,6 +150,18 @@ class PipelineConfig(Strict):
     def _a_canary_has_a_worst_case(self) -> "PipelineConfig":
         if self.gate.canary_loss is not None and self.return_range is None:
             raise ValueError("gate.canary_loss needs gate.return_range, the worst and the best return that can occur")
+        return self
+
+    @model_validator(mode="after")
+    def _the_gate_asks_of_what_is_logged(self) -> "PipelineConfig":
+        for key, asked, role, logged in (
+            ("subgroups", self.gate.subgroups, "logs.subgroups", self.logs.labels),
+            ("constraints", self.gate.constraints, "logs.costs", [cost.column for cost in self.logs.costs]),
+        ):
+            for name in asked:
+                if name not in logged:
+                    hint = nearest_column(name, logged)
+                    raise ValueError(f"gate.{key} names {name!r}, which is not among {role}{hint}; name it there")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from scipy.optimize import root_scalar
 
 from offrl_models.measures import Contrast
 from offrl_models.ope.intervals import student_t_lower_bound
+from offrl_models.ope.units import Units, per_unit
 
 PARTS = 10  # of the log, in which the course of a difference is shown
 KEPT = 0.2  # share of the older half's gain that the newer half has to keep
@@ -84,24 +85,39 @@ def critical_value(
 
 
 def parts(
-    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
+    outcome: Float64[np.ndarray, "episodes"],
+    oldest_first: Int64[np.ndarray, "episodes"],
+    alpha: float,
+    unit: Units | None = None,
 ) -> list[Contrast]:
     """The mean in each tenth of the episodes, oldest first; in fewer parts where they would hold fewer than 2 episodes."""
-    cut = np.array_split(outcome[oldest_first], min(PARTS, max(len(outcome) // 2, 1)))
-    return [_stretch(f"part {number}", part, alpha) for number, part in enumerate(cut, 1)]
+    cut = np.array_split(oldest_first, min(PARTS, max(len(outcome) // 2, 1)))
+    return [_stretch(f"part {number}", outcome, part, alpha, unit) for number, part in enumerate(cut, 1)]
 
 
 def halves(
-    outcome: Float64[np.ndarray, "episodes"], oldest_first: Int64[np.ndarray, "episodes"], alpha: float
+    outcome: Float64[np.ndarray, "episodes"],
+    oldest_first: Int64[np.ndarray, "episodes"],
+    alpha: float,
+    unit: Units | None = None,
 ) -> tuple[Contrast, Contrast]:
     """The mean in the half of the episodes that was recorded first, and in the other one."""
-    older, newer = np.split(outcome[oldest_first], [len(outcome) // 2])
-    return _stretch("older half", older, alpha), _stretch("newer half", newer, alpha)
+    older, newer = np.split(oldest_first, [len(outcome) // 2])
+    return _stretch("older half", outcome, older, alpha, unit), _stretch("newer half", outcome, newer, alpha, unit)
 
 
-def _stretch(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float) -> Contrast:
-    """Mean and one-sided t-bounds; NaN where there are too few episodes for any."""
-    if len(outcome) < 2:
-        return Contrast(name, len(outcome), math.nan, math.nan, math.nan)
-    low, high = (sign * student_t_lower_bound(sign * outcome, alpha=alpha) for sign in (1.0, -1.0))
-    return Contrast(name, len(outcome), float(outcome.mean()), low, high)
+def _stretch(
+    name: str,
+    outcome: Float64[np.ndarray, "episodes"],
+    part: Int64[np.ndarray, "part"],
+    alpha: float,
+    unit: Units | None,
+) -> Contrast:
+    """Mean in a part of the log and one-sided t-bounds, by entities where an entity has several episodes; NaN where there are too
+    few for any."""
+    values = per_unit(outcome[part], None if unit is None else unit[part])
+    entities = None if unit is None else len(values)
+    if len(values) < 2:
+        return Contrast(name, len(part), math.nan, math.nan, math.nan, entities)
+    low, high = (sign * student_t_lower_bound(sign * values, alpha=alpha) for sign in (1.0, -1.0))
+    return Contrast(name, len(part), float(outcome[part].mean()), low, high, entities)

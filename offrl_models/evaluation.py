@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64
@@ -13,19 +14,16 @@ from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
 from offrl_models.measures import Contrast, Measures
 from offrl_models.ope.bandit import smoothed_gain
-from offrl_models.ope.diagnostics import (
-    effective_sample_size,
-    largest_share,
-    mean_ratio_z,
-)
+from offrl_models.ope.diagnostics import effective_sample_size, largest_share, mean_ratio_z
 from offrl_models.ope.estimates import Estimates, Refit, estimate
 from offrl_models.ope.fqe import FQEConfig, FQEValues
 from offrl_models.ope.importance import trajectory_weights
-from offrl_models.ope.intervals import confidence_sequence_width
+from offrl_models.ope.intervals import ROUNDING, confidence_sequence_width
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel
+from offrl_models.ope.units import Units, entities_of, independent, per_unit, planned_units, summed
 from offrl_models.progress import progress
 from offrl_models.schema import Episodes
 from offrl_models.training import fit_fqe
@@ -44,7 +42,7 @@ class Evaluation:
     choices: dict[str, Choices]
     ratio: dict[str, Float64[np.ndarray, "rows"]]
     fqe: FQEValues
-    samples: BootstrapSamples
+    samples: BootstrapSamples  # of entities, where one has several episodes
     estimates: dict[str, Estimates]
 
     def side(self, name: str) -> legs.Side:
@@ -53,6 +51,11 @@ class Evaluation:
         values = (part[place] for part in (self.fqe.q, self.fqe.v, self.fqe.next_v))
         fitted = choices_of(self.policies[name], self.fitted_on)
         return legs.Side(fitted, self.choices[name], self.ratio[name], *values)
+
+    @cached_property
+    def unit(self) -> Units | None:
+        """The entity of every episode, where one has several."""
+        return entities_of(self.episodes)
 
     @property
     def logged_returns(self) -> Float64[np.ndarray, "episodes"]:
@@ -114,10 +117,10 @@ def evaluate(
             seed=seed,
             report=lambda steps, loss: update(task, steps, fqe_config.gradient_steps, f"loss {loss['q']:.4f}"),
         )
-    drawn = BootstrapSamples(episodes.n_episodes, samples, seed)
+    drawn = BootstrapSamples(independent(episodes), samples, seed)
     choices = {name: choices_of(policy, episodes) for name, policy in policies.items()}
     ratio = {name: made.ratio() for name, made in choices.items()}
-    found = estimate(episodes, list(ratio.values()), fqe, drawn, refit)
+    found = estimate(episodes, list(ratio.values()), fqe, drawn, refit, entities_of(episodes))
     estimates = dict(zip(policies, found, strict=True))
     return Evaluation(list(policies), dict(policies), fitted_on, episodes, choices, ratio, fqe, drawn, estimates)
 
@@ -177,26 +180,30 @@ def _measure(
     paired: Mapping[str, legs.Paired | str],
     markov: float | None,
 ) -> Measured:
-    gate, side, planned = found.episodes, found.side(name), thresholds.planned_episodes
+    gate, side, planned, unit = found.episodes, found.side(name), thresholds.planned_episodes, found.unit
     mine, own, doubt = _against_champion(name, found, asked.champion, paired)
-    overall = legs.contrast(name, mine.outcome, asked.alpha, planned)
-    older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha)
-    width = confidence_sequence_width(gate.n_episodes, alpha=asked.alpha, planned=planned) * np.sqrt(gate.n_episodes)
-    kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width)
+    each = per_unit(mine.outcome, unit)
+    overall = legs.contrast(name, mine.outcome, asked.alpha, planned, unit)
+    older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha, unit)
+    tuned = planned_units(planned, gate.n_episodes, len(each))
+    width = confidence_sequence_width(len(each), alpha=asked.alpha, planned=tuned) * np.sqrt(len(each))
+    kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width, unit=unit)
     sure = legs.sure_share(gate)
     leg_c = found.trajectory_gains(name, asked.champion)
     trajectories = _has_spread(leg_c) and sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
-    trajectory = legs.contrast(name, leg_c, asked.alpha, planned) if trajectories else None
+    trajectory = legs.contrast(name, leg_c, asked.alpha, planned, unit) if trajectories else None
     betting = (
         trajectories
         and asked.propensities == "logged"  # by estimates of them nothing is proved
         and asked.champion == BEHAVIOR
         and asked.return_range is not None
         and not gate.truncated.any()
+        and unit is None  # the proof is for episodes that are independent
     )
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
     one_step = gate.n_rows == gate.n_episodes
+    rare = _few_visits_mass(found, name, asked.states, thresholds.few_visits)
     measures = Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
@@ -213,32 +220,34 @@ def _measure(
         if betting and asked.return_range and one_step
         else None,
         trajectory_difference=trajectory.difference if trajectory else None,
-        trajectory_error=float(leg_c.std(ddof=1) / np.sqrt(gate.n_episodes)) if trajectory else None,
+        trajectory_error=float(per_unit(leg_c, unit).std(ddof=1) / np.sqrt(len(each))) if trajectory else None,
         trajectory_lower=trajectory.lower_bound if trajectory else None,
         trajectory_upper=trajectory.upper_bound if trajectory else None,
         fqe_differences=found.fqe_gains(name, asked.champion),
         effective_transitions=effective_sample_size(mine.weight),
-        effective_episodes=effective_sample_size(trajectory_weights(gate, side.ratio)),
+        effective_episodes=effective_sample_size(summed(trajectory_weights(gate, side.ratio), unit)),
         mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
         worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
         unsupported_mass=_visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
-        few_visits_mass=_visited(mine, _few_visits_mass(found, name, asked.states, thresholds.few_visits)),
+        few_visits_mass=None if rare is None else _visited(mine, rare),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),
         ratio_max=float(mine.weight.max()),
         chi_squared=float(np.square(mine.weight).mean() - 1.0),
-        largest_share=largest_share(mine.outcome),
-        without_top=legs.influence(mine.outcome),
+        largest_share=largest_share(each),
+        without_top=legs.influence(each),
         older_half=older,
         newer_half=newer,
         kept=kept.difference,
         kept_bound=kept.lower_bound,
-        course=course.parts(mine.outcome, gate.oldest_first, asked.alpha),
+        course=course.parts(mine.outcome, gate.oldest_first, asked.alpha, unit),
         sure_share=sure,
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
         costs=_costs(name, found, thresholds, asked, paired),
-        subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned),
+        subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned, unit),
+        equal_returns=bool(np.ptp(gate.return_) <= ROUNDING * np.abs(gate.return_).max()),
+        entities=None if unit is None else len(each),
     )
     return Measured(measures, mine, own)
 
@@ -255,8 +264,8 @@ def _costs(
     """The rise of every cost; one whose weights overflow is not measured."""
     with np.errstate(over="ignore", invalid="ignore"):
         rises = {column: _cost_rise(column, name, found, asked, paired) for column in thresholds.constraints}
-    planned = thresholds.planned_episodes
-    return [legs.contrast(column, rise, asked.alpha, planned) for column, rise in rises.items() if _has_spread(rise)]
+    planned, unit = thresholds.planned_episodes, found.unit
+    return [legs.contrast(cost, rise, asked.alpha, planned, unit) for cost, rise in rises.items() if _has_spread(rise)]
 
 
 def _cost_rise(
@@ -278,12 +287,12 @@ def _visited(leg: legs.Paired, mass: Float64[np.ndarray, "rows"]) -> float:
     return float(np.average(mass, weights=visits)) if visits.any() else 1.0
 
 
-def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> Float64[np.ndarray, "rows"]:
-    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; 0 without such
+def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> Float64[np.ndarray, "rows"] | None:
+    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; None without such
     cells."""
     choices = found.choices[name]
     if states is None or not isinstance(choices, Probabilities):
-        return np.zeros(found.episodes.n_rows)
+        return None
     visits = np.zeros((states, found.episodes.n_actions))
     for episodes in (found.fitted_on, found.episodes):
         np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)

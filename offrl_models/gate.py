@@ -144,9 +144,12 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
         Finding("support", m.unsupported_mass <= config.unsupported_mass, Status.INVALID, m.unsupported_mass,
                 config.unsupported_mass, f"{m.unsupported_mass:.1%} of the policy's mass lies where the behavior plays "
                 f"with probability under {config.rare_prob:g}; at most {config.unsupported_mass:.1%} may"),
-        Finding("visits", m.few_visits_mass <= config.few_visits_mass, Status.INVALID, m.few_visits_mass,
-                config.few_visits_mass, f"{m.few_visits_mass:.1%} of the policy's mass lies where the log has under "
-                f"{config.few_visits} rows; at most {config.few_visits_mass:.1%} may"),
+        *([] if m.few_visits_mass is None else [
+            Finding("visits", m.few_visits_mass <= config.few_visits_mass, Status.INVALID, m.few_visits_mass,
+                    config.few_visits_mass, f"{m.few_visits_mass:.1%} of the policy's mass lies where the log has under "
+                    f"{config.few_visits} rows; at most {config.few_visits_mass:.1%} may")]),
+        Finding("returns", not m.equal_returns, Status.INVALID, float(m.equal_returns), 0.0,
+                "all gate episodes have the same return, so that nothing tells policies apart"),
         Finding("drift", not m.drifted, Status.INVALID, float(bool(m.drifted)), 0.0, m.drifted or "nothing has drifted"),
     ]  # fmt: skip
 
@@ -171,7 +174,7 @@ def _harm(m: Measures, config: GateConfig) -> list[Finding]:
     found = [
         Finding("harm", top >= 0.0, Status.FAIL, m.upper_bound, 0.0,
                 f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4g} at {level}"),
-        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0 or group.episodes < SUBGROUP_EPISODES, Status.FAIL,
+        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0 or group.independent < SUBGROUP_EPISODES, Status.FAIL,
                   group.upper_bound, 0.0, f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference "
                   f"is at most {group.upper_bound:+.4g} at {level}") for group in m.subgroups),
         *(Finding(f"cost {cost.name}", cost.lower_bound <= config.constraints[cost.name], Status.FAIL, cost.lower_bound,
@@ -185,8 +188,9 @@ def _harm(m: Measures, config: GateConfig) -> list[Finding]:
 def _enough(m: Measures, config: GateConfig) -> list[Finding]:
     """Whether there is enough to judge by, and no single part of it decides."""
     return [
-        Finding("episodes", m.episodes >= config.first_look, Status.INCONCLUSIVE, m.episodes, config.first_look,
-                f"{m.episodes} gate episodes are fewer than the {config.first_look} of a first look"),
+        Finding("episodes", m.independent >= config.first_look, Status.INCONCLUSIVE, m.independent, config.first_look,
+                f"{m.independent} gate {'episodes' if m.entities is None else 'entities'} are fewer than the "
+                f"{config.first_look} of a first look"),
         Finding("trust", not m.doubt, Status.INCONCLUSIVE, float(bool(m.doubt)), 0.0, m.doubt or "nothing is in doubt"),
         Finding("effective transitions", m.effective_transitions >= config.effective_transitions, Status.INCONCLUSIVE,
                 m.effective_transitions, config.effective_transitions, f"{m.effective_transitions:.0f} effective "
@@ -216,8 +220,9 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
         *(Finding(f"bound on {cost.name}", cost.upper_bound <= config.constraints[cost.name], Status.INCONCLUSIVE,
                   cost.upper_bound, config.constraints[cost.name], f"{cost.name} may rise by {cost.upper_bound:+.4g} at "
                   f"{level}, above the {config.constraints[cost.name]:+.4g} that is allowed") for cost in m.costs),
-        *(Finding(f"size of {group.name}", group.episodes >= SUBGROUP_EPISODES, Status.INCONCLUSIVE, group.episodes,
-                  SUBGROUP_EPISODES, f"{group.name} has {group.episodes} gate episodes, fewer than the {SUBGROUP_EPISODES} that a "
+        *(Finding(f"size of {group.name}", group.independent >= SUBGROUP_EPISODES, Status.INCONCLUSIVE, group.independent,
+                  SUBGROUP_EPISODES, f"{group.name} has {group.independent} gate "
+                  f"{'episodes' if group.entities is None else 'entities'}, fewer than the {SUBGROUP_EPISODES} that a "
                   "bound for it needs") for group in m.subgroups if config.subgroup_margin > 0),
         *(Finding(f"bound for {group.name}", group.lower_bound >= -config.subgroup_margin, Status.INCONCLUSIVE,
                   group.lower_bound, -config.subgroup_margin, f"for {group.name} ({group.episodes:,} episodes) the "
@@ -250,21 +255,17 @@ def judge(policy: str, measures: Measures, config: GateConfig) -> Verdict:
 
 def verdict_from_json(data: dict[str, Any]) -> Verdict:
     """The inverse of `to_json`. Raises KeyError or TypeError when fields are missing or unknown."""
+    measured = data["measures"]
+    nested: dict[str, Any] = {
+        name: [Contrast(**each) for each in measured[name]] for name in ("costs", "subgroups", "course")
+    }
+    nested |= {name: Contrast(**measured[name]) for name in ("older_half", "newer_half")}
     return Verdict(
         status=Status(data["status"]),
         policy=data["policy"],
         decided_by=data["decided_by"],
         reason=data["reason"],
-        measures=Measures(
-            **{
-                **data["measures"],
-                **{
-                    name: [Contrast(**contrast) for contrast in data["measures"][name]]
-                    for name in ("costs", "subgroups", "course")
-                },
-                **{name: Contrast(**data["measures"][name]) for name in ("older_half", "newer_half")},
-            }
-        ),
+        measures=Measures(**{**measured, **nested}),
         findings=[Finding(**{**f, "otherwise": Status(f["otherwise"])}) for f in data["findings"]],
     )
 

@@ -40,6 +40,7 @@ class Look:
     verdict: str
     e_value: float | None
     split_by: str | None = None  # what the data were split by; None in entries that are older than this field
+    rungs: list[str] | None = None  # sha256 of the graphs of the ladder, in its order; None in older entries
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.marginal import bellman_errors, paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
+from offrl_models.ope.units import Units, independent, per_unit, planned_units
 from offrl_models.schema import Episodes
 
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
-GATE_PER_FITTED = 2.0  # with more gate episodes the interval shrinks below the error of the nuisances
+GATE_PER_FITTED = 2.0  # with more to judge on the interval shrinks below the error of the nuisances
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     if (gate.length == 1).all() and gate.terminated.all():
         return Paired(_gains(gate, side, side.ratio, behavior, np.ones(gate.n_rows)), side.ratio,
                       _correction(gate, side, side.ratio), "doubly robust paired difference")  # fmt: skip
-    if gate.n_episodes > GATE_PER_FITTED * fitted_on.n_episodes:
+    fitted, judged = independent(fitted_on), independent(gate)
+    if judged > GATE_PER_FITTED * fitted:
+        what = "episodes" if judged == gate.n_episodes else "entities"
         return (
-            f"its weights and values are fitted on {fitted_on.n_episodes:,} episodes, and with {gate.n_episodes:,} to judge on "
-            "their error would be more than the interval says"
+            f"its weights and values are fitted on {fitted:,} {what}, and with {judged:,} to judge on their error would be more "
+            "than the interval says"
         )
     if model is None:
         return _fitted(side, behavior, fitted_on, gate)
@@ -117,20 +120,29 @@ def _correction(gate: Episodes, side: Side, weight: Float64[np.ndarray, "rows"])
     return gate.time_discount * weight * bellman_errors(gate, side.q, side.v, side.next_v)
 
 
-def contrast(name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int) -> Contrast:
-    """Mean and one-sided bounds, each by the asymptotic confidence sequence at 1 - alpha."""
-    lower = confidence_sequence_lower_bound(outcome, alpha=alpha, planned=planned)
-    upper = -confidence_sequence_lower_bound(-outcome, alpha=alpha, planned=planned)
-    return Contrast(name, len(outcome), float(outcome.mean()), lower, upper)
+def contrast(
+    name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int, unit: Units | None = None
+) -> Contrast:
+    """Mean and one-sided bounds, each by the asymptotic confidence sequence at 1 - alpha, over entities where `unit` tells them
+    apart; tightest at `planned` episodes."""
+    values = per_unit(outcome, unit)
+    planned = planned_units(planned, len(outcome), len(values))
+    lower = confidence_sequence_lower_bound(values, alpha=alpha, planned=planned)
+    upper = -confidence_sequence_lower_bound(-values, alpha=alpha, planned=planned)
+    return Contrast(name, len(outcome), float(outcome.mean()), lower, upper, None if unit is None else len(values))
 
 
-def by_subgroup(found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: float, planned: int) -> list[Contrast]:
+def by_subgroup(
+    found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: float, planned: int, unit: Units | None = None
+) -> list[Contrast]:
     """Leg A among the episodes of each group of each label column."""
     contrasts = []
     for column in columns:
         labels = gate.labels[column].astype(str)
         for group in np.unique(labels):
-            contrasts.append(contrast(f"{column} {group}", found.outcome[labels == group], alpha, planned))
+            inside = labels == group
+            who = None if unit is None else unit[inside]
+            contrasts.append(contrast(f"{column} {group}", found.outcome[inside], alpha, planned, who))
     return contrasts
 
 
@@ -154,8 +166,8 @@ def cost_outcome(
     return gate.sum_per_episode((leg.weight - leg.behavior_weight) * gate.time_discount * gate.costs[column])
 
 
-def influence(outcome: Float64[np.ndarray, "episodes"]) -> float:
-    """The mean without the 0.5% of the episodes that pull it most in its own direction."""
+def influence(outcome: Float64[np.ndarray, "units"]) -> float:
+    """The mean without the 0.5% of the episodes, or entities, that pull it most in its own direction."""
     return without_most_influential(Terms(outcome[:, None]), Terms(np.zeros((len(outcome), 1))))
 
 

@@ -8,13 +8,21 @@ TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from whi
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference to the champion with one-sided bounds: of one subgroup, one cost, or one part of the log."""
+    """A difference to the champion with one-sided bounds: of one subgroup, one cost, or one part of the log.
+
+    `entities` is how many the episodes are of, where an entity has several: as many numbers are independent.
+    """
 
     name: str
     episodes: int
     difference: float
     lower_bound: float
     upper_bound: float
+    entities: int | None = None
+
+    @property
+    def independent(self) -> int:
+        return self.episodes if self.entities is None else self.entities
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Measures:
     mean_ratio_z: float
     worst_action_z: float
     unsupported_mass: float
-    few_visits_mass: float
+    few_visits_mass: float | None  # None where the observation is not one category, and has no cells to count
     ratio_q99: float  # 99% quantile, largest value and chi-squared of the state-action ratios
     ratio_max: float
     chi_squared: float
@@ -58,6 +66,13 @@ class Measures:
     drifted: str = ""  # what is wrong with the newest batch; empty where it is like those before it
     costs: list[Contrast] = field(default_factory=list)
     subgroups: list[Contrast] = field(default_factory=list)
+    equal_returns: bool = False  # whether all logged returns are the same, so that nothing tells policies apart
+    entities: int | None = None  # that the episodes are of, where one has several: these are independent
+
+    @property
+    def independent(self) -> int:
+        """How many independent parts the log has: entities, or episodes where each is one of its own."""
+        return self.episodes if self.entities is None else self.entities
 
     @property
     def influence(self) -> float:
@@ -72,7 +87,7 @@ class Measures:
     @property
     def trajectory_informs(self) -> bool:
         """Whether enough episodes stand behind leg C."""
-        return self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.episodes)
+        return self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.independent)
 
     @property
     def trajectory_top(self) -> float | None:

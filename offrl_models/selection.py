@@ -13,6 +13,7 @@ from offrl_models.evaluation import BEHAVIOR, Evaluation
 from offrl_models.ope.estimates import LEVEL
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.sequences import finite
+from offrl_models.ope.units import per_unit
 from offrl_models.schema import Episodes, InputError
 
 TRIED = 3  # policies in regret@k and SharpeRatio@k of a report
@@ -30,7 +31,8 @@ def rank(found: Evaluation) -> list[dict[str, Any]]:
     names = [name for name in found.names if name != BEHAVIOR]
     names.sort(key=lambda name: (-min(found.fqe_gains(name)), name))
     initial = found.fqe.initial[[found.names.index(name) for name in (*names, BEHAVIOR)]]
-    draws = draw_gains(initial[:-1] - initial[-1], found.samples)
+    gains = np.apply_along_axis(per_unit, -1, initial[:-1] - initial[-1], found.unit)
+    draws = draw_gains(gains, found.samples)
     sure, ends = order(draws), np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return [
         {

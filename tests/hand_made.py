@@ -138,6 +138,7 @@ BAD = {
     "mean ratio per action": ("worst_action_z", 5.0, Status.INVALID),
     "support": ("unsupported_mass", 0.2, Status.INVALID),
     "visits": ("few_visits_mass", 0.03, Status.INVALID),
+    "returns": ("equal_returns", True, Status.INVALID),
     "drift": ("drifted", "the newest batch has drifted", Status.INVALID),
     "harm": ("upper_bound", -0.001, Status.FAIL),
     "episodes": ("episodes", 499, Status.INCONCLUSIVE),

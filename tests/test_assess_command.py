@@ -175,7 +175,7 @@ def test_a_column_that_is_no_policy_of_the_observation_gets_no_values(
 # A released bundle
 
 
-def release(folder: Path, world: World, table: np.ndarray, **logs: str) -> Path:
+def release(folder: Path, world: World, table: np.ndarray, **logs: Any) -> Path:
     """A bundle as `bundle.release` writes it, but for the files that are not read here."""
     made = folder / "released"
     graph(table, made / "policy.onnx")

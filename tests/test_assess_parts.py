@@ -9,7 +9,7 @@ import pytest
 
 from offrl_models import course
 from offrl_models.assess import _found, _plain, answer, options, target, values
-from offrl_models.assess.units import MOST_UNITS, pooled, units_of
+from offrl_models.assess.units import MOST_UNITS, units_of
 from offrl_models.choices import Probabilities
 from offrl_models.ope.behavior import estimate_propensities
 from offrl_models.ope.diagnostics import gamma_star
@@ -17,6 +17,7 @@ from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, bootstrap, confidence_sequence_width
 from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.sequences import completed
+from offrl_models.ope.units import pooled
 from offrl_models.ope.worlds import bandit
 from offrl_models.schema import Episodes
 from tests.conftest import chain_world, cut_after_one_step
@@ -167,7 +168,7 @@ def test_each_check_fails_where_it_should() -> None:
     episodes = bandit(6, 3, 2, 1).simulate(2000, 0)
     ones = np.ones(2000)
     assert failing(episodes, ones) == set()
-    assert failing(episodes.take(np.arange(2000) < 400), ones[:400]) == {"episodes"}
+    assert failing(episodes.take(np.arange(2000) < 400), ones[:400]) == {"episodes", "effective episodes"}
     assert failing(episodes, 1.2 * ones) == {"mean ratio"}
     few = np.where(np.arange(2000) % 40 == 0, 40.0, 0.0)  # 50 episodes carry all of the weight, and its mean is 1
     assert "effective episodes" in failing(episodes, few)

@@ -199,6 +199,12 @@ def test_no_vertex_of_a_smaller_box_takes_the_bound_down(seed: int, width: float
     moved = outcome + ((factor - 1.0) * correction).reshape(-1, 3, 2).sum(2)
     bounds = moved.mean(1) - width * moved.std(1)
     assert bounds.min() > -1e-7
+    low, high = (
+        moved.min(0),
+        moved.max(0),
+    )  # of each episode; what is told is the bound at the least mean and greatest spread
+    away = np.maximum(high - (middle := (low.mean() + high.mean()) / 2), middle - low)
+    assert low.mean() - width * np.sqrt(np.square(away).mean()) == pytest.approx(0.0, abs=1e-7)
     if width == 0.0:
         assert bounds.min() == pytest.approx(0.0, abs=1e-7)
 

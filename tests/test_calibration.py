@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import calibrate
-from benchmarks.calibration import retraining, sepsis, small, tables
+from benchmarks.calibration import coverage, retraining, sepsis, small, tables
 from benchmarks.calibration.cartpole import CartPole, controller, fallen, step
 from benchmarks.calibration.judging import (
     KnownPolicy,
@@ -29,6 +29,8 @@ from benchmarks.calibration.stress import ALL, GAIN, WIDE, drifted, pairs, trait
 from offrl_models import course
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
 from offrl_models.gate import GateConfig, Status
+from offrl_models.ope.doubly_robust import Model
+from offrl_models.ope.estimates import all_terms
 from offrl_models.ope.nulls import EXACT
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import faded, simulate_each
@@ -320,3 +322,46 @@ def test_the_sections_of_power_and_of_retraining_count_what_was_found(tmp_path: 
     assert f"| from then on | {one} | PASS 52 |" in written and f"| ever | {one} | FAIL 52, PASS 52 |" in written
     assert "gains 0.016, and was released on 1 of 2 logs. 2 logs, 1.0 s" in written and "small exact" not in written
     assert (tmp_path / "calibration-power.png").stat().st_size > 1000
+
+
+def test_coverage_is_measured_of_the_bounds_that_the_gate_and_evaluate_read() -> None:
+    world, policy = coverage.setting(5, "near")
+    found = on_a_log(world, {"policy": policy}, 1, 900, 600)
+    gate, ratio = found.episodes, found.ratio["policy"]
+    terms = all_terms(gate, ratio, Model.of(gate, found.fqe.q[0], found.fqe.v[0]))
+    leg_c, by_wdr, by_wpdis = (bounds(0.05) for bounds in coverage.differences(found, terms))
+    measures = measured(found, asked(world.n_states))["policy"][0]
+    assert (leg_c.lower_bound, leg_c.upper_bound) == measures.trajectory_bounds and measures.trajectory_informs
+    for gain, name in ((by_wdr, "WDR"), (by_wpdis, "WPDIS")):
+        assert gain.lower_bound < terms[name].estimate() - gate.return_.mean() < gain.upper_bound
+    cells = {f"n {n}": coverage.covered(5, "near", n, 1) for n in (100, 500)}
+    assert [set(digits[coverage.ENOUGH]) for digits in cells.values()] == [{"0"}, {"1"}]
+    assert all(digits[name][0] + digits[name][-1] == "-1" for digits in cells.values() for name in coverage.BOUNDS)
+    assert coverage.has_all_sequences(cells)
+    for name in (coverage.ENOUGH, *coverage.BOUNDS):  # a line of an earlier version
+        assert not coverage.has_all_sequences(
+            {**cells, "n 500": {k: v for k, v in cells["n 500"].items() if k != name}}
+        )
+
+
+def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
+    """Of 40 logs, 30 have enough effective episodes in one regime and 10 in another; only the other logs err in the first."""
+    lines, (lower, *_, upper) = {}, coverage.BOUNDS
+    for seed in range(1, 41):
+        cells = {
+            cell: dict.fromkeys([coverage.GATE, *coverage.BOUNDS], "-111111") for cell in ("n 500, a", "n 2000, b")
+        }
+        for cell, most in (("n 500, a", 30), ("n 2000, b", 10)):
+            cells[cell][coverage.ENOUGH] = "1111111" if seed <= most else "0000000"
+        cells["n 500, a"][lower] = "-111111" if seed <= 30 else "-000000"
+        cells["n 2000, b"][upper] = "-000000"
+        lines[seed] = Line(cells, 1.0)
+    written = "\n".join(coverage.report(lines, tmp_path / "report.md"))
+    assert f"| {lower} | 75.0% to 100.0% | n 500, a: 75.0% |" in written
+    assert "| n 500, a | 30 of 40 | 100.0% and 100.0% | 100.0% and 100.0% | 100.0% and 100.0% |" in written
+    assert "| n 2000, b | 10 of 40 | not asked | not asked | not asked |" in written
+    assert "2 of 2 regimes" in " ".join(written.split()) and "what it says at every level." in written
+    for seed in range(1, 21):
+        lines[seed].found["n 500, a"][lower] = "-111101"
+    written = "\n".join(coverage.report(lines, tmp_path / "report.md"))
+    assert "| 33.3% and 100.0% |" in written and f"but for:\n\n- {lower}, n 500, a: 10 of 30 at 95%\n\n!" in written

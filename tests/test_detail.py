@@ -47,7 +47,7 @@ def judged() -> tuple[Evaluation, Measured, GateConfig]:
     return found, rung, config
 
 
-def test_at_gamma_star_the_bound_that_passed_is_the_margin(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
+def test_gamma_star_is_that_of_the_bound_that_passed(judged: tuple[Evaluation, Measured, GateConfig]) -> None:
     found, rung, config = judged
     assert rung.measures.lower_bound > 0
     told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)

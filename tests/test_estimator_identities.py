@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offrl_models.ope import mrdr
-from offrl_models.ope.doubly_robust import dr, dros, magic, partial_returns, switch_dr, wdr
+from offrl_models.ope.doubly_robust import Model, dr, dros, magic, partial_returns, switch_dr, wdr
+from offrl_models.ope.estimates import all_terms
 from offrl_models.ope.importance import Terms, clipped, pdis, tis, wis, wpdis
 from offrl_models.ope.multistep import corrected_returns, fixed_point, traces
 from offrl_models.ope.resampling import bootstrap_shares
@@ -24,6 +25,7 @@ from tests.modelled_logs import (
     INF,
     KINDS,
     WORLDS,
+    Log,
     corrected_by_hand,
     each_world,
     on_rows,
@@ -51,6 +53,20 @@ def families(
         "blend": partial_returns(episodes, ratio, q, v, [0, 1, INF], blend),
     }
     return found | {kind: corrected_returns(episodes, ratio, q, v, kind, 0.7) for kind in KINDS}
+
+
+def unclipped(episodes: Episodes, ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> dict[str, Terms]:
+    """The estimators of reports, each on its own and all at once."""
+    found = {f"{estimator.__name__} alone": estimator(episodes, ratio) for estimator in (tis, pdis, wis, wpdis)}
+    found |= {f"{estimator.__name__} alone": estimator(episodes, ratio, q, v) for estimator in (dr, wdr)}
+    return found | all_terms(episodes, ratio, Model.of(episodes, q, v))
+
+
+def fitted(log: Log) -> dict[str, Terms]:
+    """The two that look at the whole log before they weigh an episode."""
+    basis, fold = mrdr.Basis.of_states(states_of(log.episodes)[0], 5), np.arange(log.episodes.n_episodes) % 2
+    more_robust = mrdr.mrdr(log.episodes, log.ratio, log.probs, log.behavior, basis, fold, ridge=1e-3)
+    return {"MRDR": more_robust, "MAGIC": magic(*log.given, [0, 1, 2, INF], bootstrap_shares(7, 30, 0))}
 
 
 # --- limits --------------------------------------------------------------------------------------------------------
@@ -188,11 +204,41 @@ def test_what_lies_past_the_end_of_an_episode_never_matters(seed: int) -> None:
     )
     share = np.full(8, 1 / 7)
     share[0 if first is junk else 7] = 0.0
-    arrays = [np.concatenate([getattr(x, name) for x in (first, second)]) for name in ("ratio", "q", "v")]
-    before, after = families(*log.given), families(longer, *arrays)
+    ratio, q, v = (np.concatenate([getattr(x, name) for x in (first, second)]) for name in ("ratio", "q", "v"))
+    before = families(*log.given) | unclipped(*log.given)
+    after = families(longer, ratio, q, v) | unclipped(longer, ratio, q, v)
     assert rows + extra == longer.n_rows
     for name in before:
         assert after[name].estimate(share) == pytest.approx(before[name].estimate(), abs=1e-7), name
+
+
+@given(st.integers(0, 10_000))
+def test_steps_in_a_state_that_nothing_leaves_never_matter(seed: int) -> None:
+    """One episode goes on where nothing is paid and the policies agree: the others have more columns past their end."""
+    log, rng = random_log(seed), np.random.default_rng(seed)
+    more, place, evenly = int(rng.integers(1, 9)), int(rng.integers(7)), 1 / 3
+    end = int(log.episodes.offsets[place + 1])  # where the steps are put in
+    added = {
+        "observation": 4.0,
+        "action": rng.integers(0, 3, more),
+        "mask": True,
+        "reward": 0.0,
+        "terminated": np.arange(more) == more - 1,
+        "truncated": False,
+        "action_prob": evenly,
+        "interval": rng.uniform(0.2, 2.0, more),
+    }
+    columns = {name: np.insert(getattr(log.episodes, name), [end] * more, each, 0) for name, each in added.items()}
+    columns["terminated"][end - 1] = False
+    offsets = log.episodes.offsets + more * (np.arange(8) > place)
+    beyond = {"ratio": 1.0, "q": 0.0, "v": 0.0, "probs": evenly, "behavior": evenly}
+    longer = Log(
+        dataclasses.replace(log.episodes, **columns, offsets=offsets),
+        **{name: np.insert(getattr(log, name), [end] * more, each, 0) for name, each in beyond.items()},
+    )
+    before, after = (families(*each.given) | unclipped(*each.given) | fitted(each) for each in (log, longer))
+    for name in before:
+        assert after[name].estimate() == pytest.approx(before[name].estimate(), rel=1e-6, abs=1e-7), name
 
 
 def test_a_truncated_episode_is_completed_by_the_value_model() -> None:

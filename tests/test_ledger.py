@@ -153,6 +153,7 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     assert looks[0].hypothesis != looks[1].hypothesis and looks[1].alpha == elond_level(0.05, 2, 1)
     assert looks[1].champion == released_policy(pipeline, 1)
     assert {look.split_by for look in looks} == {pipeline.config.split_by}
+    assert looks[1].rungs == [rung["sha256"] for rung in evidence["ladder"]]
 
 
 def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +178,7 @@ def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline, monkeypatch
 
 
 def test_an_entry_of_before_the_salt_is_still_what_was_written(tmp_path: Path) -> None:
-    entry = {name: value for name, value in asdict(look("a")).items() if name != "split_by"}
+    entry = {name: value for name, value in asdict(look("a")).items() if name not in ("split_by", "rungs")}
     entry["hash"] = storage.sha256_bytes(b"\n" + storage.canonical_json(entry))
     (tmp_path / ledger.LEDGER).write_text(json.dumps(entry) + "\n")
     assert ledger.read(tmp_path / ledger.LEDGER) == [look("a")]

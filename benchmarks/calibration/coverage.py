@@ -15,10 +15,13 @@ import numpy as np
 from benchmarks.calibration.judging import CONFIG, MEMBERS, Table, evaluation
 from benchmarks.calibration.small import world as small_world
 from benchmarks.calibration.store import Experiment, Found, Lines
-from benchmarks.calibration.tables import clopper_pearson, cost, prose, table
-from offrl_models.evaluation import Evaluation
+from benchmarks.calibration.tables import below, clopper_pearson, cost, plain, prose, table
+from offrl_models.assess import answer
+from offrl_models.evaluation import BEHAVIOR, Evaluation
 from offrl_models.legs import contrast
+from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE, Contrast
 from offrl_models.ope.bandit import logarithmic_smoothing_lower_bound
+from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
 from offrl_models.ope.doubly_robust import Model
 from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
@@ -51,6 +54,11 @@ SAMPLES = 400
 GATE = "gate: one-sided asymptotic confidence sequence, leg A"
 REPORTED = LEVELS.index(0.95)
 UNDEFINED = "-"  # the one-sided sequence has no bound at 50%
+SEQUENCES = ("leg C: difference by DR, sequence", "difference by WDR, sequence", "difference by WPDIS, sequence")
+SIDES = ("lower bound", "upper bound")
+BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]
+ENOUGH, FEWEST = "enough effective episodes", 20  # for gate and `evaluate` to read them; logs that a share is told of
+Counts = dict[str, dict[str, np.ndarray]]  # by interval, cell of the grid and level
 
 
 @cache
@@ -90,10 +98,11 @@ def two_sided_intervals(
     }
 
 
-def reported_intervals(found: Evaluation, policy: Table, model: TabularModel) -> dict[str, Callable[[float], Interval]]:
+def reported_intervals(
+    found: Evaluation, terms: Mapping[str, Terms], policy: Table, model: TabularModel
+) -> dict[str, Callable[[float], Interval]]:
     """The further intervals that reports show, all of them percentile bootstraps."""
-    gate, ratio = found.episodes, found.ratio["policy"]
-    terms = all_terms(gate, ratio, Model.of(gate, found.fqe.q[0], found.fqe.v[0]))
+    gate = found.episodes
     shown = {name: terms[name] for name in ("PDIS", "WPDIS", "DR", "WDR")} | {"tabular DM": tabular_dm(gate, policy)}
     leg = found.paired("policy", model)
     if not isinstance(leg, str):
@@ -121,6 +130,16 @@ def lower_bounds(
         )
 
 
+def differences(found: Evaluation, terms: Mapping[str, Terms]) -> list[Callable[[float], answer.Gain | Contrast]]:
+    """Both bounds of the gain by error rate, in the order of SEQUENCES: of leg C, and of what `offrl evaluate` answers by."""
+    gate, gains, base = found.episodes, found.trajectory_gains("policy", BEHAVIOR), Terms(found.logged_returns[:, None])
+    headline = "DR" if gate.length.max() == 1 else "WDR"
+    return [
+        lambda alpha: contrast("", gains, alpha, CONFIG.planned_episodes),
+        *(partial(answer.gain, name, terms[name], base, np.arange(len(gains))) for name in (headline, "WPDIS")),
+    ]
+
+
 def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
     """Which levels every interval covers at on one log: one digit for each of LEVELS."""
     world, policy = setting(horizon, overlap)
@@ -137,7 +156,8 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
     intervals["mean by a band of the CDF, TIS"] = partial(band_interval, cdf, mean, largest)
     model = TabularModel.fit(found.fitted_on, world.n_states)
     assert model is not None
-    intervals |= reported_intervals(found, policy, model)
+    terms = all_terms(gate, found.ratio["policy"], Model.of(gate, found.fqe.q[0], found.fqe.v[0]))
+    intervals |= reported_intervals(found, terms, policy, model)
     initial = found.fqe.initial[0].mean(0)
     intervals[f"t over {MEMBERS} FQE models"] = partial(ensemble, found.fqe.members(0), initial)
     digits = {
@@ -147,6 +167,12 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
     for name, what, bound in lower_bounds(found, model, seed):
         truth = value - base if what == "gain" else value
         digits[name] = _digits(bound(1 - level) <= truth for level in LEVELS[name == GATE :])
+    for name, bounds in zip(SEQUENCES, differences(found, terms), strict=True):
+        ends = [bounds(1 - level) for level in LEVELS[1:]]
+        digits[f"{name}, {SIDES[0]}"] = _digits(end.lower_bound <= value - base for end in ends)
+        digits[f"{name}, {SIDES[1]}"] = _digits(end.upper_bound >= value - base for end in ends)
+    enough = effective_sample_size(weight) >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * n)
+    digits[ENOUGH] = str(int(enough)) * len(LEVELS)
     return {name: digit.rjust(len(LEVELS), UNDEFINED) for name, digit in digits.items()}
 
 
@@ -163,11 +189,18 @@ def coverage(seed: int) -> Found:
     }
 
 
-def counts(lines: Lines) -> Mapping[str, Mapping[str, np.ndarray]]:
-    """By interval and cell of the grid, how many logs are covered at each level."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+def has_all_sequences(found: Found) -> bool:
+    """Whether a log was simulated after the sequences of differences came in."""
+    return all({ENOUGH, *BOUNDS} <= digits.keys() for digits in found.values())
+
+
+def counts(lines: Lines, *, enough: bool = False) -> Counts:
+    """By interval and cell of the grid, how many logs are covered at each level; of those with ENOUGH alone if wanted."""
+    found: Counts = {}
     for line in lines.values():
         for cell, digits in line.found.items():
+            if enough and not int(digits[ENOUGH][0]):
+                continue
             for name, hits in digits.items():
                 total = found.setdefault(name, {}).setdefault(cell, np.zeros(len(LEVELS)))
                 total += [np.nan if hit == UNDEFINED else int(hit) for hit in hits]
@@ -175,18 +208,19 @@ def counts(lines: Lines) -> Mapping[str, Mapping[str, np.ndarray]]:
 
 
 def report(lines: Lines, path: Path) -> list[str]:
-    found, logs = counts(lines), len(lines)
+    found, among, logs = counts(lines), counts(lines, enough=True), len(lines)
+    asked = {cell: int(hits[REPORTED]) for cell, hits in found.pop(ENOUGH).items()}
     plot = path.with_name("calibration-coverage.png")
     _plot(found, logs, plot)
     rows = [("interval", "coverage at 95%, least and most of the grid", "below nominal at 95%")]
+    short = set[str]()  # cells of the grid in which a bound of a difference covers less than it says
     for name, cells in found.items():
         shares = {cell: hits[REPORTED] / logs for cell, hits in cells.items()}
-        below = [
-            f"{cell}: {share:.1%}" for cell, share in shares.items()
-            if clopper_pearson(round(share * logs), logs)[1] < LEVELS[REPORTED]
-        ]  # fmt: skip
-        rows.append((name, f"{min(shares.values()):.1%} to {max(shares.values()):.1%}", "; ".join(below) or "nowhere"))
-    own = _own(found, logs)
+        low = {cell: share for cell, share in shares.items() if below(share * logs, logs, LEVELS[REPORTED])}
+        short |= low.keys() if name in BOUNDS else set()
+        told = "; ".join(f"{cell}: {share:.1%}" for cell, share in low.items()) or "nowhere"
+        rows.append((name, f"{min(shares.values()):.1%} to {max(shares.values()):.1%}", told))
+    own = _own(found, among, asked, logs)
     return [
         "## Intervals",
         "",
@@ -195,16 +229,27 @@ def report(lines: Lines, path: Path) -> list[str]:
             f"policy mixed in, {OVERLAP['near']:.0%} (near) or {OVERLAP['far']:.0%} (far). Below nominal: the upper "
             "Clopper-Pearson limit lies under the level. TIS and WIS are (weighted) trajectory importance sampling, PDIS to MDR "
             "the estimators of the reports, with the nuisances of the gate. HCOPE, logarithmic smoothing (horizon 1 only), leg A "
-            "and its t-bound are one-sided lower bounds, of the value or, for leg "
-            f"A, of the gain; its nuisances are fitted on 7 episodes for 3 that judge. {cost(lines)}"
+            "and its t-bound are one-sided lower bounds, of the value or, for leg A, of the gain; its nuisances are fitted on 7 "
+            "episodes for 3 that judge. Differences are to the logged mean return, with a one-sided bound on either side; at "
+            f"horizon 1 that by WDR is by DR, and WPDIS is SNIPW. {cost(lines)}"
         ),
         *table(*rows),
         *prose(
-            "The gate decides by one of them, the one-sided confidence sequence of leg A, and by that of leg C as well where the "
-            "state is not Markov; from 500 episodes on, and only where the findings on weights, influence and visits do not "
-            "object. The others stand in reports. Leg B, which may upgrade a certificate, is a test by betting and no interval. "
-            "Where a row above names n 100, the gate does not look; where it names more episodes, the gate does not use that "
-            "interval" + (" — except for its own:" if own else ".")
+            "The gate decides by the one-sided confidence sequence of leg A, and by that of leg C as well where the state is not "
+            "Markov; from 500 episodes on, and only where the findings on weights, influence and visits do not object. `offrl "
+            "evaluate` answers by a sequence too: around the difference by MDR, which is leg A on two folds, where there is one, "
+            "else by WDR, and without a model of the values by WPDIS. The others stand in reports. Leg B, which may upgrade a "
+            "certificate, is a test by betting and no interval. Where a row above names n 100, neither looks; where it names more "
+            "episodes, neither uses that interval, or only on logs that are enough for it: leg C, and the differences by WDR and "
+            f"WPDIS, are asked where there are {TRAJECTORY_EPISODES} effective episodes, and {TRAJECTORY_SHARE:.0%} of all. Over "
+            f"all logs a bound of theirs falls below nominal in {len(short)} of {len(asked)} regimes, and in "
+            f"{sum(asked[cell] < FEWEST for cell in short)} of these fewer than {FEWEST} logs have as many: not asked. What the "
+            "lower and the upper bound cover at 95% on the logs that have:"
+        ),
+        *table(("regime", f"logs with {ENOUGH}", *SEQUENCES), *_asked(among, asked, logs)),
+        *prose(
+            f"Where {FEWEST} logs ask, what is decided by covers what it says at every level"
+            + (", but for:" if own else ".")
         ),
         *[f"- {each}" for each in own],
         *[""] * bool(own),
@@ -213,20 +258,28 @@ def report(lines: Lines, path: Path) -> list[str]:
     ]
 
 
-def _own(found: Mapping[str, Mapping[str, np.ndarray]], logs: int) -> list[str]:
-    """Where the gate's own bound covers less than it says, with enough episodes for a look."""
+def _asked(among: Counts, asked: Mapping[str, int], logs: int) -> Iterator[tuple[str, ...]]:
+    """By regime, what lower and upper bounds of differences cover at 95% where they are asked."""
+    for cell, n in asked.items():
+        shares = [among[name][cell][REPORTED] / n if n >= FEWEST else np.nan for name in BOUNDS]
+        told = [f"{low:.1%} and {high:.1%}" for low, high in zip(shares[::2], shares[1::2], strict=True)]
+        yield cell, plain(n, logs), *(told if n >= FEWEST else ["not asked"] * len(told))
+
+
+def _own(found: Counts, among: Counts, asked: Mapping[str, int], logs: int) -> list[str]:
+    """Where a bound that is decided by covers less than it says: leg A from the first look on, the others where asked."""
     sentences = []
-    for cell, hits in found.get(GATE, {}).items():
-        for level, hit in list(zip(LEVELS, hits, strict=True))[1:]:
-            if not cell.startswith("n 100,") and clopper_pearson(int(hit), logs)[1] < level:
-                sentences.append(f"{cell}: {hit:.0f} of {logs} at {level:.0%}")
+    for name, cell in product((GATE, *BOUNDS), asked):
+        counted, n = (among, asked[cell]) if name in BOUNDS else (found, 0 if cell.startswith("n 100,") else logs)
+        for level, hit in list(zip(LEVELS, counted.get(name, {}).get(cell, ()), strict=False))[1:]:
+            if n >= FEWEST and below(hit, n, level):
+                sentences.append(f"{name}, {cell}: {hit:.0f} of {n} at {level:.0%}")
     return sentences
 
 
-def _plot(found: Mapping[str, Mapping[str, np.ndarray]], logs: int, path: Path) -> None:
+def _plot(found: Counts, logs: int, path: Path) -> None:
     """One panel per interval, one line per cell, dotted where the overlap is poor; bands where the measurement is exact."""
-    across = 4
-    figure, grid = plt.subplots(-(-len(found) // across), across, figsize=(11, 11), sharex=True, sharey=True)
+    figure, grid = plt.subplots(-(-len(found) // 4), 4, figsize=(11, 0.46 * len(found)), sharex=True, sharey=True)
     low, high = np.array([clopper_pearson(round(level * logs), logs) for level in LEVELS]).T
     for axes in grid.ravel()[len(found) :]:
         axes.set_visible(False)
@@ -244,4 +297,4 @@ def _plot(found: Mapping[str, Mapping[str, np.ndarray]], logs: int, path: Path) 
     save(figure, path)
 
 
-EXPERIMENTS = {"coverage": Experiment(coverage, 1_000, report)}
+EXPERIMENTS = {"coverage": Experiment(coverage, 1_000, report, has_all_sequences)}

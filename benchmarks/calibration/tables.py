@@ -21,6 +21,11 @@ def clopper_pearson(passes: int, logs: int, level: float = 0.95) -> tuple[float,
     return low, high
 
 
+def below(passes: float, logs: int, level: float) -> bool:
+    """Whether a share is less than `level`, whatever chance did."""
+    return clopper_pearson(round(passes), logs)[1] < level
+
+
 def allowed(logs: int, share: float = 0.05) -> int:
     """Most passes of so many logs at which the true share is at most `share` with 95% confidence; -1 where none are."""
     passes = np.arange(logs)

@@ -51,11 +51,11 @@ def assess(
     with progress() as update:
         given = read(paths, contract, update, salt)
         policy = target(given)
-        episodes, propensities, ece = _with_propensities(given, policy, effort, update)
+        episodes, propensities, ece, rare = _with_propensities(given, policy, effort, update)
         ratio = finite("the ratio", policy.ratio(episodes))
         with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
             values, why = _values(given, episodes, policy, ratio, effort, update)
-            found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort)
+            found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort, rare)
     return _plain(
         {
             "policy": policy.card,
@@ -77,15 +77,16 @@ def assess(
 
 def _with_propensities(
     given: Assessed, target: Target, effort: Effort, update: Update
-) -> tuple[Episodes, str, float | None]:
-    """The episodes, where their propensities come from, and the calibration error of those that were estimated."""
+) -> tuple[Episodes, str, float | None, np.ndarray | None]:
+    """The episodes and where their propensities come from; of those that were estimated, the calibration error and the policy's
+    mass in each row where the behavior is rare."""
     episodes, contract = given.episodes, given.contract
     if contract.action_prob:
-        return episodes, LOGGED, None
+        return episodes, LOGGED, None, None
     if contract.action.continuous:
         require_density(episodes, contract.action.dimension_names)
-    estimated, ece = with_propensities(episodes, contract.tabular_states, effort, update)
-    return estimated, ESTIMATED, ece
+    estimated, ece, rare = with_propensities(episodes, target, contract.tabular_states, effort, update)
+    return estimated, ESTIMATED, ece, rare
 
 
 def _values(
@@ -107,6 +108,7 @@ def _found(
     propensities: str,
     states: int | None,
     effort: Effort,
+    rare: np.ndarray | None = None,
 ) -> dict[str, Any]:
     unit = units.units_of(episodes, effort.seed)
     samples = units.samples_of(unit, effort.seed)
@@ -121,7 +123,7 @@ def _found(
     alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
     name = answers.headline(terms)
     gain = answers.gain(name, terms[name], returns, unit, alpha)
-    said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns))
+    said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns), rare)
     if np.isfinite(gain.estimate):
         said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
     direct = intervals.get("DM", intervals.get("FQE"))

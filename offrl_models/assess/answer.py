@@ -8,16 +8,14 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from offrl_models import course
+from offrl_models.assess.overlap import THRESHOLDS, Check, check, effective_check, ratio_checks, support_check
 from offrl_models.assess.target import Target
-from offrl_models.assess.units import pooled
 from offrl_models.assess.values import Values, logged_returns
-from offrl_models.gate import GateConfig
 from offrl_models.ope.behavior import estimate_propensities
 from offrl_models.ope.diagnostics import (
     effective_sample_size,
     gamma_star,
     largest_share,
-    mean_ratio_z,
     pareto_k,
     pareto_k_limit,
     without_most_influential,
@@ -33,26 +31,13 @@ from offrl_models.ope.intervals import (
     difference,
 )
 from offrl_models.ope.sequences import completed
+from offrl_models.ope.units import independent, pooled
 from offrl_models.schema import Episodes
 
-THRESHOLDS = GateConfig()  # those of the gate
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
 MODELLED = ("MDR", "DM")  # estimators that no propensity of a single row enters, once their model is fitted
-EFFECTIVE_EPISODES = 100.0  # floor
 ROUNDING = 1e-12  # of a difference that is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that an assumption asks for. A `grave` one that fails leaves the logs with nothing to say."""
-
-    name: str
-    holds: bool
-    value: float
-    asked: str  # of the value
-    sentence: str  # what is wrong; empty where it holds
-    grave: bool
 
 
 @dataclass(frozen=True)
@@ -141,10 +126,6 @@ def gain(name: str, minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episod
     return Gain(name, estimate, lower, upper, 1 - alpha, largest_share(each))
 
 
-def _check(name: str, holds: bool, value: float, asked: str, otherwise: str, *, grave: bool = False) -> Check:
-    return Check(name, bool(holds), float(value), asked, "" if holds else otherwise, grave)
-
-
 def checks(
     episodes: Episodes,
     target: Target,
@@ -152,69 +133,39 @@ def checks(
     values: Values | None,
     found: Gain,
     without_top: float,
+    rare: Float64[np.ndarray, "rows"] | None = None,
 ) -> list[Check]:
-    """What the answer rests on, in the order in which it decides."""
+    """What the answer rests on, in the order in which it decides.
+
+    `rare` is the policy's mass in each row where an estimate of the behavior is rare, if there is one.
+    """
+    number = independent(episodes)
+    noun = "episodes" if number == episodes.n_episodes else "entities"
     said = [
-        *_ratio_checks(episodes, target, ratio),
-        _check("episodes", episodes.n_episodes >= THRESHOLDS.first_look, episodes.n_episodes,
-               f"at least {THRESHOLDS.first_look}",
-               f"{episodes.n_episodes} episodes are fewer than {THRESHOLDS.first_look}"),
-        _effective_check(episodes, ratio, values),
+        *ratio_checks(episodes, target, ratio),
+        support_check(episodes, target, ratio, rare),
+        check(noun, number >= THRESHOLDS.first_look, number, f"at least {THRESHOLDS.first_look}",
+              f"{number} {noun} are fewer than {THRESHOLDS.first_look}"),
+        effective_check(episodes, ratio, values),
     ]  # fmt: skip
     if not np.isfinite(found.estimate):
         return said
     most, share, sign = THRESHOLDS.largest_share, found.largest_share, 1.0 if found.estimate >= 0 else -1.0
     return [
         *said,
-        _check("largest share", share <= most, share, f"at most {most:g}",
-               f"one episode carries {share:.1%} of the difference, more than {most:.0%}"),
-        _check("influence", sign * without_top >= -ROUNDING, without_top, "the same sign",
-               f"without its 0.5% most influential episodes the difference is {without_top:+.3g}, of another sign"),
+        check("largest share", share <= most, share, f"at most {most:g}",
+              f"one episode carries {share:.1%} of the difference, more than {most:.0%}"),
+        check("influence", sign * without_top >= -ROUNDING, without_top, "the same sign",
+              f"without its 0.5% most influential episodes the difference is {without_top:+.3g}, of another sign"),
     ]  # fmt: skip
-
-
-def _ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"]) -> list[Check]:
-    """Whether the propensities are those of whoever acted, and the log shows what the policy plays."""
-    z, limit = mean_ratio_z(ratio), THRESHOLDS.mean_ratio_z
-    lost = f"{1 - ratio.mean():.1%} of the policy's choices are ones that the log never shows, or its propensities are wrong"
-    wrong = "the propensities are not those of whoever acted"
-    asked, mean = f"|z| under {limit:g}", ratio.mean()
-    said = [
-        _check("mean ratio", abs(z) < limit, z, asked,
-               f"the mean importance ratio is {mean:.3f} (z = {z:.1f} against 1): {lost if z < 0 else wrong}", grave=True)
-    ]  # fmt: skip
-    if target.choices is not None:
-        worst = target.choices.worst_z(ratio)
-        said.append(
-            _check("mean ratio per action", abs(worst) < limit, worst, asked,
-                   f"the mean ratio of one action has z = {worst:.1f}: the log never shows it where the policy plays it, or its "
-                   "propensities are wrong", grave=True)
-        )  # fmt: skip
-    return said
-
-
-def _effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> Check:
-    """How much the weights are worth that the difference is made with: of transitions, or of whole episodes."""
-    if values is not None and values.weight is not None:
-        noun, weight, of, floor = "transitions", values.weight, episodes.n_rows, THRESHOLDS.effective_transitions
-    else:
-        noun, weight, of, floor = (
-            "episodes",
-            trajectory_weights(episodes, ratio),
-            episodes.n_episodes,
-            EFFECTIVE_EPISODES,
-        )
-    effective = effective_sample_size(weight) if np.isfinite(weight).all() else 0.0
-    return _check(f"effective {noun}", effective >= floor, effective, f"at least {floor:g}",
-                  f"{effective:,.0f} effective {noun} of {of:,} are fewer than {floor:,.0f}")  # fmt: skip
 
 
 def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
     """The direct method may not contradict a difference that is settled."""
     apart = direct.estimate - logged
     settled = 1.0 if found.lower_bound > 0 else -1.0 if found.upper_bound < 0 else 0.0
-    return _check("direct method", settled * apart >= 0, apart, "no other sign",
-                  f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
+    return check("direct method", settled * apart >= 0, apart, "no other sign",
+                 f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
 
 
 def newer_check(
@@ -226,10 +177,10 @@ def newer_check(
     width = confidence_sequence_width(units, alpha=alpha, planned=units) * np.sqrt(units)
     left = course.kept(outcome, oldest, alpha=alpha, width=width, unit=unit)
     older, newer = (half.difference for half in course.halves(outcome, oldest, alpha))
-    return _check("newer half", not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING, left.lower_bound,
-                  "above 0 where the whole is", "the newer half of the log does not show that the gain is still there: the "
-                  f"difference was {older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at "
-                  f"least {left.lower_bound:+.3g}")  # fmt: skip
+    return check("newer half", not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING, left.lower_bound,
+                 "above 0 where the whole is", "the newer half of the log does not show that the gain is still there: the "
+                 f"difference was {older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at "
+                 f"least {left.lower_bound:+.3g}")  # fmt: skip
 
 
 def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) -> dict[str, Any]:
@@ -263,8 +214,8 @@ def influence(minuend: Terms, base: Terms) -> float:
 def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
     """One word, and one sentence that says why."""
     level = f"{found.level:.1%}".replace(".0%", "%")
-    broken = [check for check in said if not check.holds]
-    grave = next((check for check in broken if check.grave), None)
+    broken = [each for each in said if not each.holds]
+    grave = next((each for each in broken if each.grave), None)
     if grave:
         return "unusable", f"These logs cannot judge this policy: {grave.sentence}."
     if not np.isfinite([found.estimate, found.lower_bound, found.upper_bound]).all():
@@ -285,7 +236,7 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
         )
     between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
     settled = found.lower_bound > ROUNDING or found.upper_bound < -ROUNDING
-    reasons = [check for check in broken if settled or check.name != "influence"]
+    reasons = [each for each in broken if settled or each.name != "influence"]
     why = f"; {reasons[0].sentence}" if reasons else ""
     return "unsettled", (
         "These logs do not settle whether the policy is better than the one that wrote them: the difference is "

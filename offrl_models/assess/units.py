@@ -3,7 +3,6 @@
 import numpy as np
 from jaxtyping import Int64
 
-from offrl_models.ope.importance import Terms
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.schema import Episodes
 
@@ -17,18 +16,6 @@ def units_of(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
     distinct, place = np.unique(entity, return_inverse=True)
     number = np.random.default_rng(seed).permutation(len(distinct)) % min(len(distinct), MOST_UNITS)
     return number[place.ravel()]
-
-
-def pooled(terms: Terms, unit: Int64[np.ndarray, "episodes"]) -> Terms:
-    """The same estimate with one row per unit, in their order: a ratio of sums over units, in which larger ones count for more."""
-    order = np.argsort(unit, kind="stable")
-    starts = np.flatnonzero(np.append(True, np.diff(unit[order]) > 0))
-    if len(starts) == len(unit):
-        bottom = None if terms.denominator is None else terms.denominator[order]
-        return Terms(terms.top[order], bottom, terms.weighted)
-    bottom = np.ones_like(terms.numerator) if terms.denominator is None else terms.denominator
-    numerator, denominator = (np.add.reduceat(part[order], starts, axis=0) for part in (terms.numerator, bottom))
-    return Terms(numerator, denominator)
 
 
 def samples_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> BootstrapSamples:

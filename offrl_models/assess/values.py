@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float64
 from offrl_models.algorithms import BCConfig
 from offrl_models.assess.log import SALT
 from offrl_models.assess.target import FunctionPolicy, Target
+from offrl_models.choices import Choices, Draws, Probabilities, rare_mass
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import buckets
 from offrl_models.densities import MixtureDensity, log_density_of
@@ -90,13 +91,16 @@ def _folds(episodes: Episodes) -> Iterator[_Fold]:
         yield _Fold(number, episodes.take(~mine), episodes.take(mine), mine[episodes.episode_of_row], mine)
 
 
-def with_propensities(episodes: Episodes, states: int | None, effort: Effort, update: Update) -> tuple[Episodes, float]:
-    """The episodes with estimated propensities, and the calibration error of the model behind them.
+def with_propensities(
+    episodes: Episodes, target: Target, states: int | None, effort: Effort, update: Update
+) -> tuple[Episodes, float, Float64[np.ndarray, "rows"] | None]:
+    """The episodes with estimated propensities; the calibration error of the model behind them; and by that model the share of
+    the policy's mass in each row where the behavior is rare, None where only the probability of logged actions is known.
 
     They are counted in these very episodes where the observation is one category; else each fold's are those of a clone of
     the other fold, calibrated on the fold itself.
     """
-    found, errors = np.empty(episodes.n_rows), []
+    found, rare, errors = np.empty(episodes.n_rows), np.empty(episodes.n_rows), []
     for fold in _folds(episodes):
         clone = (
             _clone(fold, effort, update) if states is None else behavior.estimate_table(fold.others, states, fold.held)
@@ -105,15 +109,26 @@ def with_propensities(episodes: Episodes, states: int | None, effort: Effort, up
             spread = density.calibrated(clone, fold.held, "temperature")
             errors.append(density.calibration(fold.held, spread)["ece"])
             found[fold.rows] = np.exp(log_density_of(spread, fold.held))
-            continue
-        model = behavior.calibrated(clone, fold.held, "temperature") if states is None else clone
-        probs = probs_of(model, fold.held)
-        errors.append(behavior.calibration(fold.held, probs)["ece"])
-        found[fold.rows] = probs[np.arange(fold.held.n_rows), fold.held.action]
+            acted: Choices = Draws(fold.held, _CloneDensity(spread))
+        else:
+            model = behavior.calibrated(clone, fold.held, "temperature") if states is None else clone
+            acted = Probabilities(fold.held, probs_of(model, fold.held))
+            errors.append(behavior.calibration(fold.held, acted.probs)["ece"])
+            found[fold.rows] = acted.taken
+        if target.choices is not None:
+            rare[fold.rows] = rare_mass(_on(fold, target.choices), acted, GateConfig().rare_prob)
     if states is not None:
         found = behavior.estimate_propensities(episodes, states)
     floored = np.maximum(found, behavior.FLOOR) if episodes.n_actions else density.floored(found)
-    return replace(episodes, action_prob=floored), float(np.mean(errors))
+    known = rare if target.choices is not None else None
+    return replace(episodes, action_prob=floored), float(np.mean(errors)), known
+
+
+def _on(fold: _Fold, choices: Choices) -> Choices:
+    """What the policy does in the rows of a fold that are held."""
+    if isinstance(choices, Probabilities):
+        return Probabilities(fold.held, choices.probs[fold.rows])
+    return Draws(fold.held, choices.policy)
 
 
 def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture | MixtureDensity:

@@ -13,6 +13,7 @@ from offrl_models.logs.tally import zero_mean_z
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import finite, weights_by_step
+from offrl_models.ope.units import Units, summed
 from offrl_models.schema import Episodes, InputError
 
 FEWEST_IN_TAIL = 5  # values that a distribution can be fitted to
@@ -234,6 +235,7 @@ def gamma_star_of_bound(
     outcome: Float64[np.ndarray, "episodes"],
     correction: Float64[np.ndarray, "rows"],
     width: float,
+    unit: Units | None = None,
 ) -> float:
     """An odds ratio of hidden confounding under which a lower bound stays above 0: mean less `width` standard deviations.
 
@@ -241,7 +243,8 @@ def gamma_star_of_bound(
     gamma^t omega rho [r + gamma V(s') - Q]. By the model of `confounded_bounds` it may have been anything from
     mu + (1 - mu) / Gamma to mu + (1 - mu) Gamma times that. The bound is taken at the least mean and the greatest spread that
     any choice in every row leaves, which no single choice has at once: what confounding it takes may be more, never less. Values
-    and visits are taken as they were fitted. inf beyond LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
+    and visits are taken as they were fitted. `unit` is the entity of each episode, where entities have several. inf beyond
+    LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
 
     Raises InputError for continuous actions, whose densities have no odds.
     """
@@ -249,6 +252,8 @@ def gamma_star_of_bound(
         raise InputError("hidden confounding is bounded by odds, which densities of continuous actions do not have.")
     hidden = (1.0 - episodes.action_prob) * finite("the correction", correction)
     gained, lost = (episodes.sum_per_episode(np.maximum(sign * hidden, 0.0)) for sign in (1.0, -1.0))
+    if unit is not None:  # totals of entities, in units of an entity's share of the episodes
+        outcome, gained, lost = (summed(each, unit) * (unit.max() + 1) / len(unit) for each in (outcome, gained, lost))
 
     def left(log_odds: float) -> float:
         less, more = -math.expm1(-log_odds), math.expm1(log_odds)

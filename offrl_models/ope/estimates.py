@@ -15,6 +15,7 @@ from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain, trajectory_weights
 from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
 from offrl_models.ope.sequences import completed
+from offrl_models.ope.units import Units, by, per_unit, summed
 from offrl_models.schema import Episodes
 
 LEVEL = 0.95  # of the two-sided intervals in reports
@@ -66,6 +67,7 @@ def refitted(
     episodes: Episodes,
     samples: Samples,
     level: float,
+    unit: Units | None = None,
 ) -> dict[str, Interval]:
     """Percentile bootstrap over episodes that fits the propensities again in each of its first REFITS samples.
 
@@ -76,7 +78,8 @@ def refitted(
     rows = itertools.chain.from_iterable([samples] if isinstance(samples, np.ndarray) else samples)
     found = []
     for row in itertools.islice(rows, REFITS):
-        share = row.astype(np.float64) / row.sum(dtype=np.float64)
+        count = row if unit is None else row[unit]
+        share = count.astype(np.float64) / count.sum(dtype=np.float64)
         found.append([terms.estimate(share) for terms in terms_of(refit(share * len(share))).values()])
     ends = np.quantile(np.array(found), [(1 - level) / 2, (1 + level) / 2], axis=0)
     method = "percentile bootstrap over episodes, propensities fitted again in every sample"
@@ -92,11 +95,13 @@ def estimate(
     fqe: FQEValues,
     samples: Samples,
     refit: Refit | None = None,
+    unit: Units | None = None,
 ) -> list[Estimates]:
     """All estimators of the value of each policy of `fqe`, whose ratios are given, on the same bootstrap samples.
 
     Each sample is drawn and gone through once for all policies. What lies past a truncation is the policy's fitted value in
-    all of its estimators. `refit` fits estimated propensities again.
+    all of its estimators. `refit` fits estimated propensities again. `unit` is the entity of each episode, where entities have
+    several: samples and standard errors are then of entities.
     """
     found, terms = [dict[str, Interval]() for _ in ratios], dict[tuple[int, str], Terms]()
     with np.errstate(
@@ -106,16 +111,16 @@ def estimate(
             valued = completed(episodes, fqe.next_v[policy])
             model = Model.of(valued, fqe.q[policy], fqe.v[policy])
             if refit is None:
-                terms |= {(policy, name): each for name, each in all_terms(valued, ratio, model).items()}
+                terms |= {(policy, name): by(each, unit) for name, each in all_terms(valued, ratio, model).items()}
             else:
                 again = partial(_reweighted, valued, ratio * episodes.action_prob, model)
-                found[policy] |= refitted(again, refit, episodes, samples, LEVEL)
+                found[policy] |= refitted(again, refit, episodes, samples, LEVEL, unit)
         if terms:
             for (policy, name), interval in bootstrap_all(terms, samples, LEVEL).items():
                 found[policy][name] = interval
         for policy, intervals in enumerate(found):
-            intervals["FQE"] = ensemble(fqe.members(policy), fqe.initial[policy].mean(0), LEVEL)
-        effective = [effective_sample_size(trajectory_weights(episodes, ratio)) for ratio in ratios]
+            intervals["FQE"] = ensemble(fqe.members(policy), per_unit(fqe.initial[policy].mean(0), unit), LEVEL)
+        effective = [effective_sample_size(summed(trajectory_weights(episodes, ratio), unit)) for ratio in ratios]
     return [Estimates(*each) for each in zip(found, effective, strict=True)]
 
 

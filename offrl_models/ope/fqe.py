@@ -21,6 +21,7 @@ from offrl_models.distributions import Actions
 from offrl_models.exported import Exported, OnnxDensity, OnnxPolicy
 from offrl_models.logs.contract import Strict
 from offrl_models.losses import squared_error, td_target
+from offrl_models.ope.units import entities_of, independent
 from offrl_models.policies import next_mask_or_all
 from offrl_models.schema import Episodes
 
@@ -94,9 +95,10 @@ class FQEValues:
 
 
 def bootstrap_rows(episodes: Episodes, transitions: Transitions, seed: int) -> Tensor:
-    """The usable rows of a bootstrap resample of episodes."""
-    n = episodes.n_episodes
+    """The usable rows of a bootstrap resample of episodes, or of entities where one has several."""
+    unit, n = entities_of(episodes), independent(episodes)
     count = np.bincount(np.random.default_rng(seed).integers(0, n, n), minlength=n)
+    count = count if unit is None else count[unit]
     copies = torch.as_tensor(count[episodes.episode_of_row], device=transitions.rows.device)
     return transitions.rows.repeat_interleave(copies[transitions.rows])
 

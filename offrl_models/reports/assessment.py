@@ -67,7 +67,8 @@ small { color: #718096; } img { max-width: 100%; display: block; }
 </table>
 <h2>How much hangs on few episodes</h2>
 {% if weights %}<p><img alt="Importance weights of episodes" src="data:image/png;base64,{{ weights }}"></p>{% endif %}
-<p>{{ tail }}</p>
+<p>{{ tail }} Where weights are worth few episodes, intervals of the estimators that weigh with them may cover the value less
+often than they say; the answer is read off none of these intervals.</p>
 <h2>How it was done</h2>
 <p>Policy: {{ e.policy.kind }}{% if e.policy.sha256 %}, sha256 {{ e.policy.sha256[:16] }}{% endif %}. Observed:
 {{ e.log.observed | join(", ") }}. Reward: {{ e.log.reward.column }}, from {{ e.log.reward.range[0] }} to

@@ -28,6 +28,7 @@ from offrl_models.ope.diagnostics import (
 )
 from offrl_models.ope.importance import Terms, trajectory_weights
 from offrl_models.ope.intervals import ROUNDING, confidence_sequence_width
+from offrl_models.ope.units import per_unit, planned_units
 from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
 from offrl_models.reports.where import where_apart
 
@@ -45,7 +46,12 @@ def episodes_needed(measures: Measures, config: GateConfig) -> int | None:
     gap = measures.difference - config.margin
 
     def width(episodes: int) -> float:
-        return confidence_sequence_width(episodes, alpha=measures.alpha, planned=config.planned_episodes)
+        """Of so many episodes, of entities that have as many each as now."""
+        planned, units = (
+            planned_units(number, measures.episodes, measures.independent)
+            for number in (config.planned_episodes, episodes)
+        )
+        return confidence_sequence_width(units, alpha=measures.alpha, planned=planned)
 
     spread = (measures.difference - measures.lower_bound) / width(measures.episodes)
     if not gap > 0 or spread * width(MOST_EPISODES) >= gap:
@@ -76,8 +82,10 @@ def canary_share(
 def _gamma_star(found: Evaluation, rung: Measured, config: GateConfig) -> float | None:
     """Of the bound that passed."""
     measures = rung.measures
-    width = confidence_sequence_width(measures.episodes, alpha=measures.alpha, planned=config.planned_episodes)
-    return _plain(gamma_star_of_bound(found.episodes, rung.leg.outcome - config.margin, rung.leg.correction, width))
+    planned = planned_units(config.planned_episodes, measures.episodes, measures.independent)
+    width = confidence_sequence_width(measures.independent, alpha=measures.alpha, planned=planned)
+    outcome, unit = rung.leg.outcome - config.margin, found.unit
+    return _plain(gamma_star_of_bound(found.episodes, outcome, rung.leg.correction, width, unit))
 
 
 def _clipped(found: Evaluation, own: Paired) -> list[float]:
@@ -126,7 +134,7 @@ def detail(
     """Plain JSON for the page and its pictures, with what people call actions and categories in the place of their codes."""
     gate, ratio, measures = found.episodes, found.ratio[name], rung.measures
     weight = np.minimum(trajectory_weights(gate, ratio), LARGEST_WEIGHT)
-    pull = np.sort(np.abs(rung.leg.outcome))[::-1]
+    pull = np.sort(np.abs(per_unit(rung.leg.outcome, found.unit)))[::-1]
     mine, theirs = found.choices[name], found.choices[champion]
     differs = apart(mine, theirs)
     confounded = status is Status.PASS and gate.n_actions > 0  # a density has no odds
@@ -162,7 +170,7 @@ def draw(
     the behavior model, and the course of the gain."""
     figure, axes_of = plt.subplot_mosaic("123;456;777", figsize=(12.6, 8.4))
     first, second, third, clip, fourth, calibrated, course = (axes_of[name] for name in "1234567")
-    episodes = measures["episodes"]
+    episodes, independent = measures["episodes"], measures["entities"] or measures["episodes"]
     first.plot(np.linspace(0, 100, 101), found["weights"], color=BLUE)
     first.set_yscale("symlog", linthresh=0.01)
     first.set_title("weight of an episode, by percentile", fontsize=9, loc="left")
@@ -170,10 +178,14 @@ def draw(
     second.plot(range(1, len(sizes) + 1), sizes, color=BLUE)
     second.set_ylim(0, episodes)
     second.set_title(f"effective sample size by step, of {episodes:,} episodes", fontsize=9, loc="left")
-    share = np.arange(1, len(found["influence"]) + 1) / episodes * 100
+    share = np.arange(1, len(found["influence"]) + 1) / independent * 100
     third.plot(share, np.array(found["influence"]) * 100, color=BLUE)
     third.axhline(5, color=GRAY, linestyle="--", linewidth=1)
-    third.set_title("% of the sum of |X| carried by the top % of the episodes", fontsize=9, loc="left")
+    third.set_title(
+        f"% of the sum of |X| carried by the top % of the {'entities' if measures['entities'] else 'episodes'}",
+        fontsize=9,
+        loc="left",
+    )
     place = np.arange(len(found["actions"]))
     for key, color, shift in (("champion", GRAY, -0.2), ("policy", ORANGE, 0.2)):
         fourth.bar(place + shift, [row[key] for row in found["actions"]], 0.4, color=color, label=key)

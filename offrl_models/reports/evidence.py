@@ -23,14 +23,19 @@ from offrl_models.selection import TRIED, worth
 
 LOGGED = "logged"
 STATEMENT = (
-    "This holds if the logged propensities are right, episodes are independent, deployment is like the logs of the gate "
-    "split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a Markov state, whose "
+    "This holds if the logged propensities are right, episodes of different entities are independent, deployment is like the "
+    "logs of the gate split, the logged reward is the one that matters, and (for the marginalised bound) the observation is a "
+    "Markov state, whose "
     "fitted values and visits converge to the true ones. It does not cover hidden confounding beyond the factor that is named "
     "where it can be told, later drift, states never visited, harm to subgroups that the gate was not run for, "
     "bad tails behind a good mean, or poisoned logs."
 )
 EXACT_NOTE = (
     "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
+)
+FEW = (
+    "ESS: how many equally weighted episodes the weights of whole episodes are worth. Where it is small, intervals of what weighs "
+    "with them may cover the value less often than they say; the verdict reads none of them."
 )
 COMPARISON_NOTE = (
     "a comparison that decides nothing: on the left the estimate from the gate split for a policy that plays as often as "
@@ -66,6 +71,7 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
 {% if e.exact %}<td class="exact">{{ number(e.exact["values"][row.policy], digits + 1) }}</td>{% endif %}</tr>{% endfor %}
 </table>
+<p>{{ few }}</p>
 {% if e.exact %}<p>* {{ e.exact.note }}.</p>
 {% if e.exact.rankings %}<table class="exact"><tr><th class="l">ranked by*</th><th>Spearman</th><th>regret@1</th>
 <th>regret@{{ e.exact.tried }}</th><th>SharpeRatio@{{ e.exact.tried }}</th><th>type I error</th><th>type II error</th></tr>
@@ -195,6 +201,7 @@ def write(
         rows=rows,
         estimators=ESTIMATORS,
         compared=STATED,
+        few=FEW,
         number=_number,
         gain=_gain,
         digits=_decimals(evidence),

@@ -203,7 +203,7 @@ class _Look:
             self.ledger_path,
             ledger.Look(
                 self.hypothesis, self.champion.digest, self.gate_data, today, level.alpha, level.spends, verdict.status,
-                verdict.measures.e_value, self.config.split_by,
+                verdict.measures.e_value, self.config.split_by, self.digests,
             ),
         )  # fmt: skip
 

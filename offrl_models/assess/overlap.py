@@ -1,0 +1,124 @@
+"""Whether a log can speak of a policy: its propensities are right, it goes where the policy goes, and often enough."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.stats import norm
+
+from offrl_models.assess.target import Target
+from offrl_models.assess.values import Values
+from offrl_models.choices import Probabilities
+from offrl_models.gate import GateConfig
+from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE
+from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
+from offrl_models.ope.importance import trajectory_weights
+from offrl_models.ope.units import entities_of, summed
+from offrl_models.schema import Episodes
+
+THRESHOLDS = GateConfig()  # those of the gate
+SURE = 3.0  # standard errors, or a chance as small, by which a mass that nothing measures has to be over the limit
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that an assumption asks for. A `grave` one that fails leaves the logs with nothing to say."""
+
+    name: str
+    holds: bool
+    value: float
+    asked: str  # of the value
+    sentence: str  # what is wrong; empty where it holds
+    grave: bool
+
+
+def check(name: str, holds: bool, value: float, asked: str, otherwise: str, *, grave: bool = False) -> Check:
+    return Check(name, bool(holds), float(value), asked, "" if holds else otherwise, grave)
+
+
+def ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"]) -> list[Check]:
+    """Whether the propensities are those of whoever acted, and the log shows what the policy plays."""
+    z, limit = mean_ratio_z(ratio), THRESHOLDS.mean_ratio_z
+    lost = f"{1 - ratio.mean():.1%} of the policy's choices are ones that the log never shows, or its propensities are wrong"
+    wrong = "the propensities are not those of whoever acted"
+    asked, mean = f"|z| under {limit:g}", ratio.mean()
+    said = [
+        check("mean ratio", abs(z) < limit, z, asked,
+              f"the mean importance ratio is {mean:.3f} (z = {z:.1f} against 1): {lost if z < 0 else wrong}", grave=True)
+    ]  # fmt: skip
+    if target.choices is not None:
+        worst = target.choices.worst_z(ratio)
+        said.append(
+            check("mean ratio per action", abs(worst) < limit, worst, asked,
+                  f"the mean ratio of one action has z = {worst:.1f}: the log never shows it where the policy plays it, or its "
+                  "propensities are wrong", grave=True)
+        )  # fmt: skip
+    return said
+
+
+def unsupported_mass(
+    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], rare: Float64[np.ndarray, "rows"] | None
+) -> float:
+    """The share of the policy's mass at the logged decisions where the behavior plays with probability under `rare_prob`.
+
+    `rare` is that share of each row by an estimate of the behavior. Without one, it is what the logged propensities show beyond
+    chance: at least that much, and 0 where they show nothing.
+    """
+    if rare is not None:
+        return float(rare.mean())
+    return max(_short_of_one(episodes, ratio), _never_taken(episodes, target))
+
+
+def _short_of_one(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> float:
+    """A lower bound by the ratios of actions that are not rare, whose mean is the mass of all that the policy has there.
+
+    Its error is at least that of a mean at the limit: large ratios that happen to be seen too rarely look too sure by themselves.
+    """
+    least, rare = 1.0 - THRESHOLDS.unsupported_mass, THRESHOLDS.rare_prob
+    covered = np.where(episodes.action_prob >= rare, ratio, 0.0) if episodes.n_actions else ratio
+    typical = np.square(covered).sum() / max(covered.sum(), 1e-12)  # what the ratio is where the policy acts
+    error = np.sqrt(max(covered.var(), least * (typical - least)) / len(covered))
+    return max(float(1.0 - covered.mean() - SURE * error), 0.0)
+
+
+def _never_taken(episodes: Episodes, target: Target) -> float:
+    """The mass on discrete actions that the log never takes but as rare ones, unless chance may have kept them from it.
+
+    Were no more of it unsupported than may be, the rest would be spread over so many rows, at most `largest` in each, that
+    `expected` of them would be logged. The chance of none is at most exp(-expected), for each of 2^actions sets of actions.
+    """
+    if not isinstance(target.choices, Probabilities):
+        return 0.0
+    limit, rare, actions = THRESHOLDS.unsupported_mass, THRESHOLDS.rare_prob, episodes.n_actions
+    taken = np.bincount(episodes.action[episodes.action_prob >= rare], minlength=actions)
+    missed = target.choices.probs[:, taken == 0]
+    mass, largest = float(missed.sum()) / episodes.n_rows, float(missed.max(initial=0.0))
+    expected = rare * (mass - limit) * episodes.n_rows / max(largest, 1e-12)
+    return mass if expected > actions * np.log(2.0) - norm.logsf(SURE) else 0.0
+
+
+def support_check(
+    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], rare: Float64[np.ndarray, "rows"] | None
+) -> Check:
+    """Whether the log can speak of all but a little of what the policy plays; `rare` as in `unsupported_mass`."""
+    mass, most = unsupported_mass(episodes, target, ratio, rare), THRESHOLDS.unsupported_mass
+    return check("support", mass <= most, mass, f"at most {most:g}",
+                 f"{'at least ' if rare is None else ''}{mass:.1%} of the policy's mass lies where whoever acted plays with "
+                 f"probability under {THRESHOLDS.rare_prob:g} or never; at most {most:.1%} may", grave=True)  # fmt: skip
+
+
+def effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> Check:
+    """How much the weights are worth that the difference is made with: of transitions, or of whole episodes, by entity.
+
+    Floors are the gate's: of leg A for weights of single decisions, of leg C for products of them.
+    """
+    if values is not None and values.weight is not None:
+        noun, of, weight, floor = "transitions", episodes.n_rows, values.weight, THRESHOLDS.effective_transitions
+    else:
+        unit = entities_of(episodes)
+        noun, weight = "episodes" if unit is None else "entities", summed(trajectory_weights(episodes, ratio), unit)
+        of, alone = len(weight), episodes.n_rows == episodes.n_episodes
+        floor = THRESHOLDS.effective_transitions if alone else max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * of)
+    effective = effective_sample_size(weight) if np.isfinite(weight).all() else 0.0
+    return check(f"effective {noun}", effective >= floor, effective, f"at least {floor:,.0f}",
+                 f"{effective:,.0f} effective {noun} of {of:,} are fewer than {floor:,.0f}")  # fmt: skip
