@@ -6,8 +6,8 @@
 
 A run begins with logs, the candidate's probabilities pi(a|s) and a table Q(s, a) of every row, all in memory, and ends with
 estimates or, where names end in `ci`, with intervals. Where names say `rows` or `ten`, it begins with the ratio, q and v of
-each row, as a pipeline hands them on. Each run has a process of its own, which does the work once before the clock starts, with
-2 bootstrap samples or gradient steps.
+each row, as a pipeline hands them on; each of the ten has its own. Each run has a process of its own, which does the work once
+before the clock starts, with 2 bootstrap samples or gradient steps.
 
 Estimates must agree to 1e-6 and, where both sides bootstrap the same thing, intervals to within the noise of their samples; our
 self-normalised ratios are formed again in every bootstrap sample, which the peers do not do. Values of FQE are random on both
@@ -85,13 +85,14 @@ def contenders(part: str, sizes: Sizes) -> dict[str, Contender]:
                 "scope-rl": Contender(True, "scope_rl", part),
                 "offrl-ci": Contender(False, "tables", part, samples),
                 "scope-rl-ci": Contender(True, "scope_rl", part, samples),
-                "rows": Contender(False, "one", "rows"),
-                "rows-ci": Contender(False, "one", "rows", samples),
-                "ten": Contender(False, "ten", "rows"),
-                "ten-ci": Contender(False, "ten", "rows", samples),
+                "rows": Contender(False, "rows", "rows"),
+                "rows-ci": Contender(False, "rows", "rows", samples),
+                "ten": Contender(False, "rows", "ten"),
+                "ten-ci": Contender(False, "rows", "ten", samples),
             }
         case "bandit":
             return {
+                "start": Contender(False, "nothing of a bandit", part),
                 "offrl": Contender(False, "bandit", part),
                 "obp": Contender(True, "obp", part),
                 "offrl-ci": Contender(False, "bandit", part, samples),
@@ -117,7 +118,7 @@ BARS = {
     "bandit": [Bar("offrl", "obp", 10.0), Bar("offrl-ci", "obp-ci", 10.0)],
     "fqe": [Bar("offrl", "d3rlpy", 3.0), Bar("ensemble", "offrl", 4.0, most=True)],
 }
-MEMORY_BARS = {"sequential": ("offrl", "offrl-ci", "rows", "rows-ci")}
+MEMORY_BARS = {"sequential": ("offrl", "offrl-ci", "rows", "rows-ci", "ten", "ten-ci"), "bandit": ("offrl", "offrl-ci")}
 MEMORY = 2.0  # target: peak of the process, less what it holds before a log is read / arrays that it was given
 
 
@@ -206,7 +207,8 @@ def compared(
             found.append(harness.compare(title, costs, "cpu", bar.ours, bar.against, bar.target, about))
     for name in MEMORY_BARS.get(part, ()):
         peak = harness.median(costs[name], "peak") - harness.median(costs["start"], "peak")
-        found.append(Figure(f"{title}/{name}/peak", peak, "MiB", "its arrays", peak / given_mib[name], MEMORY, about))
+        arrays = f"the {given_mib[name]:.0f} MiB of arrays it is given"
+        found.append(Figure(f"{title}/{name}/peak", peak, "MiB", arrays, peak / given_mib[name], MEMORY, about))
     return found
 
 

@@ -65,13 +65,23 @@ def make_log(folder: Path, episodes: int, steps: int, actions: int, gamma: float
         np.save(folder / f"{name}.npy", array)
 
 
-def make_rows(folder: Path, source: Path) -> None:
-    """The same logs with the ratio, q and v of each row in the place of the tables."""
+def candidate(given: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
+    """The tables of one of several candidates: the further on, the nearer to uniform, and Q is its own as well."""
+    mixed = number / CANDIDATES
+    return {
+        "probs": (1 - mixed) * given["probs"] + mixed / given["probs"].shape[1],
+        "q": given["q"] * (1 - mixed / 2),
+    }
+
+
+def make_rows(folder: Path, source: Path, candidates: int) -> None:
+    """The same logs with each candidate's ratio, q and v of each row, [candidates, rows], in the place of the tables."""
     folder.mkdir(parents=True)
     given = load(source)
-    ratio, q, v = per_row(logged(given), given)
+    episodes = logged(given)
+    found = zip(*(per_row(episodes, candidate(given, number)) for number in range(candidates)), strict=True)
     kept = {name: array for name, array in given.items() if name not in ("probs", "q")}
-    for name, array in {**kept, "ratio": ratio, "q": q, "v": v}.items():
+    for name, array in {**kept, **dict(zip(("ratio", "q", "v"), found, strict=True))}.items():
         np.save(folder / f"{name}.npy", array)
 
 
@@ -105,7 +115,8 @@ def make_logs(part: str, sizes: Sizes, folder: Path) -> None:
     match part:
         case "sequential":
             make_log(folder / part, sizes.episodes, STEPS, ACTIONS[part], GAMMA)
-            make_rows(folder / "rows", folder / part)
+            make_rows(folder / "rows", folder / part, 1)
+            make_rows(folder / "ten", folder / part, CANDIDATES)
         case "bandit":
             make_log(folder / part, sizes.rounds, 1, ACTIONS[part], GAMMA)
         case _:
@@ -146,19 +157,11 @@ def per_row(episodes: "Episodes", given: Mapping[str, Any]) -> tuple[np.ndarray,
 
 
 def _seven(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
-    return _of_candidates(episodes, [ratio], q, v)[0]
-
-
-def _of_candidates(
-    episodes: "Episodes", ratios: Sequence[np.ndarray], q: np.ndarray, v: np.ndarray
-) -> "list[dict[str, Terms]]":
-    """The seven of each candidate; the values are the same for all of them."""
     from offrl_models.ope.bandit import dm
     from offrl_models.ope.doubly_robust import Model
     from offrl_models.ope.estimates import all_terms
 
-    direct, model = dm(episodes, v), Model.of(episodes, q, v)
-    return [{"DM": direct, **all_terms(episodes, ratio, model)} for ratio in ratios]
+    return {"DM": dm(episodes, v), **all_terms(episodes, ratio, Model.of(episodes, q, v))}
 
 
 def _six(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) -> "dict[str, Terms]":
@@ -199,21 +202,22 @@ def _from_tables(estimators: Callable[..., "dict[str, Terms]"], folder: Path, sa
     return work
 
 
-def _nothing(folder: Path, samples: int | None) -> Work:
-    """What every process holds before a log is read."""
-    importlib.import_module("offrl_models.ope.estimates")
+def _nothing(modules: Sequence[str], folder: Path, samples: int | None) -> Work:
+    """What a process holds before a log is read: the modules of its work."""
+    for module in modules:
+        importlib.import_module(f"offrl_models.ope.{module}")
     return dict
 
 
-def _from_rows(candidates: int, folder: Path, samples: int | None) -> Work:
-    """All estimators of one or more candidates; their ratios are powers of those given."""
+def _from_rows(folder: Path, samples: int | None) -> Work:
+    """The seven of every candidate of a log, each with its own ratio, q and v."""
     given = load(folder)
-    ratios = [given["ratio"]] + [given["ratio"] ** (1 - number / CANDIDATES) for number in range(1, candidates)]
 
     def work() -> Values:
         episodes = logged(given)
-        found = _of_candidates(episodes, ratios, given["q"], given["v"])
-        terms = {f"{name} {number}": each for number, part in enumerate(found) for name, each in part.items()}
+        terms = {}
+        for number, own in enumerate(zip(given["ratio"], given["q"], given["v"], strict=True)):
+            terms |= {f"{name} {number}": each for name, each in _seven(episodes, *own).items()}
         return _values(terms, episodes.n_episodes, samples)
 
     return work
@@ -244,11 +248,11 @@ def _fit(members: int, folder: Path, samples: int | None) -> Work:
 
 
 WORKS: dict[str, Callable[[Path, int | None], Work]] = {
-    "nothing": _nothing,
+    "nothing": partial(_nothing, ["estimates"]),
+    "nothing of a bandit": partial(_nothing, ["bandit", "doubly_robust", "intervals", "resampling"]),
     "tables": partial(_from_tables, _seven),
     "bandit": partial(_from_tables, _six),
-    "one": partial(_from_rows, 1),
-    "ten": partial(_from_rows, CANDIDATES),
+    "rows": _from_rows,
     "fqe": partial(_fit, 1),
     "ensemble": partial(_fit, MEMBERS),
 }

@@ -61,7 +61,7 @@ def test_the_log_of_the_evaluation_is_one(evaluated: Path) -> None:
 
 def test_the_evaluation_gives_what_its_formulas_say(evaluated: Path) -> None:
     wanted = plain_values(ope_peers.load(evaluated / "sequential"))
-    for work, log in (("tables", "sequential"), ("one", "rows")):
+    for work, log in (("tables", "sequential"), ("rows", "rows")):
         found = {
             name.partition(" ")[0]: value for name, value in ope_works.WORKS[work](evaluated / log, None)().items()
         }
@@ -93,7 +93,7 @@ def test_intervals_are_the_same_whether_samples_are_drawn_at_once_or_in_blocks(
 ) -> None:
     given = ope_peers.load(evaluated / "rows")
     episodes = ope_works.logged(given)
-    terms = all_terms(episodes, given["ratio"], Model.of(episodes, given["q"], given["v"]))
+    terms = all_terms(episodes, given["ratio"][0], Model.of(episodes, given["q"][0], given["v"][0]))
     shares = bootstrap_shares(40, 50, 0)
     monkeypatch.setattr(resampling, "BLOCK", 7 * 40)
     drawn = [block.copy() for block in resampling.BootstrapSamples(40, 50, 0)]
@@ -106,10 +106,14 @@ def test_intervals_are_the_same_whether_samples_are_drawn_at_once_or_in_blocks(
         assert (blocks[name].low, blocks[name].high) == pytest.approx((dense[name].low, dense[name].high), abs=allowed)
 
 
-def test_several_candidates_get_estimates_of_their_own(evaluated: Path) -> None:
-    found = ope_works.WORKS["ten"](evaluated / "rows", None)()
+def test_several_candidates_get_estimates_from_tables_of_their_own(evaluated: Path) -> None:
+    found, given = ope_works.WORKS["rows"](evaluated / "ten", None)(), ope_peers.load(evaluated / "sequential")
     assert len(found) == 7 * ope_works.CANDIDATES
-    assert len({found[f"TIS {number}"][0] for number in range(ope_works.CANDIDATES)}) == ope_works.CANDIDATES
+    for number in (0, 3, 9):
+        for name, value in plain_values({**given, **ope_works.candidate(given, number)}).items():
+            assert found[f"{name} {number}"] == pytest.approx(value, rel=1e-12), name
+    for name in ("DM", "TIS", "DR"):
+        assert len({found[f"{name} {number}"][0] for number in range(ope_works.CANDIDATES)}) == ope_works.CANDIDATES
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,10 @@ def test_evaluation_runs_without_peers_and_says_so(tmp_path: Path, capsys: pytes
     ope.main(["--small", "--part", "bandit", "--repeats", "1", "--peers", str(tmp_path / "none")])
     printed = capsys.readouterr()
     figures = [json.loads(line) for line in printed.out.splitlines()]
-    assert {figure["name"].split("/")[2] for figure in figures} == {"offrl", "offrl-ci"}
-    assert all(figure["peer"] is None for figure in figures)
+    assert {figure["name"].split("/")[2] for figure in figures} == {"start", "offrl", "offrl-ci"}
+    peaks = {figure["name"]: figure["peer"] for figure in figures if figure["peer"]}
+    assert peaks.keys() == {"ope/bandit/offrl/peak", "ope/bandit/offrl-ci/peak"}
+    assert all(peer.endswith("MiB of arrays it is given") for peer in peaks.values())
     assert printed.err.count("the peers are left out") == 1
 
 
@@ -160,4 +166,4 @@ def test_costs_and_memory_of_the_evaluation_have_bars() -> None:
     speed = {(figure.name, figure.peer): (figure.ratio, figure.target) for figure in found}
     assert speed["t/offrl/cpu", "scope-rl"] == (15.0, 12.0) and speed["t/offrl-ci/cpu", "scope-rl-ci"] == (15.0, 10.0)
     assert speed["t/ten/cpu", "rows"] == (4.0, 5.0) and speed["t/ten-ci/cpu", "rows-ci"] == (3.0, 5.0)
-    assert speed["t/offrl/peak", "its arrays"] == (2.0, 2.0)
+    assert speed["t/offrl/peak", "the 100 MiB of arrays it is given"] == (2.0, 2.0)

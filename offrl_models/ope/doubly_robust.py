@@ -7,7 +7,6 @@ Truncated episodes are to be completed first (`sequences.completed`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,46 +16,73 @@ from offrl_models.ope.importance import Terms
 from offrl_models.ope.sequences import CHUNK, by_step, finite, sum_of_products, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
+PART = 2**16  # rows at a time
+
 
 @dataclass(frozen=True)
 class Model:
-    """What a model of the values says of every step, discounted; 0 past the end of an episode."""
+    """What a model of the values says of every episode, discounted; 0 past its end."""
 
-    error: Float64[np.ndarray, "episodes steps"]  # r_t - q(s_t, a_t)
-    value: Float64[np.ndarray, "episodes steps"]  # v(s_t)
+    # v(s_0), then what the model did not foresee at each step: r_t + gamma v(s_{t+1}) - q(s_t, a_t)
+    gain: Float64[np.ndarray, "episodes places"]
 
     @classmethod
     def of(cls, episodes: Episodes, q: Float64[np.ndarray, "rows"], v: Float64[np.ndarray, "rows"]) -> "Model":
         """Raises InputError when a value is NaN or infinite."""
-        discount = episodes.time_discount
-        error = episodes.reward - q
-        error = by_step(episodes, finite("the q-value", np.multiply(error, discount, out=error)), 0.0)
-        return cls(error, by_step(episodes, finite("the state value", discount * v), 0.0))
-
-    @cached_property
-    def gain(self) -> Float64[np.ndarray, "episodes places"]:
-        """v(s_0), then what the model did not foresee at each step: r_t + gamma v(s_{t+1}) - q(s_t, a_t), discounted."""
-        episodes, steps = self.error.shape
-        gain = np.empty((episodes, steps + 1))
-        gain[:, 0], gain[:, -1] = self.value[:, 0], self.error[:, -1]
-        np.add(self.error[:, :-1], self.value[:, 1:], out=gain[:, 1:-1])
-        return gain
-
-    @property
-    def surprise(self) -> Float64[np.ndarray, "episodes steps"]:
-        return self.error if self.error.shape[1] == 1 else self.gain[:, 1:]
+        with np.errstate(over="ignore", invalid="ignore"):
+            gain = _gain_of_one_step(episodes, q, v) if episodes.length.max() == 1 else _gain(episodes, q, v)
+            if not np.isfinite(gain.sum()):
+                finite("the q-value", episodes.reward - q)
+                finite("the state value", v)
+        return cls(gain)
 
     def corrected(self, weight: Float64[np.ndarray, "episodes steps"]) -> Terms:
         """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)].
 
         Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
         """
-        found = sum_of_products(weight, self.surprise)
-        return Terms(np.add(found, self.value[:, 0], out=found)[:, None])
+        found = sum_of_products(weight, self.gain[:, 1:])
+        return Terms(np.add(found, self.gain[:, 0], out=found)[:, None])
 
     def normalised(self, after: Float64[np.ndarray, "episodes places"]) -> Terms:
         """The same with the weights of each step normalised over all episodes. `after` holds a 1 before those of the steps."""
         return Terms(self.gain, after, weighted=True)
+
+
+def _gain_of_one_step(
+    episodes: Episodes, q: Float64[np.ndarray, "rows"], v: Float64[np.ndarray, "rows"]
+) -> Float64[np.ndarray, "episodes places"]:
+    value, error = columns = np.empty((2, episodes.n_episodes))
+    np.multiply(episodes.time_discount, v, out=value)
+    np.subtract(episodes.reward, q, out=error)
+    error *= episodes.time_discount
+    return columns.T
+
+
+def _gain(
+    episodes: Episodes, q: Float64[np.ndarray, "rows"], v: Float64[np.ndarray, "rows"]
+) -> Float64[np.ndarray, "episodes places"]:
+    """In parts that stay in the cache."""
+    steps = int(episodes.length.max())
+    alike, height = episodes.n_rows == episodes.n_episodes * steps, max(PART // steps, 1)
+    gain = (np.empty if alike else np.zeros)((episodes.n_episodes, steps + 1))
+    errors, values = np.empty((2, height * steps))
+    for start in range(0, len(gain), height):
+        found, offsets = gain[start : start + height], episodes.offsets[start : start + height + 1]
+        rows = slice(offsets[0], offsets[-1])
+        first = slice(None, None, steps) if alike else offsets[:-1] - offsets[0]
+        error, value = (each[: offsets[-1] - offsets[0]] for each in (errors, values))
+        np.subtract(episodes.reward[rows], q[rows], out=error)
+        error *= episodes.time_discount[rows]
+        np.multiply(episodes.time_discount[rows], v[rows], out=value)
+        found[:, 0] = value[first]
+        value[first] = 0.0  # no episode goes on in the next
+        error[:-1] += value[1:]
+        if alike:
+            found[:, 1:] = error.reshape(-1, steps)
+        else:
+            found[episodes.episode_of_row[rows] - start, episodes.step[rows] + 1] = error
+    return gain
 
 
 def weights_after(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "episodes places"]:
@@ -162,14 +188,16 @@ def partial_returns(
             raise InputError(
                 f"{reach} importance-weighted steps are not possible; give 0, 1, 2 and so on, or infinity."
             )
-    model, weight = Model.of(episodes, q, v), weights_after(episodes, ratio)
+    discount, weight = episodes.time_discount, weights_after(episodes, ratio)
+    error = by_step(episodes, finite("the q-value", (episodes.reward - q) * discount), 0.0)
+    value = by_step(episodes, finite("the state value", discount * v), 0.0)
     before, after = weight[:, :-1], weight[:, 1:]
     column = np.arange(after.shape[1])
     corrected = blend @ (np.asarray(steps)[:, None] > column)
     valued = blend @ (np.asarray(steps)[:, None] >= column)
     # A step that no blended return reaches need not have any overlap.
     reached, used = corrected != 0, valued != 0
-    top = [(corrected * after * model.error)[:, reached], (valued * before * model.value)[:, used]]
+    top = [(corrected * after * error)[:, reached], (valued * before * value)[:, used]]
     return Terms(np.concatenate(top, 1), np.concatenate([after[:, reached], before[:, used]], 1))
 
 
