@@ -19,6 +19,7 @@ from offrl_models.evaluation import BEHAVIOR, Evaluation, measure_rungs
 from offrl_models.gate import GateConfig, Status, judge
 from offrl_models.measures import Contrast
 from offrl_models.ope.estimates import estimate
+from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.units import entities_of, per_unit
 from offrl_models.reports.detail import detail
@@ -83,6 +84,18 @@ def test_copies_of_an_episode_in_one_entity_say_no_more_than_one(
     for name, value in mine.items():
         expected = value if isinstance(value, (str, type(None))) else pytest.approx(value, rel=1e-3, abs=1e-9)
         assert theirs[name] == expected, name
+
+
+def test_entities_of_unlike_episodes_are_as_sure_as_their_totals(
+    once_and_copied: tuple[Evaluation, Evaluation],
+) -> None:
+    once, _ = once_and_copied
+    unit = np.arange(once.episodes.n_episodes) // 2
+    pairs = dataclasses.replace(once, episodes=dataclasses.replace(once.episodes, entity=unit))
+    (rung,) = measure_rungs(["better"], pairs, CONFIG, asked(WORLD.n_states))
+    leg_a, leg_c = rung.leg.outcome.reshape(-1, 2).mean(1), pairs.trajectory_gains("better", BEHAVIOR)
+    assert rung.measures.trajectory_error == pytest.approx(leg_c.reshape(-1, 2).mean(1).std(ddof=1) / np.sqrt(1000))
+    assert rung.measures.lower_bound == pytest.approx(confidence_sequence_lower_bound(leg_a, alpha=0.05, planned=1000))
 
 
 def test_what_is_behind_a_verdict_counts_entities_too(once_and_copied: tuple[Evaluation, Evaluation]) -> None:
