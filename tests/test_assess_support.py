@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from offrl_models import assess
-from offrl_models.assess import answer, log, overlap, target, values
+from offrl_models.assess import _found, answer, log, overlap, target, values
 from offrl_models.assess.log import make_contract
 from offrl_models.choices import Choices, Draws, Probabilities
 from offrl_models.densities import MixtureDensity
@@ -258,3 +258,24 @@ def test_weights_of_whole_episodes_have_the_floor_of_the_gate(
     assert found.holds is holds and bool(found.sentence) is not holds
     paired = overlap.effective_check(dataclasses.replace(drawn, entity=np.arange(episodes) // 2), ratio, None)
     assert paired.name == "effective entities" and paired.value == pytest.approx(effective / 2, abs=1)
+
+
+def test_weights_alone_show_no_loss() -> None:
+    """Without a model of the values; with one, and for gains, the answer is what the bounds say."""
+    world = chain_world()
+    log = world.simulate(3000, 0)
+    poor = np.where(world.optimal() > 0, 0.2, 0.4)
+    for table, modelled, word in (
+        (poor, False, "unsettled"),
+        (poor, True, "worse"),
+        (world.optimal(), False, "better"),
+    ):
+        probs = (0.5 * world.behavior + 0.5 * table / table.sum(1, keepdims=True))[world.states(log.observation)]
+        choices = Probabilities(log, probs)
+        known = target.Target({}, choices.taken, choices, None)
+        ratio = known.ratio(log)
+        found = values.tabular_values(log, known, ratio, world.n_states) if modelled else None
+        told = _found(log, known, ratio, found, "logged", world.n_states if modelled else None, FEW_STEPS)
+        assert told["answer"] == word, told["sentence"]
+        if word == "unsettled":
+            assert "show no loss" in told["sentence"] and told["difference"].upper_bound < 0

@@ -56,7 +56,7 @@ REPORTED = LEVELS.index(0.95)
 UNDEFINED = "-"  # the one-sided sequence has no bound at 50%
 SEQUENCES = ("leg C: difference by DR, sequence", "difference by WDR, sequence", "difference by WPDIS, sequence")
 SIDES = ("lower bound", "upper bound")
-BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]
+BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]  # the last one decides nothing
 ENOUGH, FEWEST = "enough effective episodes", 20  # for gate and `evaluate` to read them; logs that a share is told of
 Counts = dict[str, dict[str, np.ndarray]]  # by interval, cell of the grid and level
 
@@ -238,10 +238,11 @@ def report(lines: Lines, path: Path) -> list[str]:
             "The gate decides by the one-sided confidence sequence of leg A, and by that of leg C as well where the state is not "
             "Markov; from 500 episodes on, and only where the findings on weights, influence and visits do not object. `offrl "
             "evaluate` answers by a sequence too: around the difference by MDR, which is leg A on two folds, where there is one, "
-            "else by WDR, and without a model of the values by WPDIS. The others stand in reports. Leg B, which may upgrade a "
-            "certificate, is a test by betting and no interval. Where a row above names n 100, neither looks; where it names more "
-            "episodes, neither uses that interval, or only on logs that are enough for it: leg C, and the differences by WDR and "
-            f"WPDIS, are asked where there are {TRAJECTORY_EPISODES} effective episodes, and {TRAJECTORY_SHARE:.0%} of all. Over "
+            "else by WDR, and without a model of the values by WPDIS, whose upper bound decides nothing. The others stand in reports. "
+            "Leg B, which may upgrade a certificate, is a test by betting and no interval. Where a row above names n 100, neither "
+            "looks; where it names more episodes, neither uses that interval, or only on logs that are enough for it: leg C, and the "
+            f"differences by WDR and WPDIS, are asked where there are {TRAJECTORY_EPISODES} effective episodes, and "
+            f"{TRAJECTORY_SHARE:.0%} of all. Over "
             f"all logs a bound of theirs falls below nominal in {len(short)} of {len(asked)} regimes, and in "
             f"{sum(asked[cell] < FEWEST for cell in short)} of these fewer than {FEWEST} logs have as many: not asked. What the "
             "lower and the upper bound cover at 95% on the logs that have:"
@@ -269,7 +270,7 @@ def _asked(among: Counts, asked: Mapping[str, int], logs: int) -> Iterator[tuple
 def _own(found: Counts, among: Counts, asked: Mapping[str, int], logs: int) -> list[str]:
     """Where a bound that is decided by covers less than it says: leg A from the first look on, the others where asked."""
     sentences = []
-    for name, cell in product((GATE, *BOUNDS), asked):
+    for name, cell in product((GATE, *BOUNDS[:-1]), asked):
         counted, n = (among, asked[cell]) if name in BOUNDS else (found, 0 if cell.startswith("n 100,") else logs)
         for level, hit in list(zip(LEVELS, counted.get(name, {}).get(cell, ()), strict=False))[1:]:
             if n >= FEWEST and below(hit, n, level):

@@ -126,6 +126,7 @@ def _found(
     said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns), rare)
     if np.isfinite(gain.estimate):
         said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
+        said += [answers.loss_check(gain)] if name == "WPDIS" else []
     direct = intervals.get("DM", intervals.get("FQE"))
     if direct is not None:
         said.append(answers.direct_check(direct, logged.estimate, gain))

@@ -168,6 +168,16 @@ def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
                  f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
 
 
+def loss_check(found: Gain) -> Check:
+    """By WPDIS no policy is worse: what few logged episodes do, and it would do often, may be missing from its weights.
+
+    Its upper bound then lies too low; the lower one errs to the safe side (docs/calibration.md).
+    """
+    return check("loss", found.upper_bound >= -ROUNDING, found.upper_bound, "not by weights alone",
+                 "without a model of the values, weights of whole episodes show no loss: what the policy would do and the log "
+                 "hardly does is missing from them")  # fmt: skip
+
+
 def newer_check(
     minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episodes"], oldest: Int64[np.ndarray, "episodes"], found: Gain
 ) -> Check:
