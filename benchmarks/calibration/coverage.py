@@ -240,7 +240,7 @@ def report(lines: Lines, path: Path) -> list[str]:
             "evaluate` answers by a sequence too: around the difference by MDR, which is leg A on two folds, where there is one, "
             "else by WDR, and without a model of the values by WPDIS, whose upper bound decides nothing. The others stand in "
             "reports. Leg B, a test by betting, is no interval. Where a row above names n 100, neither looks; where it names more "
-            "episodes, neither uses that interval, or only on logs that are enough for it: leg C, and differences by WDR and WPDIS, "
+            "episodes, neither uses that interval, or only on logs that suffice for it: leg C, and differences by WDR and WPDIS, "
             f"are asked from {TRAJECTORY_EPISODES} effective episodes on, and {TRAJECTORY_SHARE:.0%} of all. Over "
             f"all logs a bound of theirs falls below nominal in {len(short)} of {len(asked)} regimes, and in "
             f"{sum(asked[cell] < FEWEST for cell in short)} of these fewer than {FEWEST} logs have as many: not asked. What the "
