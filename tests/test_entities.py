@@ -96,6 +96,8 @@ def test_entities_of_unlike_episodes_are_as_sure_as_their_totals(
     leg_a, leg_c = rung.leg.outcome.reshape(-1, 2).mean(1), pairs.trajectory_gains("better", BEHAVIOR)
     assert rung.measures.trajectory_error == pytest.approx(leg_c.reshape(-1, 2).mean(1).std(ddof=1) / np.sqrt(1000))
     assert rung.measures.lower_bound == pytest.approx(confidence_sequence_lower_bound(leg_a, alpha=0.05, planned=1000))
+    assert rung.measures.largest_share == pytest.approx(np.abs(leg_a).max() / np.abs(leg_a).sum())
+    assert rung.measures.without_top == pytest.approx(np.sort(leg_a)[:-5].mean()) and leg_a.mean() > 0
 
 
 def test_what_is_behind_a_verdict_counts_entities_too(once_and_copied: tuple[Evaluation, Evaluation]) -> None:
