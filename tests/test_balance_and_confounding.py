@@ -205,6 +205,10 @@ def test_no_vertex_of_a_smaller_box_takes_the_bound_down(seed: int, width: float
     )  # of each episode; what is told is the bound at the least mean and greatest spread
     away = np.maximum(high - (middle := (low.mean() + high.mean()) / 2), middle - low)
     assert low.mean() - width * np.sqrt(np.square(away).mean()) == pytest.approx(0.0, abs=1e-7)
+    whole = gamma_star_of_bound(
+        episodes, outcome, correction, 0.0, np.array([0, 1, 0])
+    )  # the mean is that of the episodes
+    assert whole == pytest.approx(gamma_star_of_bound(episodes, outcome, correction, 0.0))
     if width == 0.0:
         assert bounds.min() == pytest.approx(0.0, abs=1e-7)
 

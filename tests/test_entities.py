@@ -18,8 +18,9 @@ from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.evaluation import BEHAVIOR, Evaluation, measure_rungs
 from offrl_models.gate import GateConfig, Status, judge
 from offrl_models.measures import Contrast
+from offrl_models.ope.diagnostics import gamma_star_of_bound
 from offrl_models.ope.estimates import estimate
-from offrl_models.ope.intervals import confidence_sequence_lower_bound
+from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.units import entities_of, per_unit
 from offrl_models.reports.detail import detail
@@ -96,6 +97,13 @@ def test_entities_of_unlike_episodes_are_as_sure_as_their_totals(
     leg_a, leg_c = rung.leg.outcome.reshape(-1, 2).mean(1), pairs.trajectory_gains("better", BEHAVIOR)
     assert rung.measures.trajectory_error == pytest.approx(leg_c.reshape(-1, 2).mean(1).std(ddof=1) / np.sqrt(1000))
     assert rung.measures.lower_bound == pytest.approx(confidence_sequence_lower_bound(leg_a, alpha=0.05, planned=1000))
+    spread = detail(pairs, "better", BEHAVIOR, rung, CONFIG, Status.PASS)["gamma_star"]
+    width = confidence_sequence_width(1000, alpha=0.05, planned=1000)
+    assert spread == gamma_star_of_bound(pairs.episodes, rung.leg.outcome, rung.leg.correction, width, unit)
+    assert spread != gamma_star_of_bound(pairs.episodes, rung.leg.outcome, rung.leg.correction, width)
+    mixed, sex = np.random.default_rng(0).permutation(unit), once.episodes.labels["sex"] == "f"
+    group = legs.by_subgroup(rung.leg, once.episodes, ("sex",), 0.05, 2000, mixed)[0]
+    assert group == legs.contrast("sex f", rung.leg.outcome[sex], 0.05, 2000, mixed[sex])
     assert rung.measures.largest_share == pytest.approx(np.abs(leg_a).max() / np.abs(leg_a).sum())
     assert rung.measures.without_top == pytest.approx(np.sort(leg_a)[:-5].mean()) and leg_a.mean() > 0
 
@@ -112,9 +120,8 @@ def test_what_is_behind_a_verdict_counts_entities_too(once_and_copied: tuple[Eva
     assert told[1]["episodes_needed"] == pytest.approx(COPIES * told[0]["episodes_needed"], rel=0.01)
     for name, interval in once.estimates["better"].intervals.items():
         again = copies.estimates["better"].intervals[name]
-        assert [again.estimate, again.low, again.high] == pytest.approx(
-            [interval.estimate, interval.low, interval.high], rel=1e-3
-        ), name
+        ends, least = [again.estimate, again.low, again.high], 1e-9 if name == "FQE" else 1e-3
+        assert ends == pytest.approx([interval.estimate, interval.low, interval.high], rel=least), name
     assert copies.estimates["better"].effective_episodes == pytest.approx(once.estimates["better"].effective_episodes)
     for one, other in zip(rank(once), rank(copies), strict=True):
         assert other["gain_interval"] == pytest.approx(one["gain_interval"], rel=1e-3)
