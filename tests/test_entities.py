@@ -186,6 +186,9 @@ def test_many_episodes_of_a_few_entities_decide_nothing() -> None:
         is Status.PASS
     )
     assert math.isinf(dataclasses.replace(GOOD, entities=60, effective_episodes=60.0).trajectory_bounds[0])
+    many = dataclasses.replace(GOOD, episodes=100_000, entities=5000)  # a twentieth of these is 250
+    assert dataclasses.replace(many, effective_episodes=251.0).trajectory_informs
+    assert not dataclasses.replace(many, effective_episodes=249.0).trajectory_informs
 
 
 def test_groups_costs_and_entities_go_the_whole_way(tmp_path: Path) -> None:
