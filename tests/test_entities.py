@@ -15,11 +15,14 @@ from benchmarks.calibration.judging import asked, behavior_table, evaluation
 from offrl_models import legs, stages, storage
 from offrl_models.comparison import estimate_stated
 from offrl_models.config import Pipeline, parse_pipeline
+from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.transitions import Transitions
 from offrl_models.evaluation import BEHAVIOR, Evaluation, measure_rungs
 from offrl_models.gate import GateConfig, Status, judge
 from offrl_models.measures import Contrast
 from offrl_models.ope.diagnostics import gamma_star_of_bound
 from offrl_models.ope.estimates import estimate
+from offrl_models.ope.fqe import bootstrap_rows
 from offrl_models.ope.intervals import confidence_sequence_lower_bound, confidence_sequence_width
 from offrl_models.ope.resampling import BootstrapSamples
 from offrl_models.ope.units import entities_of, per_unit
@@ -163,6 +166,14 @@ def test_entities_of_different_sizes_have_the_error_of_a_ratio() -> None:
     alone = rng.permutation(30)
     assert np.sort(per_unit(values[:30], alone)) == pytest.approx(np.sort(values[:30]))
     assert per_unit(values, None) is values
+
+
+def test_an_entity_is_in_a_resample_of_the_fit_as_a_whole() -> None:
+    log = copied(dataclasses.replace(WORLD.simulate(60, 1), features=(Feature("state", WORLD.n_states),)))
+    rows = bootstrap_rows(log, Transitions(log, Encoder(log.features), "cpu"), 0).numpy()
+    often = np.bincount(log.episode_of_row[rows], minlength=log.n_episodes) / log.length
+    assert (often.reshape(-1, COPIES) == often[::COPIES, None]).all() and often[::COPIES].sum() == 60
+    assert set(often) > {0.0, 1.0, 2.0}
 
 
 def test_entities_are_told_apart_and_only_where_one_has_several_episodes() -> None:
