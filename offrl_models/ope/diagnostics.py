@@ -252,8 +252,7 @@ def gamma_star_of_bound(
         raise InputError("hidden confounding is bounded by odds, which densities of continuous actions do not have.")
     hidden = (1.0 - episodes.action_prob) * finite("the correction", correction)
     gained, lost = (episodes.sum_per_episode(np.maximum(sign * hidden, 0.0)) for sign in (1.0, -1.0))
-    if unit is not None:  # totals of entities, in units of an entity's share of the episodes
-        outcome, gained, lost = (summed(each, unit) * (unit.max() + 1) / len(unit) for each in (outcome, gained, lost))
+    outcome, gained, lost = (summed(each, unit) for each in (outcome, gained, lost))  # their scale is of no account
 
     def left(log_odds: float) -> float:
         less, more = -math.expm1(-log_odds), math.expm1(log_odds)
