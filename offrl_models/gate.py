@@ -187,19 +187,19 @@ def _harm(m: Measures, config: GateConfig) -> list[Finding]:
 
 def _enough(m: Measures, config: GateConfig) -> list[Finding]:
     """Whether there is enough to judge by, and no single part of it decides."""
+    one, several = ("episode", "episodes") if m.entities is None else ("entity", "entities")
     return [
         Finding("episodes", m.independent >= config.first_look, Status.INCONCLUSIVE, m.independent, config.first_look,
-                f"{m.independent} gate {'episodes' if m.entities is None else 'entities'} are fewer than the "
-                f"{config.first_look} of a first look"),
+                f"{m.independent} gate {several} are fewer than the {config.first_look} of a first look"),
         Finding("trust", not m.doubt, Status.INCONCLUSIVE, float(bool(m.doubt)), 0.0, m.doubt or "nothing is in doubt"),
         Finding("effective transitions", m.effective_transitions >= config.effective_transitions, Status.INCONCLUSIVE,
                 m.effective_transitions, config.effective_transitions, f"{m.effective_transitions:.0f} effective "
                 f"transitions of {m.rows:,} are fewer than {config.effective_transitions:.0f}"),
         Finding("one episode", m.largest_share <= config.largest_share, Status.INCONCLUSIVE, m.largest_share,
-                config.largest_share, f"one episode carries {m.largest_share:.1%} of the evidence; at most "
+                config.largest_share, f"one {one} carries {m.largest_share:.1%} of the evidence; at most "
                 f"{config.largest_share:.1%} may"),
         Finding("influence", m.influence >= 0, Status.INCONCLUSIVE, m.without_top, 0.0,
-                f"without its 0.5% most influential episodes the difference is {m.without_top:+.3g}, of another sign"),
+                f"without its 0.5% most influential {several} the difference is {m.without_top:+.3g}, of another sign"),
     ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from scipy import stats
 
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.drl import cross_fit, drl, with_step
-from offrl_models.ope.folds import fold_of
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.marginal import (
     mis,
@@ -27,6 +26,7 @@ from offrl_models.ope.marginal import (
 )
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
+from offrl_models.ope.units import fold_of
 from offrl_models.ope.worlds import World, random_policy, random_world
 from offrl_models.schema import Episodes, InputError
 from tests.conftest import circling_world, ratio_of, recorded_paths

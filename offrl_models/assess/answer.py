@@ -140,7 +140,7 @@ def checks(
     `rare` is the policy's mass in each row where an estimate of the behavior is rare, if there is one.
     """
     number = independent(episodes)
-    noun = "episodes" if number == episodes.n_episodes else "entities"
+    one, noun = ("episode", "episodes") if number == episodes.n_episodes else ("entity", "entities")
     said = [
         *ratio_checks(episodes, target, ratio),
         support_check(episodes, target, ratio, rare),
@@ -154,9 +154,9 @@ def checks(
     return [
         *said,
         check("largest share", share <= most, share, f"at most {most:g}",
-              f"one episode carries {share:.1%} of the difference, more than {most:.0%}"),
+              f"one {one} carries {share:.1%} of the difference, more than {most:.0%}"),
         check("influence", sign * without_top >= -ROUNDING, without_top, "the same sign",
-              f"without its 0.5% most influential episodes the difference is {without_top:+.3g}, of another sign"),
+              f"without its 0.5% most influential {noun} the difference is {without_top:+.3g}, of another sign"),
     ]  # fmt: skip
 
 

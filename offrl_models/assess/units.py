@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from offrl_models.ope.resampling import BootstrapSamples
+from offrl_models.ope.units import numbered
 from offrl_models.schema import Episodes
 
 SAMPLES = 1000  # of the bootstrap
@@ -12,10 +13,8 @@ MOST_UNITS = 5000  # that are resampled: more episodes are pooled, which costs m
 
 def units_of(episodes: Episodes, seed: int) -> Int64[np.ndarray, "episodes"]:
     """What is resampled: entities, or groups of entities at random where there are over MOST_UNITS."""
-    entity = episodes.episode_id if episodes.entity is None else episodes.entity
-    distinct, place = np.unique(entity, return_inverse=True)
-    number = np.random.default_rng(seed).permutation(len(distinct)) % min(len(distinct), MOST_UNITS)
-    return number[place.ravel()]
+    entities, place = numbered(episodes)
+    return (np.random.default_rng(seed).permutation(entities) % min(entities, MOST_UNITS))[place]
 
 
 def samples_of(unit: Int64[np.ndarray, "episodes"], seed: int) -> BootstrapSamples:

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float64
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.fitted_ratios import Refusal, fit_ratios
 from offrl_models.ope.flow import Flow
-from offrl_models.ope.folds import fold_of
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.marginal import pseudo_outcomes, state_weights
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, fit_ending, states_of
+from offrl_models.ope.units import fold_of
 from offrl_models.schema import Episodes, Feature, InputError
 
 Form = Literal["history", "markov"]

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from offrl_models.ope.flow import Features, Flow, block, chunks
-from offrl_models.ope.folds import fold_of
 from offrl_models.ope.tabular import RATIO_LIMIT
+from offrl_models.ope.units import fold_of
 
 ROUNDING = 1e-3  # of the ball, in units of the largest mean square
 RIDGES = np.logspace(1, -10, 12)  # in squares of the largest singular value

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from offrl_models.ope.flow import Features, Flow, block, chunks
-from offrl_models.ope.folds import fold_of
 from offrl_models.ope.sequences import finite
 from offrl_models.ope.tabular import LONGEST_STAY
+from offrl_models.ope.units import fold_of
 from offrl_models.schema import Episodes, InputError
 
 FOURIER = 150  # random features

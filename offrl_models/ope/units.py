@@ -4,17 +4,24 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from offrl_models.ope.importance import Terms
-from offrl_models.schema import Episodes
+from offrl_models.schema import Episodes, InputError
 
 Units = Int64[np.ndarray, "episodes"]
+
+
+def numbered(episodes: Episodes) -> tuple[int, Units]:
+    """How many entities there are, and the number of each episode's; without entities each episode is one of its own."""
+    entity = episodes.episode_id if episodes.entity is None else episodes.entity
+    distinct, place = np.unique(entity, return_inverse=True)
+    return len(distinct), place.ravel()
 
 
 def entities_of(episodes: Episodes) -> Units | None:
     """The number of the entity of every episode, from 0 on; None where each entity has one episode."""
     if episodes.entity is None:
         return None
-    distinct, place = np.unique(episodes.entity, return_inverse=True)
-    return place.ravel() if len(distinct) < episodes.n_episodes else None
+    number, place = numbered(episodes)
+    return place if number < episodes.n_episodes else None
 
 
 def independent(episodes: Episodes) -> int:
@@ -55,3 +62,15 @@ def summed(values: Float64[np.ndarray, "episodes"], unit: Units | None) -> Float
 def planned_units(planned: int, episodes: int, units: int) -> int:
     """How many units so many planned episodes are of, when they are to the episodes as now."""
     return planned if units == episodes else max(round(planned * units / episodes), 1)
+
+
+def fold_of(episodes: Episodes, folds: int) -> Int64[np.ndarray, "episodes"]:
+    """A fold 0 to folds - 1 of every episode, for what may not be fitted on the episodes that it is used on: the same for all
+    episodes of an entity, in whatever order they come.
+
+    Raises InputError where there are fewer entities than folds.
+    """
+    number, place = numbered(episodes)
+    if not 2 <= folds <= number:
+        raise InputError(f"{number} entities cannot be cut into {folds} folds; ask for 2 at least.")
+    return place % folds
