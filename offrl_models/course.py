@@ -24,7 +24,7 @@ class Kept:
     """What the newer half gains beyond `KEPT` of what the older one does, and the bound that is held against 0."""
 
     difference: float
-    lower_bound: float  # NaN where there are fewer than 2 episodes in a half
+    lower_bound: float  # -infinity where a half is of fewer than 2 units
 
 
 def kept(
@@ -42,11 +42,13 @@ def kept(
     whatever that is: by the normal approximation. Episodes of one `unit` may depend on each other.
     """
     n, cut = len(outcome), len(outcome) // 2
-    if cut < 2:
-        return Kept(math.nan, math.nan)
-    halves = oldest_first[:cut], oldest_first[cut:]
-    older, newer = (_errors(outcome, half, np.arange(n) if unit is None else unit) for half in halves)
+    if cut < 1:
+        return Kept(math.nan, -math.inf)
+    halves, of = (oldest_first[:cut], oldest_first[cut:]), np.arange(n) if unit is None else unit
     difference = float(outcome[halves[1]].mean() - KEPT * outcome[halves[0]].mean())
+    if min(len(np.unique(of[half])) for half in halves) < 2:
+        return Kept(difference, -math.inf)
+    older, newer = (_errors(outcome, half, of) for half in halves)
     whole, rest = (cut * older + (n - cut) * newer) / n, newer - KEPT * older
     of_whole, of_rest = (float(np.sqrt(np.square(part).sum())) for part in (whole, rest))
     if of_whole == 0 or of_rest == 0:
@@ -113,11 +115,11 @@ def _stretch(
     alpha: float,
     unit: Units | None,
 ) -> Contrast:
-    """Mean in a part of the log and one-sided t-bounds, by entities where an entity has several episodes; NaN where there are too
-    few for any."""
+    """Mean in a part of the log and one-sided t-bounds, by entities where an entity has several episodes."""
     values = per_unit(outcome[part], None if unit is None else unit[part])
     entities = None if unit is None else len(values)
     if len(values) < 2:
-        return Contrast(name, len(part), math.nan, math.nan, math.nan, entities)
+        difference = float(outcome[part].mean()) if len(part) else math.nan
+        return Contrast(name, len(part), difference, -math.inf, math.inf, entities)
     low, high = (sign * student_t_lower_bound(sign * values, alpha=alpha) for sign in (1.0, -1.0))
     return Contrast(name, len(part), float(outcome[part].mean()), low, high, entities)

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from offrl_models.course import KEPT
 from offrl_models.logs.contract import Strict
 from offrl_models.measures import Contrast, Measures
+from offrl_models.storage import plain
 
 SUBGROUP_EPISODES = 200  # below which bounds of a group, which hold for large numbers, are not believed
 
@@ -111,7 +112,8 @@ class Verdict:
         return self.status is Status.PASS and self.measures.proven
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON; a bound that is infinite is null."""
+        return plain(asdict(self))
 
 
 def findings(m: Measures, config: GateConfig) -> list[Finding]:
@@ -174,9 +176,10 @@ def _harm(m: Measures, config: GateConfig) -> list[Finding]:
     found = [
         Finding("harm", top >= 0.0, Status.FAIL, m.upper_bound, 0.0,
                 f"the policy is worse than the champion: the difference is at most {m.upper_bound:+.4g} at {level}"),
-        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0 or group.independent < SUBGROUP_EPISODES, Status.FAIL,
-                  group.upper_bound, 0.0, f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference "
-                  f"is at most {group.upper_bound:+.4g} at {level}") for group in m.subgroups),
+        *(Finding(f"harm to {group.name}", group.upper_bound >= 0.0, Status.FAIL, group.upper_bound, 0.0,
+                  f"the policy is worse for {group.name} ({group.episodes:,} episodes): the difference is at most "
+                  f"{group.upper_bound:+.4g} at {level}")
+          for group in m.subgroups if group.independent >= SUBGROUP_EPISODES),
         *(Finding(f"cost {cost.name}", cost.lower_bound <= config.constraints[cost.name], Status.FAIL, cost.lower_bound,
                   config.constraints[cost.name], f"{cost.name} rises by at least {cost.lower_bound:+.4g} at {level}, and by "
                   f"{config.constraints[cost.name]:+.4g} it may") for cost in m.costs),
@@ -256,10 +259,9 @@ def judge(policy: str, measures: Measures, config: GateConfig) -> Verdict:
 def verdict_from_json(data: dict[str, Any]) -> Verdict:
     """The inverse of `to_json`. Raises KeyError or TypeError when fields are missing or unknown."""
     measured = data["measures"]
-    nested: dict[str, Any] = {
-        name: [Contrast(**each) for each in measured[name]] for name in ("costs", "subgroups", "course")
-    }
-    nested |= {name: Contrast(**measured[name]) for name in ("older_half", "newer_half")}
+    several, each = ("costs", "subgroups", "course"), Contrast.from_json
+    nested: dict[str, Any] = {name: [*map(each, measured[name])] for name in several}
+    nested |= {name: each(measured[name]) for name in ("older_half", "newer_half")}
     return Verdict(
         status=Status(data["status"]),
         policy=data["policy"],

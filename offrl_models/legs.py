@@ -5,6 +5,7 @@ asymptotic confidence sequence around it. Leg B needs no model and no large numb
 Leg D, the ensemble of fitted Q evaluations, is read off the fit itself.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.ope.units import Units, independent, per_unit, planned_units
 from offrl_models.schema import Episodes
 
+FEWEST_BOUNDED = 30  # episodes of a group, or entities where one has several
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
 GATE_PER_FITTED = 2.0  # with more to judge on the interval shrinks below the error of the nuisances
 
@@ -135,14 +137,18 @@ def contrast(
 def by_subgroup(
     found: Paired, gate: Episodes, columns: tuple[str, ...], alpha: float, planned: int, unit: Units | None = None
 ) -> list[Contrast]:
-    """Leg A among the episodes of each group of each label column."""
+    """Leg A among the episodes of each group of each label column; its bounds, which are those of large numbers, are infinite
+    where it is of fewer than FEWEST_BOUNDED."""
     contrasts = []
     for column in columns:
         labels = gate.labels[column].astype(str)
         for group in np.unique(labels):
             inside = labels == group
             who = None if unit is None else unit[inside]
-            contrasts.append(contrast(f"{column} {group}", found.outcome[inside], alpha, planned, who))
+            found_there = contrast(f"{column} {group}", found.outcome[inside], alpha, planned, who)
+            few = found_there.independent < FEWEST_BOUNDED
+            nothing = replace(found_there, lower_bound=-math.inf, upper_bound=math.inf)
+            contrasts.append(nothing if few else found_there)
     return contrasts
 
 

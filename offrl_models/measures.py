@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from which leg C is informative
 
@@ -10,7 +11,8 @@ TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from whi
 class Contrast:
     """A difference to the champion with one-sided bounds: of one subgroup, one cost, or one part of the log.
 
-    `entities` is how many the episodes are of, where an entity has several: as many numbers are independent.
+    `entities` is how many the episodes are of, where an entity has several: as many numbers are independent. Where there are too
+    few of them the bounds are infinite.
     """
 
     name: str
@@ -19,6 +21,12 @@ class Contrast:
     lower_bound: float
     upper_bound: float
     entities: int | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Contrast":
+        """A bound of null is infinite."""
+        ends = {"lower_bound": -math.inf, "upper_bound": math.inf}
+        return cls(**{**data, **{name: end for name, end in ends.items() if data[name] is None}})
 
     @property
     def independent(self) -> int:

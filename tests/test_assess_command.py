@@ -120,6 +120,9 @@ def functions(clicks: tuple[Path, World, np.ndarray], here: Path) -> str:
 
             def draws(observation, mask):
                 return np.eye(3)[rng.integers(0, 3, len(mask))]
+
+            def by_place(observation, mask):
+                return np.eye(3)[np.arange(len(mask)) % 3]
             """
         )
     )
@@ -269,6 +272,7 @@ MISTAKES = {
     "sums to 2": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:sums_to_two"], "negative or do not add up to 1"),
     "raises": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:breaks"], "raised IndexError"),
     "NaN": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:not_a_number"], "returned NaN or infinity"),
+    "company": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:by_place"], "answers the same observation in two ways"),
     "draws": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:draws"], "answers the same observation in two ways"),
     "few rows": (["few.csv", *COLUMNS, "--policy-column", "pi"], "it has 60 decisions, and an estimate needs 100 at least"),
     "one name twice": (["clicks.csv", "again/clicks.csv", *COLUMNS, "--policy-column", "pi"], "2 files are called clicks.csv"),

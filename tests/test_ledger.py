@@ -194,11 +194,15 @@ def test_another_way_to_test_is_another_hypothesis() -> None:
         {"behavior": BehaviorConfig(calibration="isotonic")},
         {"drift": DriftConfig(red=0.9)},
         {"gate": GateConfig(margin=0.1)},
+        {"logs": config.logs.model_copy(update={"gamma": 0.5})},
+        {"logs": config.logs.model_copy(update={"reward": config.logs.reward.model_copy(update={"column": "other"})})},
     ]
     claims = {
         judging.hypothesis(config.model_copy(update=change), ["a", "b"], "champion") for change in [{}, {}, *changed]
     }
-    assert len(claims) == 6
+    assert len(claims) == 8
+    moved = {"logs": config.logs.model_copy(update={"source": "elsewhere", "landing": "elsewhere/new"})}
+    assert judging.hypothesis(config.model_copy(update=moved), ["a", "b"], "champion") in claims
     assert judging.hypothesis(config, ["a"], "champion") not in claims
     gate = config.gate.model_copy(update={"canary_loss": 0.1})
     canary = config.model_copy(update={"gate": gate})

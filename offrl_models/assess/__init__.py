@@ -4,12 +4,12 @@ It decides nothing: no policy is released by it, and the gate does not read it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offrl_models import storage
 from offrl_models.assess import answer as answers
 from offrl_models.assess import units
 from offrl_models.assess.log import Assessed, read
@@ -19,9 +19,11 @@ from offrl_models.assess.values import Effort, Values, fitted_values, logged_ret
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.behavior import version_shares
 from offrl_models.ope.density import require_density
+from offrl_models.ope.estimates import REFITS
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import completed, finite
+from offrl_models.ope.units import entities_of
 from offrl_models.progress import Update, progress
 from offrl_models.reports.evidence import LOGGED, STATEMENT
 from offrl_models.schema import Episodes
@@ -56,7 +58,7 @@ def assess(
         with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
             values, why = _values(given, episodes, policy, ratio, effort, update)
             found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort, rare)
-    return _plain(
+    return storage.plain(
         {
             "policy": policy.card,
             "log": given.card,
@@ -122,8 +124,10 @@ def _found(
         intervals["FQE"] = values.direct
     alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
     name = answers.headline(terms)
-    gain = answers.gain(name, terms[name], returns, unit, alpha)
-    said = answers.checks(episodes, target, ratio, values, gain, answers.influence(terms[name], returns), rare)
+    entity = entities_of(episodes)
+    gain = answers.gain(name, terms[name], returns, unit, alpha, entity)
+    without_top = answers.influence(terms[name], returns, entity)
+    said = answers.checks(episodes, target, ratio, values, gain, without_top, rare)
     if np.isfinite(gain.estimate):
         said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
         said += [answers.loss_check(gain)] if name == "WPDIS" else []
@@ -162,10 +166,11 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
             f"Of {whole:,} episodes, the {episodes.n_episodes:,} of entities that the pipeline of this policy keeps from training "
             "are evaluated; where the logs are new to it, --all-entities takes the rest as well."
         )
+    counted = propensities != LOGGED and given.contract.tabular_states is not None
     if propensities != LOGGED:
         again = (
             "fitted again in every bootstrap sample of the estimators that weigh with them (MDR and DM take their fit as given)"
-            if given.contract.tabular_states
+            if counted
             else "taken as given by the intervals"
         )
         floor = "0.01" if given.episodes.n_actions else "a hundredth of their median"
@@ -187,6 +192,7 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
     networks = values is not None and isinstance(values.direct, Interval)
     said.append(
         f"Intervals are percentile bootstraps over entities, {units.SAMPLES:,} samples"
+        + (f" ({REFITS} where propensities are fitted again)" if counted else "")
         + ("; FQE's is a t-interval over its networks" if networks else "")
         + ". The two bounds of the difference are asymptotic confidence sequences, each on its own and for a look at this log: who "
         "looks again and again while it grows needs the gate and its ledger."
@@ -197,16 +203,3 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
 def _statement(propensities: str) -> str:
     said = STATEMENT.replace(" of the gate split", "")
     return said if propensities == LOGGED else said.replace("logged", ESTIMATED, 1)
-
-
-def _plain(value: Any) -> Any:
-    """The same as JSON: what is no number is null."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return _plain(asdict(value)) if isinstance(value, (Interval, answers.Gain, answers.Check)) else value

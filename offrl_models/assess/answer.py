@@ -31,12 +31,13 @@ from offrl_models.ope.intervals import (
     difference,
 )
 from offrl_models.ope.sequences import completed
-from offrl_models.ope.units import independent, pooled
+from offrl_models.ope.units import Units, by, independent, pooled
 from offrl_models.schema import Episodes
 
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
 MODELLED = ("MDR", "DM")  # estimators that no propensity of a single row enters, once their model is fitted
-ROUNDING = 1e-12  # of a difference that is 0
+UNITS = "entities, of many groups of them"  # that are resampled
+ROUNDING = 1e-12  # of the largest return: a difference that is smaller is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
 
 
@@ -49,7 +50,7 @@ class Gain:
     lower_bound: float
     upper_bound: float
     level: float  # of each bound
-    largest_share: float  # what one unit contributes to the sum of all, without their signs
+    largest_share: float  # what one entity contributes to the sum of all, without their signs
 
 
 def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> dict[str, Terms]:
@@ -72,7 +73,7 @@ def every_terms(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: 
 def intervals(terms: Mapping[str, Terms], samples: Samples, unit: Int64[np.ndarray, "episodes"]) -> dict[str, Interval]:
     """Percentile bootstraps over units. NaN where weights overflow, or where a sample has none at some step."""
     usable = {name: pooled(term, unit) for name, term in terms.items() if _is_finite(term)}
-    found = bootstrap_all(usable, samples, LEVEL)
+    found = bootstrap_all(usable, samples, LEVEL, over=UNITS)
     nothing = Interval(np.nan, np.nan, np.nan, LEVEL, "the importance weights overflow")
     return {name: found.get(name, nothing) for name in terms}
 
@@ -98,7 +99,12 @@ def refitted_intervals(
     weighed = {name: term for name, term in every_terms(episodes, ratio, values).items() if name not in MODELLED}
     finite = [name for name, term in weighed.items() if _is_finite(term)]
     return refitted(
-        terms_of, lambda copies: estimate_propensities(episodes, states, copies[unit]), episodes, samples, LEVEL
+        terms_of,
+        lambda copies: estimate_propensities(episodes, states, copies[unit]),
+        episodes,
+        samples,
+        LEVEL,
+        over=UNITS,
     )
 
 
@@ -111,19 +117,35 @@ def headline(terms: Mapping[str, Terms]) -> str:
     return next(name for name in ("MDR", "WDR", "DR", "SNIPW", "WPDIS") if name in terms)
 
 
-def gain(name: str, minuend: Terms, base: Terms, unit: Int64[np.ndarray, "episodes"], alpha: float) -> Gain:
-    """The paired difference and its bounds, asymptotic confidence sequences of what each unit contributes.
+def gain(
+    name: str,
+    minuend: Terms,
+    base: Terms,
+    unit: Int64[np.ndarray, "episodes"],
+    alpha: float,
+    entity: Units | None = None,
+) -> Gain:
+    """The paired difference and its bounds, asymptotic confidence sequences of what each unit contributes. `entity` is that of
+    each episode, where entities have several; a unit is one or more of them.
 
     All NaN where weights overflow, or are all 0 at some step.
     """
-    paired = pooled(difference(minuend, base), unit)
+    apart = difference(minuend, base)
+    paired = pooled(apart, unit)
     estimate = paired.estimate() if _is_finite(paired) else np.nan
     if not np.isfinite(estimate):
         return Gain(name, np.nan, np.nan, np.nan, 1 - alpha, np.nan)
     each = estimate + paired.influence()
     lower = confidence_sequence_lower_bound(each, alpha=alpha, planned=len(each))
     upper = -confidence_sequence_lower_bound(-each, alpha=alpha, planned=len(each))
-    return Gain(name, estimate, lower, upper, 1 - alpha, largest_share(each))
+    share = largest_share(estimate + by(apart, entity).influence())
+    center, low, high = (_snapped(value, base) for value in (estimate, lower, upper))
+    return Gain(name, center, low, high, 1 - alpha, share)
+
+
+def _snapped(value: float, base: Terms) -> float:
+    """0 where only rounding keeps a difference to these returns from it."""
+    return 0.0 if abs(value) <= ROUNDING * np.abs(base.numerator).max() else value
 
 
 def checks(
@@ -155,7 +177,7 @@ def checks(
         *said,
         check("largest share", share <= most, share, f"at most {most:g}",
               f"one {one} carries {share:.1%} of the difference, more than {most:.0%}"),
-        check("influence", sign * without_top >= -ROUNDING, without_top, "the same sign",
+        check("influence", sign * without_top >= 0, without_top, "the same sign",
               f"without its 0.5% most influential {noun} the difference is {without_top:+.3g}, of another sign"),
     ]  # fmt: skip
 
@@ -173,7 +195,7 @@ def loss_check(found: Gain) -> Check:
 
     Its upper bound then lies too low; the lower one errs to the safe side (docs/calibration.md).
     """
-    return check("loss", found.upper_bound >= -ROUNDING, found.upper_bound, "not by weights alone",
+    return check("loss", found.upper_bound >= 0, found.upper_bound, "not by weights alone",
                  "without a model of the values, weights of whole episodes show no loss: what the policy would do and the log "
                  "hardly does is missing from them")  # fmt: skip
 
@@ -187,7 +209,7 @@ def newer_check(
     width = confidence_sequence_width(units, alpha=alpha, planned=units) * np.sqrt(units)
     left = course.kept(outcome, oldest, alpha=alpha, width=width, unit=unit)
     older, newer = (half.difference for half in course.halves(outcome, oldest, alpha))
-    return check("newer half", not found.lower_bound > ROUNDING or left.lower_bound > ROUNDING, left.lower_bound,
+    return check("newer half", not found.lower_bound > 0 or left.lower_bound > 0, left.lower_bound,
                  "above 0 where the whole is", "the newer half of the log does not show that the gain is still there: the "
                  f"difference was {older:+.3g} and is {newer:+.3g} now, which is more than {course.KEPT:g} of what it was by at "
                  f"least {left.lower_bound:+.3g}")  # fmt: skip
@@ -215,10 +237,11 @@ def tail(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], logged: float) 
     }
 
 
-def influence(minuend: Terms, base: Terms) -> float:
-    """The difference without the episodes that pull it most; NaN where there is none."""
-    usable = _is_finite(minuend) and _is_finite(base)
-    return without_most_influential(minuend, base) if usable and np.isfinite(minuend.estimate()) else np.nan
+def influence(minuend: Terms, base: Terms, entity: Units | None = None) -> float:
+    """The difference without the episodes, or entities where they have several, that pull it most; NaN where there is none."""
+    if not (_is_finite(minuend) and _is_finite(base) and np.isfinite(minuend.estimate())):
+        return np.nan
+    return _snapped(without_most_influential(by(minuend, entity), by(base, entity)), base)
 
 
 def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
@@ -234,18 +257,18 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
             "These logs cannot tell: at some step hardly any logged episode does what the policy would do.",
         )
     size = f"by {abs(found.estimate):.4g} per episode ({found.estimator})"
-    if found.upper_bound < -ROUNDING and not broken:
+    if found.upper_bound < 0 and not broken:
         return "worse", (
             f"The policy is worse than the one that wrote the logs, {size}, and by at least {-found.upper_bound:.4g} at {level} "
             "confidence."
         )
-    if found.lower_bound > ROUNDING and not broken:
+    if found.lower_bound > 0 and not broken:
         return "better", (
             f"The policy is better than the one that wrote the logs, {size}, and by at least {found.lower_bound:.4g} at {level} "
             "confidence."
         )
     between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
-    settled = found.lower_bound > ROUNDING or found.upper_bound < -ROUNDING
+    settled = found.lower_bound > 0 or found.upper_bound < 0
     reasons = [each for each in broken if settled or each.name != "influence"]
     why = f"; {reasons[0].sentence}" if reasons else ""
     return "unsettled", (

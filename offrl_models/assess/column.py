@@ -26,7 +26,13 @@ def of_column(name: str, given: Assessed) -> Target:
     episodes = given.episodes
     keys = [given.contract.episode_column, given.contract.step_column]
     parts = [_column(given.log, number, name, keys) for number, _ in given.log.decisions]
-    known = pl.concat(parts, how="vertical_relaxed").unique(keys, keep="first", maintain_order=True)
+    known = pl.concat(parts, how="vertical_relaxed").unique([*keys, "_policy"], keep="first", maintain_order=True)
+    again = known.select(keys).is_duplicated()
+    if again.any():
+        raise InputError(
+            f"column {name!r} says two things of {known.filter(again).select(keys).n_unique()} decisions that are logged more than "
+            f"once, the first in episode {known.filter(again)[keys[0]][0]!r}; keep one row of each."
+        )
     wanted = pl.DataFrame({keys[0]: episodes.episode_id[episodes.episode_of_row], keys[1]: episodes.step})
     wanted = wanted.with_columns(pl.col(keys[0]).cast(known.schema[keys[0]]))
     found = wanted.join(known, on=keys, how="left", maintain_order="left")["_policy"]

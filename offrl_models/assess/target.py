@@ -25,7 +25,7 @@ Function = Callable[
     [np.ndarray, np.ndarray], Any
 ]  # observation [rows, columns], mask [rows, actions] -> [rows, actions]
 ALIKE = 1e-6  # probabilities in one column for one observation that differ by no more are the same
-ASKED_TWICE = 256  # rows
+ASKED, ASKED_ALONE = 256, 32  # rows, together and then some of them one by one
 
 
 class FunctionPolicy(OnnxPolicy):
@@ -179,10 +179,15 @@ def of_function(name: str, given: Assessed) -> Target:
         sys.path.remove(str(Path.cwd()))
     if not callable(function):
         raise InputError(f"{name} is a {type(function).__name__}, not a function of observations and masks.")
-    policy, few = FunctionPolicy(function, name), min(ASKED_TWICE, given.episodes.n_rows)
+    policy, few = FunctionPolicy(function, name), min(ASKED, given.episodes.n_rows)
     observation, mask = given.episodes.observation[:few], np.array(given.episodes.mask[:few])
-    if not np.array_equal(policy.probs(observation, mask), policy.probs(observation, mask)):
-        raise InputError(f"{name} answers the same observation in two ways; return probabilities, not a drawn action.")
+    together = policy.probs(observation, mask)[:ASKED_ALONE]
+    alone = [policy.probs(observation[i : i + 1], mask[i : i + 1]) for i in range(len(together))]
+    if np.abs(together - np.concatenate(alone)).max() > ALIKE:
+        raise InputError(
+            f"{name} answers the same observation in two ways; return probabilities, not a drawn action, and those of a row from "
+            "that row alone."
+        )
     return _of_probs(policy, policy.on(given.episodes), given.episodes, {"name": name, "kind": "Python function"})
 
 

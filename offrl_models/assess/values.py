@@ -29,6 +29,7 @@ from offrl_models.ope.marginal import paired_differences, policy_table, tabular_
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.sequences import completed
 from offrl_models.ope.tabular import TabularModel, states_of
+from offrl_models.ope.units import entities_of, per_unit
 from offrl_models.policies import Mixture, probs_of
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes
@@ -192,7 +193,8 @@ def fitted_values(episodes: Episodes, policy: Exported, effort: Effort, update: 
         q[fold.rows], v[fold.rows], next_v[fold.rows] = found.q[0], found.v[0], found.next_v[0]
         logged[fold.rows] = found.next_v[-1]
         initial[:, fold.mine] = found.initial[0]
-    direct = ensemble([float(value) for value in initial.mean(1)], initial.mean(0), LEVEL)
+    values = per_unit(initial.mean(0), entities_of(episodes))
+    direct = ensemble([float(value) for value in initial.mean(1)], values, LEVEL)
     return Values(
         q, v, next_v, logged, direct, f"fitted Q evaluation, {MEMBERS} networks and {effort.steps:,} steps each"
     )

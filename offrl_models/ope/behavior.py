@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offrl_models.logs.tally import holm_z, zero_mean_z
 from offrl_models.ope.diagnostics import mean_ratio_z
+from offrl_models.ope.units import fold_of
 from offrl_models.policies import BehaviorTable, probs_of
 from offrl_models.schema import Episodes, Feature, InputError
 
@@ -285,6 +286,6 @@ def version_shares(episodes: Episodes, column: str | None) -> dict[str, float]:
 
 
 def halves(episodes: Episodes) -> tuple[Episodes, Episodes]:
-    """The episodes of even and of odd place."""
-    even = np.arange(episodes.n_episodes) % 2 == 0
-    return episodes.take(even), episodes.take(~even)
+    """Two folds of the episodes, those of an entity in one of them."""
+    first = fold_of(episodes, 2) == 0
+    return episodes.take(first), episodes.take(~first)

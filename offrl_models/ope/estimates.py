@@ -68,6 +68,7 @@ def refitted(
     samples: Samples,
     level: float,
     unit: Units | None = None,
+    over: str = "episodes",
 ) -> dict[str, Interval]:
     """Percentile bootstrap over episodes that fits the propensities again in each of its first REFITS samples.
 
@@ -82,7 +83,7 @@ def refitted(
         share = count.astype(np.float64) / count.sum(dtype=np.float64)
         found.append([terms.estimate(share) for terms in terms_of(refit(share * len(share))).values()])
     ends = np.quantile(np.array(found), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    method = "percentile bootstrap over episodes, propensities fitted again in every sample"
+    method = f"percentile bootstrap over {over}, propensities fitted again in every sample"
     return {
         name: Interval(estimates[name], float(low), float(high), level, method)
         for name, low, high in zip(estimates, *ends, strict=True)
@@ -104,6 +105,7 @@ def estimate(
     several: samples and standard errors are then of entities.
     """
     found, terms = [dict[str, Interval]() for _ in ratios], dict[tuple[int, str], Terms]()
+    over = "episodes" if unit is None else "entities"
     with np.errstate(
         over="ignore", invalid="ignore"
     ):  # weights of long episodes may overflow; then there is no estimate
@@ -114,9 +116,9 @@ def estimate(
                 terms |= {(policy, name): by(each, unit) for name, each in all_terms(valued, ratio, model).items()}
             else:
                 again = partial(_reweighted, valued, ratio * episodes.action_prob, model)
-                found[policy] |= refitted(again, refit, episodes, samples, LEVEL, unit)
+                found[policy] |= refitted(again, refit, episodes, samples, LEVEL, unit, over)
         if terms:
-            for (policy, name), interval in bootstrap_all(terms, samples, LEVEL).items():
+            for (policy, name), interval in bootstrap_all(terms, samples, LEVEL, over=over).items():
                 found[policy][name] = interval
         for policy, intervals in enumerate(found):
             intervals["FQE"] = ensemble(fqe.members(policy), per_unit(fqe.initial[policy].mean(0), unit), LEVEL)

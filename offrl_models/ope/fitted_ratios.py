@@ -25,6 +25,7 @@ from offrl_models.logs.tally import zero_mean_z
 from offrl_models.ope.flow import Features, Flow, block, chunks
 from offrl_models.ope.minimax import solve
 from offrl_models.ope.tabular import RATIO_LIMIT
+from offrl_models.ope.units import entities_of, summed
 
 FOURIER = 150  # random features to fit with
 CHECKED = 50  # other random features to check with
@@ -94,7 +95,7 @@ class FittedRatios:
         missing = directions @ found.mean
         error = np.sqrt(((directions @ covariance) * directions).sum(1).clip(min=0.0))
         z = missing / np.hypot(error, TOLERANCE * np.append(1.0, np.where(found.size > 0, found.size, 1.0)))
-        drift = log.sum_per_episode(log.time_discount * found.omega * (flow.factor - 1.0))
+        drift = summed(log.sum_per_episode(log.time_discount * found.omega * (flow.factor - 1.0)), entities_of(log))
         checks = Checks(
             mean=float(1.0 - missing[0]),
             mean_error=float(error[0]),
@@ -174,7 +175,7 @@ class _Balance(NamedTuple):
 
     omega: Float64[np.ndarray, "rows"]
     mean: Float64[np.ndarray, "functions"]
-    covariance: Float64[np.ndarray, "functions functions"]  # of the mean
+    covariance: Float64[np.ndarray, "functions functions"]  # of the mean, over entities
     size: Float64[np.ndarray, "functions"]  # root mean squares of the functions over the rows
     slope: Float64[np.ndarray, "functions coefficients"]  # of what leaves
 
@@ -194,6 +195,8 @@ def _balance(
     counted = np.full(log.n_episodes, 1.0 / log.n_episodes) if share is None else share
     m, k = functions.size * groups, len(coefficients)
     omega, mean, squares, second = np.empty(log.n_rows), np.zeros(m), np.zeros(m), np.zeros((m, m))
+    unit = entities_of(log)
+    totals = None if unit is None else np.zeros((int(unit.max()) + 1, m))
     slope, worth = np.zeros((m, k)), log.time_discount * counted[log.episode_of_row]
     for chosen in chunks(log, max(m, k)):
         mine = block(flow, features, by_step, chosen)
@@ -204,8 +207,16 @@ def _balance(
         departure = log.time_discount[mine.rows, None] * theirs.departure
         left = theirs.start - np.add.reduceat(omega[mine.rows, None] * departure, mine.first, axis=0)
         mean += counted[chosen] @ left
-        second += (counted[chosen, None] * left).T @ left
+        if unit is None or totals is None:
+            second += (counted[chosen, None] * left).T @ left
+        else:
+            np.add.at(totals, unit[chosen], counted[chosen, None] * left)
         squares += worth[mine.rows] @ np.square(theirs.basis)
         slope += ((free * worth[mine.rows])[:, None] * theirs.departure).T @ mine.basis
     covariance = (second - np.outer(mean, mean)) / log.n_episodes
+    if unit is not None and totals is not None:  # an entity that is drawn several times counts as several
+        share_of = np.bincount(unit, counted)
+        times = share_of * log.n_episodes / np.bincount(unit)
+        apart = (totals - np.outer(share_of, mean))[times > 0]
+        covariance = (apart / times[times > 0, None]).T @ apart
     return _Balance(omega, mean, covariance, np.sqrt(squares / worth.sum()), slope)

@@ -66,10 +66,12 @@ def bootstrap_all(
     level: float,
     *,
     corrected: bool = False,
+    over: str = "episodes",
 ) -> dict[Name, Interval]:
-    """The percentile interval of every candidate, or with `corrected` the BCa interval, on the same bootstrap samples."""
+    """The percentile interval of every candidate, or with `corrected` the BCa interval, on the same bootstrap samples. `over` says
+    what the rows are."""
     probability = np.array([(1 - level) / 2, (1 + level) / 2])
-    method = "BCa bootstrap over episodes" if corrected else "percentile bootstrap over episodes"
+    method = f"{'BCa' if corrected else 'percentile'} bootstrap over {over}"
     found = {}
     for (name, terms), values in zip(candidates.items(), resampled(list(candidates.values()), samples), strict=True):
         low, high = _bca_quantiles(terms, values, probability) if corrected else np.quantile(values, probability)

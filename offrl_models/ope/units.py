@@ -72,5 +72,5 @@ def fold_of(episodes: Episodes, folds: int) -> Int64[np.ndarray, "episodes"]:
     """
     number, place = numbered(episodes)
     if not 2 <= folds <= number:
-        raise InputError(f"{number} entities cannot be cut into {folds} folds; ask for 2 at least.")
+        raise InputError(f"the episodes of {number} entities cannot be cut into {folds} folds; ask for 2 at least.")
     return place % folds

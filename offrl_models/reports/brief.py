@@ -24,11 +24,11 @@ def brief(shown: dict[str, Any]) -> list[str]:
         f"{measures['difference']:+.4g}, between {measures['lower_bound']:+.4g} and {measures['upper_bound']:+.4g}, each bound at "
         f"{1 - measures['alpha']:.2%} confidence.",
     ]
-    older, newer = measures["older_half"], measures["newer_half"]
+    older, newer, least = measures["older_half"], measures["newer_half"], measures["kept_bound"]
     said.append(
         f"In the {older['episodes']:,} older ones of {measures['episodes']:,} episodes the difference is "
         f"{older['difference']:+.4g}, in the newer ones {newer['difference']:+.4g}, which is more than {KEPT:g} of that "
-        f"by {measures['kept']:+.4g}, at least by {measures['kept_bound']:+.4g}."
+        f"by {measures['kept']:+.4g}, " + ("too few for a bound." if least is None else f"at least by {least:+.4g}.")
     )
     if verdict["proven_by_betting"]:
         said.append(f"Betting alone proves the gain (e-value {measures['e_value']:.3g}): the certificate is exact.")
@@ -37,7 +37,9 @@ def brief(shown: dict[str, Any]) -> list[str]:
             f"By logarithmic smoothing, which needs no model and no bound of the weights, the difference is at least "
             f"{measures['smoothed_lower']:+.4g} at {1 - measures['alpha']:.2%} confidence, for this number of episodes."
         )
-    if verdict["status"] != Status.PASS:
+    if verdict["status"] == Status.FAIL:
+        said.append("More of the same logs would not change it: the harm is shown.")
+    elif verdict["status"] != Status.PASS:
         decided = verdict["decided_by"]
         needed = (
             behind["episodes_needed"] if decided in SETTLED_BY_MORE or decided.startswith(("bound ", "size ")) else None
@@ -84,4 +86,5 @@ def brief(shown: dict[str, Any]) -> list[str]:
 
 def _span(contrast: dict[str, Any]) -> str:
     low, high = contrast["lower_bound"], contrast["upper_bound"]
-    return f"difference {contrast['difference']:+.4g}, between {low:+.4g} and {high:+.4g}"
+    bounds = "too few for a bound" if low is None else f"between {low:+.4g} and {high:+.4g}"
+    return f"difference {contrast['difference']:+.4g}, {bounds}"

@@ -239,7 +239,8 @@ def _draw_course(axes: Axes, measures: dict[str, Any]) -> None:
     middle = len(means) / 2
     for name, label, start in (("older_half", "halves", 0.5), ("newer_half", None, middle + 0.5)):
         half, across = measures[name], [start, start + middle]
-        axes.fill_between(across, half["lower_bound"], half["upper_bound"], color=ORANGE, alpha=0.25, linewidth=0)
+        if half["lower_bound"] is not None:
+            axes.fill_between(across, half["lower_bound"], half["upper_bound"], color=ORANGE, alpha=0.25, linewidth=0)
         axes.plot(across, [half["difference"]] * 2, color=ORANGE, linewidth=1, label=label)
     axes.set_xticks(place)
     axes.set_title(

@@ -95,7 +95,7 @@ the champion whose estimate is above the champion's (type I), and of the better 
 <h2>What was asked of {{ e.verdict.policy_name }}</h2>
 <table><tr><th class="l">check</th><th class="l">holds</th><th>measured</th><th>asked</th><th class="l">otherwise</th></tr>
 {% for f in e.verdict.findings %}<tr><td>{{ f.name }}</td><td class="l">{{ "yes" if f.holds else "NO" }}</td>
-<td>{{ "{:.4g}".format(f.value) }}</td><td>{{ "{:.4g}".format(f.threshold) }}</td>
+<td>{{ "-" if f.value is none else "{:.4g}".format(f.value) }}</td><td>{{ "{:.4g}".format(f.threshold) }}</td>
 <td class="l">{{ f.otherwise }}</td></tr>{% endfor %}
 </table>
 <h2>Where it decides otherwise</h2>

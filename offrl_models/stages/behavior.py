@@ -18,6 +18,7 @@ from offrl_models.exported import export_checked, export_density_checked
 from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import Refit
+from offrl_models.ope.units import fold_of
 from offrl_models.policies import BehaviorTable, Mixture, probs_of
 from offrl_models.progress import progress
 from offrl_models.reports import checks, plots
@@ -200,8 +201,8 @@ def _estimated(pipeline: Pipeline, name: str, episodes: Episodes) -> Float64[np.
     if states is not None:
         return behavior.estimate_propensities(episodes, states)
     found = np.empty(episodes.n_rows)
-    even = np.arange(episodes.n_episodes) % 2 == 0
-    for half, mine in enumerate((even, ~even), 1):
+    fold = fold_of(episodes, 2)
+    for half, mine in enumerate((fold == 0, fold == 1), 1):
         fitted_on, other = episodes.take(~mine), episodes.take(mine)
         clone, rows = (
             _cloned(pipeline, fitted_on, f"propensities of {name}, half {half} of 2"),

@@ -17,6 +17,7 @@ from offrl_models.evaluation import (
 )
 from offrl_models.exported import Exported, export_checked, open_policy
 from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
+from offrl_models.ope.units import entities_of, independent
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import canary_share, detail
@@ -37,7 +38,7 @@ from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 from offrl_models.variants import variant_of
 
-FEWEST = 4  # gate episodes: two in each half
+FEWEST = 4  # gate episodes, or entities where one has several: two in each half
 
 
 def _rung_name(candidate: str, cap: float | None) -> str:
@@ -105,6 +106,9 @@ def evidence(pipeline: Pipeline) -> Stage:
 def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
     """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
     tested = {
+        "logs": config.logs.model_dump(
+            mode="json", exclude={"source", "landing"}
+        ),  # rewards and gamma are what is tested
         "gate": config.gate.model_dump(mode="json", exclude={"canary_loss"}),
         "fqe": config.fqe.model_dump(mode="json"),
         "behavior": config.behavior.model_dump(mode="json"),
@@ -127,9 +131,10 @@ class _Look:
         self.fitted_on, self.gate = read_evaluated(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: open_policy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
-        if self.gate.n_episodes < FEWEST:
+        if independent(self.gate) < FEWEST:
+            noun = "episodes" if entities_of(self.gate) is None else "entities"
             raise InputError(
-                f"the gate split holds {self.gate.n_episodes} episodes, and fewer than {FEWEST} say nothing of a policy; collect "
+                f"the gate split holds {independent(self.gate)} {noun}, and fewer than {FEWEST} say nothing of a policy; collect "
                 "more logs."
             )
         self.rungs = self._export(folder, policies)
