@@ -194,6 +194,19 @@ def test_columns_follow_their_rows_whatever_the_order_of_files_and_rows(tmp_path
     assert np.allclose(known, frame["pi"])  # the log is as it was made
 
 
+def test_a_column_that_says_two_things_of_a_decision_is_refused(tmp_path: Path) -> None:
+    world = chain_world()
+    table = better(world)
+    sequential(tmp_path, world, 200, pi=lambda e: table[e.observation[:, 0].astype(int), e.action])
+    path = tmp_path / "logs" / "a.parquet"
+    frame, straight = pl.read_parquet(path), assessed(tmp_path, policy_column="pi")
+    pl.concat([frame, frame[:5]]).write_parquet(path)
+    assert assessed(tmp_path, policy_column="pi")["estimates"] == straight["estimates"]  # written down twice
+    pl.concat([frame, frame[:5].with_columns(pi=pl.col("pi") / 2)]).write_parquet(path)
+    with pytest.raises(InputError, match="column 'pi' says two things of 5 decisions .* the first in episode 0;"):
+        assessed(tmp_path, policy_column="pi")
+
+
 def test_policies_that_play_what_is_forbidden_are_refused(tmp_path: Path) -> None:
     world = chain_world()
     sequential(tmp_path, world, 200)

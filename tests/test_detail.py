@@ -206,6 +206,7 @@ def test_the_brief_says_what_a_risk_officer_asks(judged: tuple[Evaluation, Measu
     assert "canary" not in said and "logarithmic smoothing" not in said
     smoothed = dataclasses.replace(rung, measures=dataclasses.replace(rung.measures, smoothed_lower=0.0123))
     assert "the difference is at least +0.0123 at 95.00% confidence" in " ".join(shown(told, smoothed))
+    assert "the harm is shown" in " ".join(shown(told, rung, status="FAIL")) and "the harm" not in said
     canary = " ".join(shown(told, rung, status="INCONCLUSIVE", canary=0.0125))
     assert "Played in at most 1.250% of the episodes" in canary
 

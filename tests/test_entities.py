@@ -16,6 +16,7 @@ from offrl_models import legs, stages, storage
 from offrl_models.comparison import estimate_stated
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.datasets.split import SPLITS, bucket
 from offrl_models.datasets.transitions import Transitions
 from offrl_models.evaluation import BEHAVIOR, Evaluation, measure_rungs
 from offrl_models.gate import GateConfig, Status, judge
@@ -123,6 +124,7 @@ def test_what_is_behind_a_verdict_counts_entities_too(once_and_copied: tuple[Eva
     assert told[1]["episodes_needed"] == pytest.approx(COPIES * told[0]["episodes_needed"], rel=0.01)
     for name, interval in once.estimates["better"].intervals.items():
         again = copies.estimates["better"].intervals[name]
+        assert ("over entities" in again.method) is (name != "FQE") and "entities" not in interval.method
         ends, least = [again.estimate, again.low, again.high], 1e-9 if name == "FQE" else 1e-3
         assert ends == pytest.approx([interval.estimate, interval.low, interval.high], rel=least), name
     assert copies.estimates["better"].effective_episodes == pytest.approx(once.estimates["better"].effective_episodes)
@@ -203,12 +205,15 @@ def test_many_episodes_of_a_few_entities_decide_nothing() -> None:
 
 
 def test_groups_costs_and_entities_go_the_whole_way(tmp_path: Path) -> None:
-    """600 episodes of 120 patients are 36 or so to judge on."""
+    """600 episodes of 120 patients are 36 or so to judge on; and in the first half of the gate's log one of them is all alone."""
     world, configured = chain_world(), attributes(chain_world().n_states, 3)
-    log = pl.DataFrame(as_table(world.simulate(600, seed=3)))
+    log = pl.DataFrame(as_table(world.simulate(1200, seed=3)))
+    judging = next(number for number in range(1000, 2000) if bucket(number, "offrl") in SPLITS["gate"])
     log = log.with_columns(
-        patient=pl.col("episode") // 5,
-        sex=pl.when(pl.col("episode") // 5 % 2 == 0).then(pl.lit("f")).otherwise(pl.lit("m")),
+        patient=pl.when(pl.col("episode") < 600).then(pl.lit(judging)).otherwise(pl.col("episode") // 5),
+        sex=pl.when((pl.col("episode") < 600) | (pl.col("episode") // 5 % 2 == 0))
+        .then(pl.lit("f"))
+        .otherwise(pl.lit("m")),
         paid=(pl.col("action") == 0).cast(pl.Float64),
     )
     configured["logs"] |= {"entity": "patient", "subgroups": ["sex"], "costs": [{"column": "paid", "range": [0, 1]}]}
@@ -218,7 +223,9 @@ def test_groups_costs_and_entities_go_the_whole_way(tmp_path: Path) -> None:
     judged, released = stages.run(pipeline)
     assert released is None and judged.summary["status"] in ("INCONCLUSIVE", "INVALID")
     measures = storage.read_json(pipeline.folder / "evidence" / "verdict.json")["measures"]
-    assert 20 < measures["entities"] < 60 and measures["episodes"] == 5 * measures["entities"]
+    assert 20 < measures["entities"] < 60 and measures["episodes"] == 600 + 5 * (measures["entities"] - 1)
+    assert measures["older_half"]["lower_bound"] is None and measures["kept_bound"] is None
+    assert "too few for a bound." in (pipeline.reports / "evidence.html").read_text()
     assert {group["name"] for group in measures["subgroups"]} == {"sex f", "sex m"}
     assert sum(group["entities"] for group in measures["subgroups"]) == measures["entities"]
     (paid,) = measures["costs"]

@@ -104,11 +104,10 @@ def evidence(pipeline: Pipeline) -> Stage:
 
 
 def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
-    """Digest of what is claimed, a rung of these ladders beats this champion by these thresholds, and of how it is tested."""
+    """Digest of what is claimed, a rung of these ladders beats this champion in this reward by these thresholds, and of how it is
+    tested."""
     tested = {
-        "logs": config.logs.model_dump(
-            mode="json", exclude={"source", "landing"}
-        ),  # rewards and gamma are what is tested
+        "logs": config.logs.model_dump(mode="json", exclude={"source", "landing"}),
         "gate": config.gate.model_dump(mode="json", exclude={"canary_loss"}),
         "fqe": config.fqe.model_dump(mode="json"),
         "behavior": config.behavior.model_dump(mode="json"),
