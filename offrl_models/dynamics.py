@@ -4,7 +4,8 @@ Numbers and the reward that follow are Gaussian, categories are drawn from a sof
 learned like any other event, so that nobody writes a termination function for a task. Chua, Calandra, McAllister & Levine (2018),
 "Deep reinforcement learning in a handful of trials", https://arxiv.org/abs/1805.12114; defaults of OfflineRL-Kit.
 Differences from the source: layers are ReLU where theirs are swish, without weight decay; what is predicted is standardised, the
-bounds of the scales are fixed, and what is simulated stays within the range of the log.
+bounds of the scales are fixed, what is simulated stays within the range of the log, and training ends after `dynamics_steps` at
+the latest.
 """
 
 from collections.abc import Sequence
@@ -250,7 +251,8 @@ class Dynamics(nn.Module):
         return (own > 0.0) | (own == own.amax(-1, keepdim=True))
 
     def deviation(self, found: Prediction) -> Float[Tensor, "seed batch"]:
-        """How uncertain a step is: the largest standard deviation of a member from what all expect, over all that follows together.
+        """How uncertain a step is: the largest standard deviation of a member from what all expect, over numbers, reward and
+        categories together. Whether the task ends and which numbers are missing are no part of it.
 
         Numbers are in units of their standard deviation in the log, the reward in its own, a category is a vector with a single 1.
         """
@@ -259,7 +261,8 @@ class Dynamics(nn.Module):
         return largest_deviation(mean, torch.cat([(units * found.log_scale.exp()).square(), share * (1.0 - share)], -1))
 
     def disagreement(self, found: Prediction) -> Float[Tensor, "seed batch"]:
-        """How far what two members expect is apart at most, in the units of `deviation`; the end of the task is from 0 to 1."""
+        """How far what two members expect is apart at most, in the units of `deviation`; the end of the task, and
+        whether a number is missing, are from 0 to 1."""
         expected = (self._units() * found.mean, found.event.sigmoid(), self._shares(found.category))
         return largest_distance(torch.cat(expected, -1))
 

@@ -26,6 +26,10 @@ from offrl_models.training_config import TrainingConfig
 Report = Callable[[int, dict[str, float]], None]  # gradient steps so far, mean loss of each network
 Watch = Callable[[list[dict[str, Any]]], None]  # the history of losses so far
 
+# How often slow networks are copied in a training whose algorithm does not say every how many steps: a published interval, such as
+# d3rlpy's 8,000, is for millions of steps, and in a short training the targets would hardly ever move.
+COPIES = 100
+
 
 @runtime_checkable
 class Trainable(Protocol):
@@ -33,7 +37,7 @@ class Trainable(Protocol):
 
     targets: ClassVar[dict[str, str]]  # slow copy -> fast network
     draws: int  # random draws per row that `losses` wants
-    target_update: tuple[float, int]  # (how far the slow copy moves, every how many gradient steps)
+    target_update: tuple[float, int | None]  # (how far the slow copy moves, every how many steps; None: see COPIES)
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]: ...
 
@@ -190,7 +194,7 @@ class Learner(L.LightningModule):
     def move_targets(self) -> None:
         """Bring the slow networks nearer to the fast ones, where it is time to."""
         rate, interval = self.algorithm.target_update
-        if self.slow and self.gradient_steps % interval == 0:
+        if self.slow and self.gradient_steps % (interval or max(self.config.gradient_steps // COPIES, 1)) == 0:
             torch._foreach_lerp_(self.slow, self.fast, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -158,7 +158,8 @@ class JointMLP(nn.Module):
         return self.seen.after(hidden.flatten(1, 2)).unflatten(1, vector.shape[1:3])
 
 
-FORBIDDEN = -1e9  # a logit that no softmax notices; infinity would make NaN of 0 * infinity
+LEAST = -1e38  # below any value of a network, in half precision too
+FORBIDDEN = -1e9  # logarithm of no probability; infinity would make NaN of 0 * infinity
 
 
 def take(values: Float[Tensor, "*batch actions"], action: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -176,12 +177,12 @@ def take_each(
 
 def masked(values: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
     """Values with forbidden actions pushed out of any maximum or softmax."""
-    return torch.where(mask, values, FORBIDDEN)
+    return torch.where(mask, values, LEAST)
 
 
 def masked_log_softmax(logits: Float[Tensor, "*batch actions"], mask: Bool[Tensor, "*batch actions"]) -> Tensor:
     """Log-probabilities over the allowed actions."""
-    return torch.log_softmax(masked(logits, mask), -1)
+    return torch.log_softmax(masked(logits, mask), -1).clamp(min=FORBIDDEN)
 
 
 def likely_enough(

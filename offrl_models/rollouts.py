@@ -1,7 +1,8 @@
 """Simulated experience: short rollouts of the policy in a learned model, from observations of the log.
 
 Janner, Fu, Zhang & Levine (2019), "When to trust your model", https://arxiv.org/abs/1906.08253, algorithm 2; defaults of
-OfflineRL-Kit, where rollouts are as many but come less often.
+OfflineRL-Kit, where rollouts are as many but come less often, 50,000 at every 1,000th step, and of which the latest 1,250,000
+transitions are kept. Here it is `kept_rollouts * batch_size * rollout_steps` of them, 128,000 by default.
 """
 
 import math

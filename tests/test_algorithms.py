@@ -72,15 +72,22 @@ def known_fields(name: str, space: Space) -> list[str]:
     return [field.name for field in dataclasses.fields(config_of(name, space))]
 
 
-def sampled(algorithm: Any, seeds: list[int], episodes: Episodes) -> tuple[Transitions, Sampler]:
+def sampled(algorithm: Any, seeds: list[int], episodes: Episodes, double: bool = False) -> tuple[Transitions, Sampler]:
     transitions = transitions_of(algorithm, episodes, Encoder(episodes.features))
+    if double:
+        algorithm.double()
+        transitions.encoder.double()
+        for name, part in list(vars(transitions).items()):
+            if isinstance(part, torch.Tensor) and part.is_floating_point():
+                setattr(transitions, name, part.double())
     sampler = sampler_of(algorithm, transitions, episodes, 32, seeds)
     prepare(algorithm, transitions, sampler, TrainingConfig())
     return transitions, sampler
 
 
-def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES) -> Any:
-    train(algorithm, *sampled(algorithm, seeds, episodes), TrainingConfig(gradient_steps=steps), chunk=7)
+def trained(algorithm: Any, seeds: list[int], steps: int, episodes: Episodes = EPISODES, double: bool = False) -> Any:
+    inputs = sampled(algorithm, seeds, episodes, double)
+    train(algorithm.double() if double else algorithm, *inputs, TrainingConfig(gradient_steps=steps), chunk=7)
     return algorithm
 
 
@@ -128,17 +135,17 @@ def test_nothing_starts_like_anything_else(name: str, space: Space) -> None:
     assert starts
 
 
-# What follows the slope of a network jumps where a ReLU does, and after more steps shows the rounding of sums in other orders; so
-# do draws where a random number meets a probability.
-STEPS = {"edac": 100, "mopo": 60, "combo": 60, "morel": 60}
+# What follows the slope of a network jumps where a ReLU does, and so do draws where a random number meets a probability: the
+# rounding of sums in other orders grows. Of `edac` after 200 steps it makes 2e-3 in single precision and 2e-10 in double, so that
+# nothing passes from seed to seed.
+GROWING = ("edac", "mopo", "combo", "morel")
 
 
 @pytest.mark.parametrize(("name", "space"), SPACES)
 def test_seeds_trained_together_equal_seeds_trained_alone(name: str, space: Space) -> None:
-    steps = STEPS.get(name, 200)
-    together = trained(build(name, [3, 5], space), [3, 5], steps, LOGS[space])
+    together = trained(build(name, [3, 5], space), [3, 5], 200, LOGS[space], double=name in GROWING)
     for position, seed in enumerate([3, 5]):
-        alone = trained(build(name, [seed], space), [seed], steps, LOGS[space])
+        alone = trained(build(name, [seed], space), [seed], 200, LOGS[space], double=name in GROWING)
         for (key, joint), (_, single) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
             mine = joint.unflatten(0, (2, -1))[position]  # of a critic's members too
             assert torch.allclose(mine, single, atol=1e-5), (seed, key)
@@ -248,18 +255,6 @@ def test_an_algorithm_says_which_actions_it_is_for(name: str, space: Space) -> N
 def test_training_twice_gives_the_same_weights() -> None:
     first, second = (trained(build("iql", [0, 1]), [0, 1], 30) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-def test_targets_move_by_polyak_and_by_interval() -> None:
-    slow = build("iql", [0], polyak=0.25)
-    before = [p.clone() for p in slow.target_q.parameters()]
-    trained(slow, [0], 1)
-    for old, target, fast in zip(before, slow.target_q.parameters(), slow.q.parameters(), strict=True):
-        assert torch.allclose(target, old + 0.25 * (fast - old), atol=1e-7)
-    hard = trained(build("cql", [0], target_interval=4), [0], 5)
-    assert not torch.equal(hard.q.net.last_bias(), hard.target_q.net.last_bias())
-    hard = trained(build("cql", [0], target_interval=5), [0], 5)
-    assert all(torch.equal(a, b) for a, b in zip(hard.q.parameters(), hard.target_q.parameters(), strict=True))
 
 
 def test_one_adam_with_a_group_per_network() -> None:

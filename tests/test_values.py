@@ -10,35 +10,23 @@ import torch
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoded, Encoder
 from offrl_models.datasets.transitions import TransitionBatch
+from offrl_models.learner import Learner
 from offrl_models.ope.worlds import bandit
 from offrl_models.policies import Mixture
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit
+from offrl_models.training_config import TrainingConfig
 from tests.conftest import chain_world, codes
-from tests.test_algorithms import build
-from tests.test_covered_world import exact
+from tests.test_algorithms import EPISODES, build, sampled, trained
 
 WORLD = chain_world()
-QUICK: dict[str, dict[str, Any]] = {
-    "dqn": {"target_interval": 20},
-    "qr_dqn": {"target_interval": 20},
-    "discrete_sac": {"target_interval": 20, "entropy_share": 0.05, "initial_temperature": 0.1},
-    "nfq": {"target_interval": 50},
-    "iqn": {"target_interval": 20, "quantiles": 8, "target_quantiles": 8},
-}
+VALUES = ("dqn", "qr_dqn", "discrete_sac", "nfq", "iqn")
 
 
 def fitted(name: str, episodes: Episodes, steps: int, **settings: Any) -> Any:
     config = make_config(name, {"hidden": (32,), "learning_rate": 0.005, **settings})
     encoder = Encoder(episodes.features or codes(WORLD.n_states))
     return fit(name, config, episodes, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=128)[0]
-
-
-@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in QUICK), ("dqn", {"double": True})])
-def test_a_covered_world_is_solved(name: str, more: dict[str, Any]) -> None:
-    optimum, behavior = WORLD.value(WORLD.optimal()), WORLD.value(WORLD.behavior)
-    found = exact(WORLD, fitted(name, WORLD.simulate(2000, seed=2), 400, **QUICK[name], **more), 2)
-    assert found >= behavior + 0.9 * (optimum - behavior)
 
 
 def rewarded(reward: np.ndarray) -> Episodes:
@@ -112,7 +100,7 @@ def raise_q(network: Any, action: int, by: float) -> None:
         outputs.unflatten(-1, (3, -1))[..., action, :] += by
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", VALUES)
 def test_targets_ask_no_action_that_is_forbidden_next(name: str) -> None:
     algorithm = build(name, [0, 1])
     slow = getattr(algorithm, next(iter(algorithm.targets)))
@@ -154,6 +142,31 @@ def test_where_one_action_is_allowed_no_entropy_is_wanted() -> None:
     algorithm = build("discrete_sac", [0, 1])
     batch = one_step([True, True, True])._replace(mask=torch.tensor([False, False, True]).expand(2, 3, 3))
     assert float(algorithm.losses(batch)["temperature"].detach().abs().max()) < 1e-6
+
+
+def test_targets_move_by_polyak_and_by_interval() -> None:
+    slow = build("iql", [0], polyak=0.25)
+    before = [p.clone() for p in slow.target_q.parameters()]
+    trained(slow, [0], 1)
+    for old, target, fast in zip(before, slow.target_q.parameters(), slow.q.parameters(), strict=True):
+        assert torch.allclose(target, old + 0.25 * (fast - old), atol=1e-7)
+    hard = trained(build("cql", [0], target_interval=4), [0], 5)
+    assert not torch.equal(hard.q.net.last_bias(), hard.target_q.net.last_bias())
+    hard = trained(build("cql", [0], target_interval=5), [0], 5)
+    assert all(torch.equal(a, b) for a, b in zip(hard.q.parameters(), hard.target_q.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("steps", "every"), [(50, 1), (1000, 10)])
+def test_where_no_interval_is_set_targets_move_at_each_hundredth_of_the_training(steps: int, every: int) -> None:
+    algorithm = build("cql", [0], target_interval=None)
+    learner = Learner(algorithm, *sampled(algorithm, [0], EPISODES), TrainingConfig(gradient_steps=steps))
+    moved = []
+    for learner.gradient_steps in range(1, 31):
+        algorithm.q.net.last_bias().data += 1.0
+        learner.move_targets()
+        if torch.equal(algorithm.q.net.last_bias(), algorithm.target_q.net.last_bias()):
+            moved.append(learner.gradient_steps)
+    assert moved == list(range(every, 31, every))
 
 
 CLICKS = bandit(contexts=5, actions=3, columns=3, seed=5)

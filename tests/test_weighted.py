@@ -38,14 +38,6 @@ def found(name: str, episodes: Episodes, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "settings", "share"),
     [
-        ("awac", {"inverse_temperature": 100.0, "polyak": 0.05}, 0.9),
-        ("crr", {"inverse_temperature": 30.0, "target_interval": 20}, 0.9),
-        ("crr", {"weight": "binary", "target_interval": 20}, 0.98),
-        ("crr", {"weight": "binary", "advantage": "max", "target_interval": 20}, 0.98),
-        ("td3_bc", {"alpha": 10.0, "polyak": 0.05}, 0.9),
-        ("rebrac", {"polyak": 0.05}, 0.9),
-        ("td3_awr", {"polyak": 0.05}, 0.9),
-        ("td3_awr", {"polyak": 0.05, "inverse_temperature": 30.0, "policy_penalty": 10.0}, 0.9),
         ("awr", {"inverse_temperature": 3.0, "max_weight": 100.0}, 0.7),  # what followed by chance weighs, too
         ("bc_top", {"top_share": 0.02}, 0.9),
     ],

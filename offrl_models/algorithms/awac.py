@@ -3,7 +3,7 @@
 Nair, Gupta, Dalal & Levine (2020), https://arxiv.org/abs/2006.09359; defaults of d3rlpy.
 Differences from the paper: weights are clipped, as in CORL, and not divided by their sum over the batch; both losses are taken
 at the same parameters; expectations over discrete actions are exact, and over continuous ones the policy is a mixture of
-cut-off logistic densities, not a normal.
+cut-off logistic densities, not a normal. Batches are of 256 by default, as in CORL, where d3rlpy has 1,024.
 """
 
 from collections.abc import Sequence

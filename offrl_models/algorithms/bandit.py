@@ -4,8 +4,8 @@ DM by a model of the reward; IPW by what was earned, weighted by pi(a | x) / act
 (2011), https://arxiv.org/abs/1103.4601. SNIPW and SNDR divide by the sum of the weights instead of their number, so that
 adding a number to all rewards changes nothing: Swaminathan & Joachims (2015), "The self-normalized estimator for
 counterfactual learning". Defaults of OBP's NNPolicyLearner.
-Differences from OBP: the model is a network that is trained beside the policy on the same rows, without cross-fitting; and
-self-normalised weights are those of a batch.
+Differences from OBP: the model is a network that is trained beside the policy on the same rows, without cross-fitting;
+self-normalised weights are those of a batch, of 256 by default where theirs has 200; and weights of networks do not decay.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """Behavior cloning: the policy that makes the logged actions most likely.
 
 Pomerleau (1988). Defaults of d3rlpy's discrete BC with the 2x256 networks of CORL.
-Difference from theirs: over continuous actions the policy is a mixture density, not one action or one normal, so that it
-can also stand for the policy that wrote a log.
+Differences from theirs: large logits are not penalised as d3rlpy does; and over continuous actions the policy is a mixture
+density, not one action or one normal, so that it can also stand for the policy that wrote a log. Batches are of 256 by default,
+as in CORL, where d3rlpy has 100.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,8 @@ Discrete: Fujimoto, Conti, Ghavamzadeh & Pineau (2019), https://arxiv.org/abs/19
 Differences from the papers: imitator and Q-network share no layers, and the discrete policy is a softmax of Q over the actions
 that pass the threshold, at a stated temperature, instead of their argmax. The continuous policy chooses among proposals of fixed
 latents, spread evenly, and is a density of a stated scale around its choice; all losses are taken at the same parameters.
+Batches are of 256 by default, where d3rlpy has 100 over continuous actions and 32 over discrete ones, for which the slow network is
+copied a hundred times in a training by default, and there at every 8,000th step.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ class BCQConfig:
     logit_penalty: float = Field(
         default=0.5, ge=0
     )  # weight of the imitator's squared logits; the paper's code has 0.01
-    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps between copies; None: a hundredth of all
     temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 

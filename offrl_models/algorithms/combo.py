@@ -1,10 +1,13 @@
 """Conservative offline model-based policy optimization: practise in a learned model, and lower the value of what it made up.
 
-Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn (2021), https://arxiv.org/abs/2102.08363; defaults of OfflineRL-Kit. No uncertainty
-of the model is asked for: of simulated and logged observations all actions are lowered, and of logged ones those taken are raised.
+Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn (2021), https://arxiv.org/abs/2102.08363; defaults of OfflineRL-Kit, which
+leaves entropy out of the targets, too. No uncertainty of the model is asked for: of simulated and logged observations all actions
+are lowered, and of logged ones those taken are raised.
 Differences from the paper: the end of the task is learned, too; the policy is a cut-off logistic density where theirs is a squashed
 normal, and over discrete actions it is that of the discrete soft actor-critic, where the sum over actions is exact; over continuous
-ones it is estimated as in `cql`; all losses are taken at the same parameters.
+ones it is estimated as in `cql`; all losses are taken at the same parameters. OfflineRL-Kit has a conservative weight of 5, or 0.5
+for some tasks, lets the actor's learning rate fall by a cosine and keeps more rollouts; here the weight is 1, rates are constant by
+default, and `training.schedule: cosine` lets those of all networks fall.
 """
 
 import math

@@ -1,11 +1,13 @@
 """Conservative Q-learning: Q-learning that lowers the value of actions the log does not show.
 
 Kumar, Zhou, Tucker & Levine (2020), https://arxiv.org/abs/2006.04779, CQL(H): on double DQN where actions are discrete, else on a
-soft actor-critic without entropy in its targets; defaults of d3rlpy.
+soft actor-critic without entropy in its targets; defaults of d3rlpy, over continuous actions with the three layers of CORL.
 Differences from the paper: over discrete actions the policy is a softmax of Q at a stated temperature instead of the argmax, so
 that what is deployed is a distribution and what is evaluated is the same one. Over continuous ones it is a cut-off logistic
 density where theirs is a squashed normal; the sum over actions is estimated as in their appendix F, without the actions of the
-next observation that their code adds; all losses are taken at the same parameters.
+next observation that their code adds; all losses are taken at the same parameters. The conservative weight is fixed, as in CORL,
+where d3rlpy multiplies it by a factor that a Lagrangian tunes, with a threshold of 10. Over discrete actions d3rlpy has
+batches of 32 and copies the slow network at every 8,000th step; here it is 256, and a hundred times in a training, by default.
 """
 
 import math
@@ -37,7 +39,7 @@ class CQLConfig:
     hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
     learning_rate: float = Field(default=6.25e-5, gt=0)
     alpha: float = Field(default=1.0, ge=0)  # weight of the conservative gap; in units of reward
-    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps between copies; None: a hundredth of all
     temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 

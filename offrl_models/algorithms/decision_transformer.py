@@ -4,6 +4,8 @@ Chen, Lu, Rajeswaran et al. (2021), https://arxiv.org/abs/2106.01345; sizes, lea
 Differences from the paper: windows end, and do not begin, at a row drawn at random; returns are standardised over the log, not
 divided by a number for each task; there is no dropout, layers start uniform and their norms have no scale and shift, and the
 activation is d3rlpy's ReLU; over continuous actions the policy is a mixture of cut-off logistic densities, not one action.
+CORL trains for 100,000 steps on batches of 64, with a warm-up of 10,000 and gradients clipped at 0.25; these are keys of
+`training`, whose defaults are others and the same for all algorithms.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Christodoulou (2019), https://arxiv.org/abs/1910.07207; defaults of d3rlpy.
 Differences from the paper: all losses are taken at the same parameters, and the entropy that is wanted is a share of the
 greatest one among the actions a mask allows. The policy is deployed as it was trained, with the entropy it has.
+Batches are of 256, and the slow network is copied a hundred times in a training, by default; d3rlpy has 64 and every 8,000th step.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ class DiscreteSACConfig:
     learning_rate: float = Field(default=3e-4, gt=0)
     entropy_share: float = Field(default=0.98, ge=0, le=1)  # wanted, of the greatest one: log(allowed actions)
     initial_temperature: float = Field(default=1.0, gt=0)  # paper: alpha; in units of reward
-    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps between copies; None: a hundredth of all
 
 
 class DiscreteSAC(nn.Module):

@@ -3,7 +3,8 @@
 Mnih et al. (2015), https://doi.org/10.1038/nature14236; van Hasselt, Guez & Silver (2016), https://arxiv.org/abs/1509.06461;
 defaults of d3rlpy.
 Differences from the papers: the policy is a softmax of Q at a stated temperature instead of the argmax, so that what is
-deployed is a distribution and what is evaluated is the same one; rewards are not clipped.
+deployed is a distribution and what is evaluated is the same one; rewards are not clipped. Batches are of 256 by
+default, and the slow network is copied a hundred times in a training, where d3rlpy has 32 and every 8,000th step.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ class DQNConfig:
     hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
     learning_rate: float = Field(default=6.25e-5, gt=0)
     double: bool = False  # the fast network chooses the next action and the slow one tells its value
-    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps between copies; None: a hundredth of all
     temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 

@@ -1,8 +1,9 @@
 """Implicit Q-learning: never asks the critic about an action that is not in the data.
 
-Kostrikov, Nair & Levine (2021), https://arxiv.org/abs/2110.06169.
+Kostrikov, Nair & Levine (2021), https://arxiv.org/abs/2110.06169; defaults of d3rlpy and CORL.
 Differences from the paper: all three losses are taken at the same parameters, and the policy is categorical, or over
-continuous actions a mixture of cut-off logistic densities.
+continuous actions a mixture of cut-off logistic densities. Learning rates are constant by default, where paper and CORL let the
+actor's fall by a cosine; `training.schedule: cosine` lets those of all networks fall.
 """
 
 from collections.abc import Sequence

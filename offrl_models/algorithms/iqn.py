@@ -3,7 +3,8 @@
 Dabney, Ostrovski, Silver & Munos (2018b), https://arxiv.org/abs/1806.06923; defaults of d3rlpy, whose head, too, is linear.
 Differences from the paper: actions are chosen by the mean over evenly spaced levels and not over drawn ones, so that the
 policy is no random function; as the head is linear, the mean of the embeddings gives it at the price of one quantile; and
-the policy is a softmax of that mean at a stated temperature instead of the argmax.
+the policy is a softmax of that mean at a stated temperature instead of the argmax. Batches are of 256 by
+default, and the slow network is copied a hundred times in a training, where d3rlpy has 32 and every 8,000th step.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class IQNConfig:
     greedy_quantiles: int = Field(default=32, ge=1)  # paper: K; levels whose mean chooses actions
     cosines: int = Field(default=64, ge=1)  # paper: n; size of the embedding of a level
     huber_threshold: float = Field(default=1.0, gt=0)  # paper: kappa; below this error quantiles turn into expectiles
-    target_interval: int = Field(default=8000, ge=1)  # gradient steps between hard updates of the target network
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps between copies; None: a hundredth of all
     temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 

@@ -3,6 +3,7 @@
 Lyu, Ma, Li & Lu (2022), https://arxiv.org/abs/2206.04745; defaults of OfflineRL-Kit.
 Differences from the paper: the policy is a cut-off logistic density where theirs is a squashed normal; actions of the policy are
 brought down at the observation only, and not at the next one too as in their code; all losses are taken at the same parameters.
+The temperature has no upper bound, where OfflineRL-Kit holds it to at most 1, and the policy has no dropout, where it has 0.1.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,8 @@ Differences from the paper: the end of the task is learned, too; the largest dev
 members expect and not from what it expects itself, for stated ones alone need not grow away from the data; it is in standard
 deviations of the log and costs in those of the reward, so that `penalty` needs no change with their scales; the policy is a cut-off
 logistic density where theirs is a squashed normal, and over discrete actions that of the discrete soft actor-critic; all losses are
-taken at the same parameters.
+taken at the same parameters. OfflineRL-Kit lets the actor's learning rate fall by a cosine, holds the temperature to at most 1 and
+keeps more rollouts; here rates are constant by default, and `training.schedule: cosine` lets those of all networks fall.
 """
 
 from collections.abc import Sequence

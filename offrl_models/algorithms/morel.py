@@ -4,7 +4,8 @@ Kidambi, Rajeswaran, Netrapalli & Joachims (2020), https://arxiv.org/abs/2005.05
 Differences from the paper: the planner is a soft actor-critic on branched rollouts, as in Unifloral, with two critics where that
 has ten; members state a density, and the end of the task is learned, too; disagreement is measured in standard deviations of the
 log and compared with the largest one on rows held out; halting costs 10 standard deviations of the reward where Unifloral, for
-returns in the thousands, takes 200 units; all losses are taken at the same parameters.
+returns in the thousands, takes 200 units; all losses are taken at the same parameters. Fewer
+rollouts are kept, as `rollouts` says.
 """
 
 from collections.abc import Sequence

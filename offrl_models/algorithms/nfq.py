@@ -3,6 +3,7 @@
 Riedmiller (2005), https://doi.org/10.1007/11564096_32.
 Differences from the paper: batches and Adam in place of passes over the whole log by Rprop, an iteration goes on from the
 weights of the one before, the network has one output for each action, and it acts by a softmax of Q at a stated temperature.
+Batches are of 256 and iterations a hundred by default, where d3rlpy has 32 and new targets at each step.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from offrl_models.nets import MLP, masked, masked_log_softmax, take
 class NFQConfig:
     hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
     learning_rate: float = Field(default=6.25e-5, gt=0)  # d3rlpy's; the paper has none
-    target_interval: int = Field(default=1000, ge=1)  # gradient steps of one iteration
+    target_interval: int | None = Field(default=None, ge=1)  # gradient steps of one iteration; None: a hundredth of all
     temperature: float = Field(default=0.01, gt=0)  # of the softmax over Q that acts; in units of reward
 
 

@@ -5,6 +5,7 @@ the two distances that it tunes for locomotion.
 Differences from the paper: all losses are taken at the same parameters; the layer norm has no scale and shift; what is
 deployed, and evaluated, is a cut-off logistic density around the policy's action, as wide as TD3's exploration. Over discrete
 actions the policy has probabilities: Q is expected, and distances are those of probabilities to a vector with a single 1.
+Batches are of 256 by default, where CORL has 1,024.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """SAC-N and EDAC: an actor-critic that believes the least of many critics, and so avoids actions on which they disagree.
 
 An, Moon, Kim & Song (2021), https://arxiv.org/abs/2110.01548; defaults of CORL. EDAC is SAC-N with a term that makes the critics
-disagree about actions that are not in the data, so that it needs fewer of them.
+disagree about actions that are not in the data, so that it needs fewer of them. Over actions of one
+dimension cosines are 1 or -1, that term has no gradient, and EDAC is SAC-N.
 Differences from the paper: the policy is a cut-off logistic density where theirs is a squashed normal, and all losses are taken
 at the same parameters.
 """

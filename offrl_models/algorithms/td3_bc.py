@@ -1,6 +1,7 @@
 """TD3+BC: the policy that the critic likes best, held near the logged actions by a squared error.
 
-Fujimoto & Gu (2021), https://arxiv.org/abs/2106.06860, on TD3, Fujimoto, van Hoof & Meger (2018).
+Fujimoto & Gu (2021), https://arxiv.org/abs/2106.06860, on TD3, Fujimoto, van Hoof & Meger (2018); defaults of its authors,
+in whose code, too, the squared error is the mean over the dimensions of the action.
 Differences from the paper: all losses are taken at the same parameters; what is deployed, and evaluated, is a cut-off logistic
 density around the policy's action, as wide as TD3's exploration. Over discrete actions the policy has probabilities: Q is
 expected, and the distance is that of the probabilities to a vector with a single 1.
