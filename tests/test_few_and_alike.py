@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,8 +11,9 @@ import pytest
 
 from benchmarks.calibration import small
 from offrl_models import course, legs, storage
-from offrl_models.assess import answer, values
-from offrl_models.assess.target import FunctionPolicy
+from offrl_models.assess import _found, answer, values
+from offrl_models.assess.target import FunctionPolicy, Target
+from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.gate import GateConfig, Status, judge, verdict_from_json
 from offrl_models.ope import behavior
 from offrl_models.ope.fitted_ratios import Weights, fit_ratios
@@ -23,7 +25,10 @@ from offrl_models.ope.sequences import ratios
 from offrl_models.ope.units import per_unit
 from offrl_models.reports import brief
 from offrl_models.reports.detail import _draw_course
-from offrl_models.schema import Episodes, Feature
+from offrl_models.schema import Episodes, Feature, InputError
+from offrl_models.stages import behavior as stage
+from offrl_models.stages.judging import require_enough
+from tests.conftest import attributes
 from tests.hand_made import GOOD
 from tests.test_entities import COPIES, copied
 
@@ -59,6 +64,42 @@ def test_an_entity_is_in_one_half_of_the_log() -> None:
     one, other = behavior.halves(log)
     assert one.n_episodes == other.n_episodes == 20
     assert one.entity is not None and other.entity is not None and not set(one.entity) & set(other.entity)
+
+
+def test_a_clone_tells_propensities_of_entities_it_never_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configured = attributes(WORLD.n_states, 4)
+    configured["logs"] |= {"observation": [{"column": "state"}], "next_observation": None}
+    pipeline = Pipeline(parse_pipeline(configured, "toy"), tmp_path)
+    log = dataclasses.replace(WORLD.simulate(40, 1), entity=np.repeat(np.arange(20), 2))
+
+    def cloned(pipeline: Pipeline, fitted_on: Episodes, task: str) -> None:
+        raise RuntimeError(sorted(fitted_on.entity.tolist() if fitted_on.entity is not None else []))
+
+    monkeypatch.setattr(stage, "_cloned", cloned)
+    with pytest.raises(RuntimeError) as raised:
+        stage._estimated(pipeline, "gate", log)
+    (seen,) = raised.value.args
+    assert len(seen) == 20 and seen[::2] == seen[1::2]  # both episodes of each
+
+
+@pytest.mark.parametrize(("entities", "enough"), [(None, True), (4, True), (3, False)])
+def test_three_patients_are_too_few_however_many_episodes_they_have(entities: int | None, enough: bool) -> None:
+    log = WORLD.simulate(40, 1)
+    log = log if entities is None else dataclasses.replace(log, entity=np.arange(40) % entities)
+    if enough:
+        require_enough(log)
+    else:
+        with pytest.raises(InputError, match="the gate split holds 3 entities, and fewer than 4 say nothing"):
+            require_enough(log)
+
+
+def test_evaluate_looks_at_entities_for_what_pulls_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = dataclasses.replace(WORLD.simulate(400, 1), entity=np.arange(400) // 2)
+    seen: list[Any] = []
+    monkeypatch.setattr(answer, "influence", lambda minuend, base, entity=None: seen.append(entity) or 0.0)
+    ratio = np.ones(log.n_rows)
+    _found(log, Target({}, log.action_prob, None, None), ratio, None, "logged", None, values.Effort(1, 0))
+    assert seen[0].tolist() == (np.arange(400) // 2).tolist()
 
 
 def test_an_interval_of_fitted_values_counts_entities(monkeypatch: pytest.MonkeyPatch) -> None:

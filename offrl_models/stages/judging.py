@@ -21,7 +21,7 @@ from offrl_models.ope.units import entities_of, independent
 from offrl_models.reports import checks
 from offrl_models.reports import evidence as evidence_report
 from offrl_models.reports.detail import canary_share, detail
-from offrl_models.schema import InputError
+from offrl_models.schema import Episodes, InputError
 from offrl_models.stages.behavior import (
     LOGGED,
     current_behavior,
@@ -117,6 +117,16 @@ def hypothesis(config: PipelineConfig, rungs: list[str], champion: str) -> str:
     return storage.digest({"rungs": rungs, "champion": champion, **tested})
 
 
+def require_enough(gate: Episodes) -> None:
+    """Raises InputError where the gate's episodes, or entities where one has several, are fewer than FEWEST."""
+    number = independent(gate)
+    if number < FEWEST:
+        noun = "episodes" if entities_of(gate) is None else "entities"
+        raise InputError(
+            f"the gate split holds {number} {noun}, and fewer than {FEWEST} say nothing of a policy; collect more logs."
+        )
+
+
 class _Look:
     """One look at the gate split: the rungs of the best candidates, exported and evaluated beside everything else."""
 
@@ -130,12 +140,7 @@ class _Look:
         self.fitted_on, self.gate = read_evaluated(pipeline, "train", "selection"), read_evaluated(pipeline, "gate")
         policies = {row["candidate"]: open_policy(pipeline.candidate(row["candidate"]) / bundle.POLICY)
                     for row in self.board.summary["ranking"]}  # fmt: skip
-        if independent(self.gate) < FEWEST:
-            noun = "episodes" if entities_of(self.gate) is None else "entities"
-            raise InputError(
-                f"the gate split holds {independent(self.gate)} {noun}, and fewer than {FEWEST} say nothing of a policy; collect "
-                "more logs."
-            )
+        require_enough(self.gate)
         self.rungs = self._export(folder, policies)
         self.names = list(self.rungs)
         policies[BEHAVIOR] = open_policy(pipeline.folder / "behavior" / bundle.POLICY)
