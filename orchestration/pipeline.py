@@ -29,7 +29,7 @@ TEMPLATE: dict[str, Any] = {
         "truncated": "truncated",
         "gamma": 0.99,
     },
-    "algorithms": {"bc": {}, "cql": {"learning_rate": 0.0003, "target_interval": 100}, "iql": {}},
+    "algorithms": {"bc": {}, "cql": {"learning_rate": 0.0003}, "iql": {}},
     "gate": {"alpha": 0.05, "margin": 0.0},
 }
 

@@ -21,6 +21,10 @@ from benchmarks.calibration.judging import (
 from benchmarks.calibration.store import Line
 from benchmarks.calibration.stress import ALL, GAIN, WIDE, drifted, verdict_of
 from offrl_models import course
+from offrl_models.assess import _found, answer
+from offrl_models.assess.target import Target
+from offrl_models.assess.values import Effort, tabular_values
+from offrl_models.choices import Probabilities
 from offrl_models.evaluation import BEHAVIOR, measure_rungs
 from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.doubly_robust import Model
@@ -192,15 +196,34 @@ def test_coverage_is_measured_of_the_bounds_that_the_gate_and_evaluate_read() ->
         assert not coverage.has_all_sequences(
             {**cells, "n 500": {k: v for k, v in cells["n 500"].items() if k != name}}
         )
+    older = {cell: {k: v for k, v in digits.items() if k not in coverage.FOLD_BOUNDS} for cell, digits in cells.items()}
+    assert not coverage.has_all_sequences(older)
+
+
+def test_coverage_is_measured_of_two_folds_as_evaluate_cuts_them() -> None:
+    world, policy = coverage.setting(5, "near")
+    found = on_a_log(world, {"policy": policy}, 1, 900, 600)
+    gate, ratio = found.episodes, found.ratio["policy"]
+    bounds = coverage.on_two_folds(found, policy)
+    assert bounds is not None
+    target = Target({}, ratio * gate.action_prob, Probabilities(gate, policy[gate.observation[:, 0].astype(int)]), None)
+    fitted = tabular_values(gate, target, ratio, world.n_states)
+    wanted = _found(gate, target, ratio, fitted, "logged", world.n_states, Effort(1, 0))["difference"]
+    mine = bounds(answer.THRESHOLDS.alpha)
+    assert wanted.estimator == mine.estimator == "MDR"
+    assert (mine.lower_bound, mine.estimate, mine.upper_bound) == pytest.approx(
+        (wanted.lower_bound, wanted.estimate, wanted.upper_bound)
+    )
+    bandit = on_a_log(coverage.setting(1, "near")[0], {"policy": coverage.setting(1, "near")[1]}, 1, 90, 60)
+    assert coverage.on_two_folds(bandit, coverage.setting(1, "near")[1]) is None
 
 
 def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
     """Of 40 logs, 30 have enough effective episodes in one regime and 10 in another; only the other logs err in the first."""
     lines, (lower, *_, upper) = {}, coverage.BOUNDS
+    names = [coverage.GATE, *coverage.FOLD_BOUNDS, *coverage.BOUNDS]
     for seed in range(1, 41):
-        cells = {
-            cell: dict.fromkeys([coverage.GATE, *coverage.BOUNDS], "-111111") for cell in ("n 500, a", "n 2000, b")
-        }
+        cells = {cell: dict.fromkeys(names, "-111111") for cell in ("n 500, a", "n 2000, b")}
         for cell, most in (("n 500, a", 30), ("n 2000, b", 10)):
             cells[cell][coverage.ENOUGH] = "1111111" if seed <= most else "0000000"
         cells["n 500, a"][lower] = "-111111" if seed <= 30 else "-000000"
@@ -214,4 +237,8 @@ def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
     for seed in range(1, 21):
         lines[seed].found["n 500, a"][lower] = "-111101"
     written = "\n".join(coverage.report(lines, tmp_path / "report.md"))
+    for seed in range(1, 11):
+        lines[seed].found["n 500, a"][coverage.FOLD_BOUNDS[1]] = "-111101"
+    told = "\n".join(coverage.report(lines, tmp_path / "report.md"))
+    assert f"\n- {coverage.FOLD_BOUNDS[1]}, n 500, a: 30 of 40 at 95%\n" in told
     assert "| 33.3% and 100.0% |" in written and f"but for:\n\n- {lower}, n 500, a: 10 of 30 at 95%\n\n!" in written

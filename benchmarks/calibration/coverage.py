@@ -4,7 +4,7 @@ The world is random, small and exact; the policy evaluated is a mixture of the b
 are for its value; the one-sided bounds are asked whether they lie below what they bound.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -12,37 +12,29 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.calibration.judging import CONFIG, MEMBERS, Table, evaluation
+from benchmarks.calibration.bounds import (
+    FOLDS,
+    GATE,
+    SEQUENCES,
+    differences,
+    lower_bounds,
+    on_two_folds,
+    reported_intervals,
+    two_sided_intervals,
+)
+from benchmarks.calibration.judging import MEMBERS, Table, evaluation
 from benchmarks.calibration.small import world as small_world
 from benchmarks.calibration.store import Experiment, Found, Lines
 from benchmarks.calibration.tables import below, clopper_pearson, cost, plain, prose, table
-from offrl_models.assess import answer
-from offrl_models.evaluation import BEHAVIOR, Evaluation
-from offrl_models.legs import contrast
-from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE, Contrast
-from offrl_models.ope.bandit import logarithmic_smoothing_lower_bound
+from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
 from offrl_models.ope.doubly_robust import Model
-from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
 from offrl_models.ope.estimates import all_terms
-from offrl_models.ope.importance import Terms, trajectory_weights
+from offrl_models.ope.importance import trajectory_weights
 from offrl_models.ope.intervals import (
-    Interval,
-    bca,
-    bootstrap,
-    confidence_sequence,
-    delta_method,
-    empirical_bernstein_lower_bound,
     ensemble,
-    hcope_lower_bound,
-    hoeffding_lower_bound,
-    student_t,
-    student_t_lower_bound,
-    two_sided,
 )
-from offrl_models.ope.marginal import tabular_dm
-from offrl_models.ope.resampling import bootstrap_shares
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
 from offrl_models.reports.plots import BLUE, GRAY, save
@@ -50,13 +42,11 @@ from offrl_models.reports.plots import BLUE, GRAY, save
 EPISODES, HORIZONS, OVERLAP = (100, 500, 2_000), (1, 5, 20), {"near": 0.2, "far": 0.6}
 FITTED = 7 / 3  # episodes for the nuisances, for one that judges: the shares of the permanent split
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-SAMPLES = 400
-GATE = "gate: one-sided asymptotic confidence sequence, leg A"
 REPORTED = LEVELS.index(0.95)
 UNDEFINED = "-"  # the one-sided sequence has no bound at 50%
-SEQUENCES = ("leg C: difference by DR, sequence", "difference by WDR, sequence", "difference by WPDIS, sequence")
 SIDES = ("lower bound", "upper bound")
 BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]  # the last one decides nothing
+FOLD_BOUNDS = [f"{FOLDS}, {side}" for side in SIDES]
 ENOUGH, FEWEST = "enough effective episodes", 20  # for gate and `evaluate` to read them; logs that a share is told of
 Counts = dict[str, dict[str, np.ndarray]]  # by interval, cell of the grid and level
 
@@ -67,77 +57,6 @@ def setting(horizon: int, overlap: str) -> tuple[World, Table]:
     world = small_world(3, 3, horizon)
     share = OVERLAP[overlap]
     return world, (1 - share) * world.behavior + share * world.optimal()
-
-
-def two_sided_intervals(
-    weight: np.ndarray, returns: np.ndarray, largest: float
-) -> dict[str, Callable[[float], Interval]]:
-    """Intervals of a value by level, from the weights and returns of episodes; no weighted return exceeds `largest`."""
-    x, n = weight * returns, len(weight)
-    tis, wis = Terms(x[:, None]), Terms(x[:, None], weight[:, None])
-    shares = bootstrap_shares(n, SAMPLES, 0)
-    bounded = (
-        hoeffding_lower_bound,
-        empirical_bernstein_lower_bound,
-        betting_lower_bound,
-        betting_sequence_lower_bound,
-    )
-    names = ("Hoeffding, TIS", "empirical Bernstein, TIS", "betting, TIS", "betting sequence, TIS")
-    return {
-        "Student's t, TIS": partial(student_t, x),
-        "percentile bootstrap, TIS": partial(bootstrap, tis, shares),
-        "BCa bootstrap, TIS": partial(bca, tis, shares),
-        "asymptotic confidence sequence, TIS": partial(confidence_sequence, x, planned=n),
-        "delta method, WIS": partial(delta_method, wis),
-        "percentile bootstrap, WIS": partial(bootstrap, wis, shares),
-        "BCa bootstrap, WIS": partial(bca, wis, shares),
-        **{
-            name: partial(two_sided, bound, x, low=0.0, high=largest)
-            for name, bound in zip(names, bounded, strict=True)
-        },
-    }
-
-
-def reported_intervals(
-    found: Evaluation, terms: Mapping[str, Terms], policy: Table, model: TabularModel
-) -> dict[str, Callable[[float], Interval]]:
-    """The further intervals that reports show, all of them percentile bootstraps."""
-    gate = found.episodes
-    shown = {name: terms[name] for name in ("PDIS", "WPDIS", "DR", "WDR")} | {"tabular DM": tabular_dm(gate, policy)}
-    leg = found.paired("policy", model)
-    if not isinstance(leg, str):
-        shown["MDR"] = Terms((leg.outcome + gate.return_)[:, None])
-    shares = bootstrap_shares(gate.n_episodes, SAMPLES, 0)
-    return {f"percentile bootstrap, {name}": partial(bootstrap, term, shares) for name, term in shown.items()}
-
-
-def lower_bounds(
-    found: Evaluation, model: TabularModel, seed: int
-) -> Iterator[tuple[str, str, Callable[[float], float]]]:
-    """One-sided bounds by error rate, and whether they are of the policy's value or of its gain."""
-    gate, ratio = found.episodes, found.ratio["policy"]
-    weight = trajectory_weights(gate, ratio)
-    leg = found.paired("policy", model)
-    if not isinstance(leg, str):
-        yield GATE, "gain", lambda alpha: contrast("", leg.outcome, alpha, CONFIG.planned_episodes).lower_bound
-        yield "Student's t, leg A", "gain", lambda alpha: student_t_lower_bound(leg.outcome, alpha=alpha)
-    yield "HCOPE", "value", lambda alpha: hcope_lower_bound(weight * gate.return_, alpha=alpha, seed=seed)
-    if gate.length.max() == 1:
-        yield (
-            "logarithmic smoothing",
-            "value",
-            lambda alpha: logarithmic_smoothing_lower_bound(gate, ratio, low=0.0, high=1.0, alpha=alpha),
-        )
-
-
-def differences(found: Evaluation, terms: Mapping[str, Terms]) -> list[Callable[[float], answer.Gain | Contrast]]:
-    """Both bounds of the gain by error rate, in the order of SEQUENCES: of leg C, and of what `offrl evaluate` answers by."""
-    gate, gains, base = found.episodes, found.trajectory_gains("policy", BEHAVIOR), Terms(found.logged_returns[:, None])
-    headline = "DR" if gate.length.max() == 1 else "WDR"
-    return [
-        lambda alpha: contrast("", gains, alpha, CONFIG.planned_episodes),
-        *(partial(answer.gain, name, terms[name], base, np.arange(len(gains))) for name in (headline, "WPDIS")),
-    ]
 
 
 def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
@@ -167,7 +86,8 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
     for name, what, bound in lower_bounds(found, model, seed):
         truth = value - base if what == "gain" else value
         digits[name] = _digits(bound(1 - level) <= truth for level in LEVELS[name == GATE :])
-    for name, bounds in zip(SEQUENCES, differences(found, terms), strict=True):
+    folds, sequences = on_two_folds(found, policy), zip(SEQUENCES, differences(found, terms), strict=True)
+    for name, bounds in [*sequences, *([(FOLDS, folds)] if folds else [])]:
         ends = [bounds(1 - level) for level in LEVELS[1:]]
         digits[f"{name}, {SIDES[0]}"] = _digits(end.lower_bound <= value - base for end in ends)
         digits[f"{name}, {SIDES[1]}"] = _digits(end.upper_bound >= value - base for end in ends)
@@ -191,7 +111,9 @@ def coverage(seed: int) -> Found:
 
 def has_all_sequences(found: Found) -> bool:
     """Whether a log was simulated after the sequences of differences came in."""
-    return all({ENOUGH, *BOUNDS} <= digits.keys() for digits in found.values())
+    return all({ENOUGH, *BOUNDS} <= digits.keys() for digits in found.values()) and any(
+        FOLD_BOUNDS[0] in digits for digits in found.values()
+    )
 
 
 def counts(lines: Lines, *, enough: bool = False) -> Counts:
@@ -237,7 +159,7 @@ def report(lines: Lines, path: Path) -> list[str]:
         *prose(
             "The gate decides by the one-sided confidence sequence of leg A, and by that of leg C as well where the state is not "
             "Markov; from 500 episodes on, and only where the findings on weights, influence and visits do not object. `offrl "
-            "evaluate` answers by a sequence too: around the difference by MDR, which is leg A on two folds, where there is one, "
+            "evaluate` answers by a sequence too, and from as many: around the difference by MDR on two folds where there is one, "
             "else by WDR, and without a model of the values by WPDIS, whose upper bound decides nothing. The others stand in "
             "reports. Leg B, a test by betting, is no interval. Where a row above names n 100, neither looks; where it names more "
             "episodes, neither uses that interval, or only on logs that suffice for it: leg C, and differences by WDR and WPDIS, "
@@ -269,7 +191,7 @@ def _asked(among: Counts, asked: Mapping[str, int], logs: int) -> Iterator[tuple
 def _own(found: Counts, among: Counts, asked: Mapping[str, int], logs: int) -> list[str]:
     """Where a bound that is decided by covers less than it says: leg A from the first look on, the others where asked."""
     sentences = []
-    for name, cell in product((GATE, *BOUNDS[:-1]), asked):
+    for name, cell in product((GATE, *FOLD_BOUNDS, *BOUNDS[:-1]), asked):
         counted, n = (among, asked[cell]) if name in BOUNDS else (found, 0 if cell.startswith("n 100,") else logs)
         for level, hit in list(zip(LEVELS, counted.get(name, {}).get(cell, ()), strict=False))[1:]:
             if n >= FEWEST and below(hit, n, level):

@@ -36,7 +36,7 @@ from offrl_models.schema import Episodes
 
 BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estimators are called at horizon 1
 MODELLED = ("MDR", "DM")  # estimators that no propensity of a single row enters, once their model is fitted
-UNITS = "entities, of many groups of them"  # that are resampled
+UNITS = "entities, or groups of them where there are many"  # that are resampled
 ROUNDING = 1e-12  # of the largest return: a difference that is smaller is 0
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
 
