@@ -134,7 +134,7 @@ def test_a_section_stays_where_its_logs_are_gone(tmp_path: Path) -> None:
     calibrate.write_report({"chain": {}, "bandit": later, "cartpole": {}}, path, about)
     written = path.read_text()
     assert written.index("<!-- chain -->") < written.index("| a |") < written.index("<!-- bandit -->")
-    assert written.count("| a |") == 1 and "2026-11-28." in written and "CartPole" not in written
+    assert written.count("| a |") == 1 and "2026-11-28." in written and "### CartPole" not in written
 
 
 def test_the_cart_pole_is_that_of_gymnasium() -> None:
