@@ -66,8 +66,12 @@ class Mean(NamedTuple):
         reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
         return cls(mean, mean - reach, mean + reach)
 
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".1f"
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
     def __str__(self) -> str:
-        return f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
+        return format(self)
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean:

@@ -3,12 +3,11 @@
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.estimates import LEVEL, Estimates, Refit, refitted
-from offrl_models.ope.importance import Samples, Terms, tis, trajectory_weights, wis
+from offrl_models.ope.importance import Samples, Terms, tis, wis
 from offrl_models.ope.intervals import bootstrap_all
 from offrl_models.ope.sequences import ratios
-from offrl_models.ope.units import by, entities_of, summed
+from offrl_models.ope.units import by, entities_of
 from offrl_models.schema import Episodes, InputError
 
 STATED = {"TIS": tis, "WIS": wis}  # estimators that need no model of the values
@@ -58,4 +57,4 @@ def estimate_stated(
         intervals = bootstrap_all(terms, samples, LEVEL)
     else:
         intervals = refitted(terms_of, refit, episodes, samples, LEVEL, unit)
-    return Estimates(intervals, effective_sample_size(summed(trajectory_weights(episodes, ratio), unit)))
+    return Estimates.of(intervals, episodes, ratio, unit)

@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # effective episodes from which leg C is informative
+TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # see enough_effective
+
+
+def enough_effective(independent: int) -> float:
+    """How many of so many episodes, or entities, the weights of whole episodes must be worth: leg C is informative from there on,
+    and intervals that rest on fewer may be too narrow."""
+    return max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * independent)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Measures:
     @property
     def trajectory_informs(self) -> bool:
         """Whether enough episodes stand behind leg C."""
-        return self.effective_episodes >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * self.independent)
+        return self.effective_episodes >= enough_effective(self.independent)
 
     @property
     def trajectory_top(self) -> float | None:

@@ -16,14 +16,15 @@ from offrl_models.assess.target import FunctionPolicy, Target
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.gate import GateConfig, Status, judge, verdict_from_json
 from offrl_models.ope import behavior
+from offrl_models.ope.estimates import ESTIMATORS, Estimates
 from offrl_models.ope.fitted_ratios import Weights, fit_ratios
 from offrl_models.ope.flow import Flow
 from offrl_models.ope.fqe import FQEValues
 from offrl_models.ope.importance import Terms
-from offrl_models.ope.intervals import ensemble
+from offrl_models.ope.intervals import Interval, ensemble
 from offrl_models.ope.sequences import ratios
-from offrl_models.ope.units import per_unit
-from offrl_models.reports import brief
+from offrl_models.ope.units import entities_of, per_unit
+from offrl_models.reports import brief, plots
 from offrl_models.reports.detail import _draw_course
 from offrl_models.schema import Episodes, Feature, InputError
 from offrl_models.stages import behavior as stage
@@ -202,3 +203,49 @@ def test_a_verdict_with_bounds_that_are_infinite_is_written_read_and_drawn() -> 
     assert stopped.status is Status.INCONCLUSIVE and stopped.decided_by == "newer half"
     storage.canonical_json(stopped.to_json())
     assert brief._span(data["measures"]["subgroups"][0]) == "difference +0.02, too few for a bound"
+
+
+ANY = {name: Interval(0.5, 0.4, 0.6, 0.95, "") for name in ESTIMATORS}
+BY_STEPS = ["PDIS", "WPDIS", "DR", "WDR"]
+
+
+@pytest.mark.parametrize(
+    ("effective", "least", "independent", "of_few"),
+    [
+        (200.0, 200.0, 4000, []),
+        (200.0, 199.0, 4000, BY_STEPS),
+        (199.0, 199.0, 4000, ["TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR"]),
+        (250.0, 250.0, 5000, []),
+        (250.0, 249.0, 5000, BY_STEPS),
+    ],
+)
+def test_intervals_that_rest_on_few_effective_episodes_are_told_apart(
+    effective: float, least: float, independent: int, of_few: list[str]
+) -> None:
+    found = Estimates(ANY, effective, least, independent)
+    assert found.of_few == found.to_json()["of_few"] == of_few
+
+
+def test_weights_may_be_worth_the_fewest_at_a_step_before_the_last() -> None:
+    log = WORLD.simulate(300, 1)
+    log = log.take(np.diff(log.offsets) > 1)
+    ratio = np.ones(log.n_rows)
+    ratio[log.offsets[0]], ratio[log.offsets[0] + 1] = 99.0, 1 / 99.0
+    n, weights = log.n_episodes, np.array([99.0, *np.ones(log.n_episodes - 1)])
+    found = Estimates.of(ANY, log, ratio, None)
+    assert (found.effective_episodes, found.independent) == (pytest.approx(n), n)
+    assert found.least_effective == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    pooled = copied(log)
+    each = np.concatenate([np.tile(rows, COPIES) for rows in np.split(ratio, log.offsets[1:-1])])
+    again = Estimates.of(ANY, pooled, each, entities_of(pooled))
+    assert again.least_effective == pytest.approx(found.least_effective) and again.independent == n
+
+
+def test_what_rests_on_few_is_pale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    rows = [{"policy": "a", **Estimates(ANY, 300.0, 20.0, 4000).to_json()}]
+    plots.forest(rows, ESTIMATORS, 0.5, tmp_path / "forest.png", {})
+    pale = {lines.get_ydata()[0] for lines in drawn[0].axes[0].lines if lines.get_alpha() == 0.25}
+    plt.close(drawn[0])
+    assert pale == {ESTIMATORS.index(name) for name in BY_STEPS}

@@ -12,7 +12,7 @@ import pytest
 
 from offrl_models import bundle, registry, stages, storage
 from offrl_models.config import DriftConfig, Pipeline, parse_pipeline
-from offrl_models.reports import shift
+from offrl_models.reports import evidence, shift
 from offrl_models.reports.quality import CHECKS
 from offrl_models.schema import InputError
 from orchestration.pipeline import OfflineRLPipeline
@@ -89,6 +89,8 @@ def test_the_evidence_stands_beside_its_interval(released: tuple[Pipeline, Any])
             assert interval["low"] <= interval["estimate"] <= interval["high"]
     page = (pipeline.reports / "evidence.html").read_text()
     assert "PASS" in page and shown["verdict"]["policy_name"] in page
+    rows = evidence.policy_rows(shown)
+    assert page.count('class="pale"') == sum(len(row["of_few"]) for row in rows) > 0
 
 
 def test_the_demo_says_what_was_released(released: tuple[Pipeline, Any]) -> None:

@@ -26,7 +26,7 @@ from benchmarks.calibration.judging import MEMBERS, Table, evaluation
 from benchmarks.calibration.small import world as small_world
 from benchmarks.calibration.store import Experiment, Found, Lines
 from benchmarks.calibration.tables import below, clopper_pearson, cost, plain, prose, table
-from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE
+from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE, enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
 from offrl_models.ope.doubly_robust import Model
@@ -91,7 +91,7 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
         ends = [bounds(1 - level) for level in LEVELS[1:]]
         digits[f"{name}, {SIDES[0]}"] = _digits(end.lower_bound <= value - base for end in ends)
         digits[f"{name}, {SIDES[1]}"] = _digits(end.upper_bound >= value - base for end in ends)
-    enough = effective_sample_size(weight) >= max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * n)
+    enough = effective_sample_size(weight) >= enough_effective(n)
     digits[ENOUGH] = str(int(enough)) * len(LEVELS)
     return {name: digit.rjust(len(LEVELS), UNDEFINED) for name, digit in digits.items()}
 

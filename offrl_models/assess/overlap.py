@@ -10,7 +10,7 @@ from offrl_models.assess.target import Target
 from offrl_models.assess.values import Values
 from offrl_models.choices import Probabilities
 from offrl_models.gate import GateConfig
-from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE
+from offrl_models.measures import enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
 from offrl_models.ope.importance import trajectory_weights
 from offrl_models.ope.units import entities_of, summed
@@ -118,7 +118,7 @@ def effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], valu
         unit = entities_of(episodes)
         noun, weight = "episodes" if unit is None else "entities", summed(trajectory_weights(episodes, ratio), unit)
         of, alone = len(weight), episodes.n_rows == episodes.n_episodes
-        floor = THRESHOLDS.effective_transitions if alone else max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * of)
+        floor = THRESHOLDS.effective_transitions if alone else enough_effective(of)
     effective = effective_sample_size(weight) if np.isfinite(weight).all() else 0.0
     return check(f"effective {noun}", effective >= floor, effective, f"at least {floor:,.0f}",
                  f"{effective:,.0f} effective {noun} of {of:,} are fewer than {floor:,.0f}")  # fmt: skip

@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from offrl_models.measures import enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.doubly_robust import Model, weights_after
 from offrl_models.ope.fqe import FQEValues
-from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain, trajectory_weights
+from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain
 from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
-from offrl_models.ope.sequences import completed
-from offrl_models.ope.units import Units, by, per_unit, summed
+from offrl_models.ope.sequences import completed, weights_by_step
+from offrl_models.ope.units import Units, by, independent, per_unit, summed
 from offrl_models.schema import Episodes
 
 LEVEL = 0.95  # of the two-sided intervals in reports
 ESTIMATORS = ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE")
+WHOLE, UNWEIGHTED = (
+    ("TIS", "WIS"),
+    ("FQE",),
+)  # by the weights of whole episodes, and by none; the others by those of every step
 REFITS = 200  # bootstrap samples, where propensities are fitted again in each
 
 Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]  # propensities, of counted episodes
@@ -27,15 +32,34 @@ Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]
 
 @dataclass(frozen=True)
 class Estimates:
-    """Intervals by estimator, and how many equally weighted episodes the importance weights are worth."""
+    """Intervals by estimator, and how many equally weighted episodes, or entities, the importance weights are worth."""
 
     intervals: dict[str, Interval]
     effective_episodes: float
+    least_effective: float  # of the weights up to and including the step at which they are worth the fewest
+    independent: int  # episodes, or entities where one has several
+
+    @classmethod
+    def of(
+        cls, intervals: dict[str, Interval], episodes: Episodes, ratio: Float64[np.ndarray, "rows"], unit: Units | None
+    ) -> "Estimates":
+        """Intervals that are made with these ratios."""
+        sizes = [effective_sample_size(summed(weight, unit)) for weight in weights_by_step(episodes, ratio).T]
+        return cls(intervals, sizes[-1], min(sizes), independent(episodes))
+
+    @property
+    def of_few(self) -> list[str]:
+        """Estimators that weigh with fewer episodes than it takes for their intervals to be relied on."""
+        enough = enough_effective(self.independent)
+        worth = dict.fromkeys(WHOLE, self.effective_episodes) | dict.fromkeys(UNWEIGHTED, np.inf)
+        return [name for name in self.intervals if worth.get(name, self.least_effective) < enough]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "estimates": {name: interval.to_json() for name, interval in self.intervals.items()},
             "effective_episodes": self.effective_episodes,
+            "least_effective_episodes": self.least_effective,
+            "of_few": self.of_few,
         }
 
 
@@ -122,8 +146,7 @@ def estimate(
                 found[policy][name] = interval
         for policy, intervals in enumerate(found):
             intervals["FQE"] = ensemble(fqe.members(policy), per_unit(fqe.initial[policy].mean(0), unit), LEVEL)
-        effective = [effective_sample_size(summed(trajectory_weights(episodes, ratio), unit)) for ratio in ratios]
-    return [Estimates(*each) for each in zip(found, effective, strict=True)]
+        return [Estimates.of(each, episodes, ratio, unit) for each, ratio in zip(found, ratios, strict=True)]
 
 
 def _reweighted(

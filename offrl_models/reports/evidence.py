@@ -34,8 +34,9 @@ EXACT_NOTE = (
     "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
 )
 FEW = (
-    "ESS: how many equally weighted episodes the weights of whole episodes are worth. Where it is small, intervals of what weighs "
-    "with them may cover the value less often than they say; the verdict reads none of them."
+    "ESS: how many equally weighted episodes the weights of whole episodes are worth. What is pale weighs with fewer than it "
+    "takes, at the last step or at an earlier one: such intervals may cover the value less often than they say. The verdict "
+    "reads none of these intervals."
 )
 COMPARISON_NOTE = (
     "a comparison that decides nothing: on the left the estimate from the gate split for a policy that plays as often as "
@@ -50,7 +51,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } td:first-child, .l { text-align: left; }
 small { color: #718096; display: block; } small { white-space: nowrap; } td:first-child { min-width: 8rem; }
-img { max-width: 100%; } .exact { background: #fffaf0; }
+img { max-width: 100%; } .exact { background: #fffaf0; } .pale, .pale small { color: #a0aec0; }
 .verdict { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .PASS { border-color: #2f855a; } .INCONCLUSIVE { border-color: #b7791f; } .FAIL, .INVALID { border-color: #c53030; }
 </style></head><body>
@@ -66,7 +67,8 @@ img { max-width: 100%; } .exact { background: #fffaf0; }
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
 {% if e.exact %}<th class="exact">exact*</th>{% endif %}</tr>
 {% for row in rows %}<tr><td>{{ row.policy }}</td>
-{% for name in estimators %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate, digits) }}
+{% for name in estimators %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.of_few else "" }}">
+{{ number(i.estimate, digits) }}
 <small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
 {% if e.exact %}<td class="exact">{{ number(e.exact["values"][row.policy], digits + 1) }}</td>{% endif %}</tr>{% endfor %}
@@ -111,7 +113,8 @@ the champion whose estimate is above the champion's (type I), and of the better 
 <th>logged rows</th></tr>
 {% for row in e.comparisons.rows %}<tr><td>{{ row.policy }}<small>{{ row.log }}</small></td>
 <td class="l">{{ row.cells | join(", ") }}</td>
-{% for name in compared %}{% set i = row.estimates[name] %}<td>{{ number(i.estimate, digits) }}
+{% for name in compared %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.of_few else "" }}">
+{{ number(i.estimate, digits) }}
 <small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td><td>{{ "{:,}".format(row.gate_episodes) }}</td>
 <td>{{ number(row.logged_mean, digits) }}<small>± {{ number(row.logged_standard_error, digits) }}</small></td>
@@ -230,7 +233,7 @@ def _estimates_table(shown: dict[str, Any], digits: int) -> Table:
     if exact:
         table.add_column("exact*", justify="right", style="yellow", no_wrap=True)
     for row in policy_rows(shown):
-        cells = [_cell(row["estimates"][name], digits) for name in ESTIMATORS]
+        cells = [_cell(row, name, digits) for name in ESTIMATORS]
         truth = [_number(exact[row["policy"]], digits + 1)] if exact else []
         table.add_row(row["policy"], *cells, f"{row['effective_episodes']:,.0f}", *truth)
     return table
@@ -261,7 +264,7 @@ def _comparisons_table(comparisons: dict[str, Any], digits: int) -> Table:
     for column in (*STATED, "ESS", "gate episodes", "logged mean", "logged rows"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in comparisons["rows"]:
-        cells = [_cell(row["estimates"][name], digits) for name in STATED]
+        cells = [_cell(row, name, digits) for name in STATED]
         sizes = [f"{row[name]:,.0f}" for name in ("effective_episodes", "gate_episodes")]
         error = _short(row["logged_standard_error"], digits)
         logged = f"{_number(row['logged_mean'], digits)}\n[dim]± {error}[/]"
@@ -269,9 +272,11 @@ def _comparisons_table(comparisons: dict[str, Any], digits: int) -> Table:
     return table
 
 
-def _cell(interval: dict[str, Any], digits: int) -> str:
+def _cell(row: dict[str, Any], name: str, digits: int) -> str:
+    interval = row["estimates"][name]
     low, high = (_short(interval[end], digits - 1) for end in ("low", "high"))
-    return f"{_number(interval['estimate'], digits)}\n[dim]{low}–{high}[/]"
+    estimate = _number(interval["estimate"], digits)
+    return f"[dim]{estimate}\n{low}–{high}[/]" if name in row["of_few"] else f"{estimate}\n[dim]{low}–{high}[/]"
 
 
 def _decimals(evidence: dict[str, Any]) -> int:
