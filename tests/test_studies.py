@@ -191,13 +191,18 @@ def test_coverage_is_measured_of_the_bounds_that_the_gate_and_evaluate_read() ->
     cells = {f"n {n}": coverage.covered(5, "near", n, 1) for n in (100, 500)}
     assert [set(digits[coverage.ENOUGH]) for digits in cells.values()] == [{"0"}, {"1"}]
     assert all(digits[name][0] + digits[name][-1] == "-1" for digits in cells.values() for name in coverage.BOUNDS)
-    assert coverage.has_all_sequences(cells)
-    for name in (coverage.ENOUGH, *coverage.BOUNDS):  # a line of an earlier version
-        assert not coverage.has_all_sequences(
-            {**cells, "n 500": {k: v for k, v in cells["n 500"].items() if k != name}}
-        )
+    assert coverage.has_all(cells)
+    for name in (coverage.ENOUGH, *coverage.BOUNDS, *coverage.SOLID.values()):  # a line of an earlier version
+        assert not coverage.has_all({**cells, "n 500": {k: v for k, v in cells["n 500"].items() if k != name}})
+    solid = [{name for name, flag in coverage.SOLID.items() if digits[flag][0] == "1"} for digits in cells.values()]
+    assert solid == [set(), set(coverage.SHOWN)] and coverage.SHOWN.keys() <= cells["n 500"].keys()
+    digits = coverage.covered(20, "near", 280, 14)  # 202 effective episodes at the end, and 194 before it
+    assert [name for name, flag in coverage.SOLID.items() if digits[flag][0] == "1"] == [
+        "percentile bootstrap, TIS",
+        "percentile bootstrap, WIS",
+    ]
     older = {cell: {k: v for k, v in digits.items() if k not in coverage.FOLD_BOUNDS} for cell, digits in cells.items()}
-    assert not coverage.has_all_sequences(older)
+    assert not coverage.has_all(older)
 
 
 def test_coverage_is_measured_of_two_folds_as_evaluate_cuts_them() -> None:
@@ -220,18 +225,26 @@ def test_coverage_is_measured_of_two_folds_as_evaluate_cuts_them() -> None:
 
 def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
     """Of 40 logs, 30 have enough effective episodes in one regime and 10 in another; only the other logs err in the first."""
-    lines, (lower, *_, upper) = {}, coverage.BOUNDS
+    lines, (lower, *_, upper), (by_tis, by_pdis, *_) = {}, coverage.BOUNDS, coverage.SHOWN
     names = [coverage.GATE, *coverage.FOLD_BOUNDS, *coverage.BOUNDS]
     for seed in range(1, 41):
         cells = {cell: dict.fromkeys(names, "-111111") for cell in ("n 500, a", "n 2000, b")}
+        for digits in cells.values():
+            digits |= {**dict.fromkeys(coverage.SHOWN, "1111111"), **dict.fromkeys(coverage.SOLID.values(), "0000000")}
         for cell, most in (("n 500, a", 30), ("n 2000, b", 10)):
-            cells[cell][coverage.ENOUGH] = "1111111" if seed <= most else "0000000"
+            cells[cell][coverage.ENOUGH] = cells[cell][coverage.SOLID[by_tis]] = (
+                "1111111" if seed <= most else "0000000"
+            )
+        if not 3 < seed <= 30:
+            cells["n 500, a"][by_tis] = "1111101"
         cells["n 500, a"][lower] = "-111111" if seed <= 30 else "-000000"
         cells["n 2000, b"][upper] = "-000000"
         lines[seed] = Line(cells, 1.0)
     written = "\n".join(coverage.report(lines, tmp_path / "report.md"))
     assert f"| {lower} | 75.0% to 100.0% | n 500, a: 75.0% |" in written
     assert "| n 500, a | 30 of 40 | 100.0% and 100.0% | 100.0% and 100.0% | 100.0% and 100.0% |" in written
+    assert f"| {by_tis} | 92.5% of 40 | n 500, a: 90.0% | 75.0% of 40 | n 2000, b: 100.0% |" in written
+    assert f"| {by_pdis} | - | - | 100.0% of 80 | n 500, a: 100.0% |" in written
     assert "| n 2000, b | 10 of 40 | not asked | not asked | not asked |" in written
     assert "2 of 2 regimes" in " ".join(written.split()) and "what it says at every level." in written
     for seed in range(1, 21):
@@ -241,4 +254,6 @@ def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
         lines[seed].found["n 500, a"][coverage.FOLD_BOUNDS[1]] = "-111101"
     told = "\n".join(coverage.report(lines, tmp_path / "report.md"))
     assert f"\n- {coverage.FOLD_BOUNDS[1]}, n 500, a: 30 of 40 at 95%\n" in told
-    assert "| 33.3% and 100.0% |" in written and f"but for:\n\n- {lower}, n 500, a: 10 of 30 at 95%\n\n!" in written
+    assert (
+        "| 33.3% and 100.0% |" in written and f"but for:\n\n- {lower}, n 500, a: 10 of 30 at 95%\n\nOn the" in written
+    )

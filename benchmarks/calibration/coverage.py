@@ -30,11 +30,9 @@ from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE, enough_
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
 from offrl_models.ope.doubly_robust import Model
-from offrl_models.ope.estimates import all_terms
+from offrl_models.ope.estimates import ESTIMATORS, UNWEIGHTED, Estimates, all_terms
 from offrl_models.ope.importance import trajectory_weights
-from offrl_models.ope.intervals import (
-    ensemble,
-)
+from offrl_models.ope.intervals import ensemble
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.ope.worlds import World
 from offrl_models.reports.plots import BLUE, GRAY, save
@@ -48,6 +46,10 @@ SIDES = ("lower bound", "upper bound")
 BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]  # the last one decides nothing
 FOLD_BOUNDS = [f"{FOLDS}, {side}" for side in SIDES]
 ENOUGH, FEWEST = "enough effective episodes", 20  # for gate and `evaluate` to read them; logs that a share is told of
+SHOWN = {f"percentile bootstrap, {name}": name for name in ESTIMATORS if name not in UNWEIGHTED}  # on the evidence page
+SOLID = {
+    name: f"not pale: {name}" for name in SHOWN
+}  # there, for it weighs with enough effective episodes at every step
 Counts = dict[str, dict[str, np.ndarray]]  # by interval, cell of the grid and level
 
 
@@ -91,8 +93,11 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
         ends = [bounds(1 - level) for level in LEVELS[1:]]
         digits[f"{name}, {SIDES[0]}"] = _digits(end.lower_bound <= value - base for end in ends)
         digits[f"{name}, {SIDES[1]}"] = _digits(end.upper_bound >= value - base for end in ends)
-    enough = effective_sample_size(weight) >= enough_effective(n)
-    digits[ENOUGH] = str(int(enough)) * len(LEVELS)
+    shown = {SHOWN[name]: intervals[name](LEVELS[REPORTED]) for name in SHOWN}
+    pale = Estimates.of(shown, gate, found.ratio["policy"], None).of_few
+    flags = {SOLID[name]: SHOWN[name] not in pale for name in SHOWN}
+    flags[ENOUGH] = effective_sample_size(weight) >= enough_effective(n)
+    digits |= {name: str(int(flag)) * len(LEVELS) for name, flag in flags.items()}
     return {name: digit.rjust(len(LEVELS), UNDEFINED) for name, digit in digits.items()}
 
 
@@ -109,19 +114,19 @@ def coverage(seed: int) -> Found:
     }
 
 
-def has_all_sequences(found: Found) -> bool:
-    """Whether a log was simulated after the sequences of differences came in."""
-    return all({ENOUGH, *BOUNDS} <= digits.keys() for digits in found.values()) and any(
+def has_all(found: Found) -> bool:
+    """Whether a log was simulated after the sequences of differences, and what is pale, came in."""
+    return all({ENOUGH, *BOUNDS, *SOLID.values()} <= digits.keys() for digits in found.values()) and any(
         FOLD_BOUNDS[0] in digits for digits in found.values()
     )
 
 
-def counts(lines: Lines, *, enough: bool = False) -> Counts:
-    """By interval and cell of the grid, how many logs are covered at each level; of those with ENOUGH alone if wanted."""
+def counts(lines: Lines, flag: str | None = None) -> Counts:
+    """By interval and cell of the grid, how many logs are covered at each level; of those with a flag alone if one is given."""
     found: Counts = {}
     for line in lines.values():
         for cell, digits in line.found.items():
-            if enough and not int(digits[ENOUGH][0]):
+            if flag and not int(digits[flag][0]):
                 continue
             for name, hits in digits.items():
                 total = found.setdefault(name, {}).setdefault(cell, np.zeros(len(LEVELS)))
@@ -130,7 +135,8 @@ def counts(lines: Lines, *, enough: bool = False) -> Counts:
 
 
 def report(lines: Lines, path: Path) -> list[str]:
-    found, among, logs = counts(lines), counts(lines, enough=True), len(lines)
+    found, among, logs = counts(lines), counts(lines, ENOUGH), len(lines)
+    solid = {name: (found.pop(flag), counts(lines, flag)) for name, flag in SOLID.items()}
     asked = {cell: int(hits[REPORTED]) for cell, hits in found.pop(ENOUGH).items()}
     plot = path.with_name("calibration-coverage.png")
     _plot(found, logs, plot)
@@ -175,6 +181,12 @@ def report(lines: Lines, path: Path) -> list[str]:
         ),
         *[f"- {each}" for each in own],
         *[""] * bool(own),
+        *prose(
+            "On the evidence page an estimate is pale that weighs with fewer effective episodes than that, at the last step or, "
+            "but for TIS and WIS, at an earlier one. Over all regimes, and in the worst of those that have "
+            f"{FEWEST} such logs, intervals at {LEVELS[REPORTED]:.0%} cover:"
+        ),
+        *table(("interval", "not pale", "worst", "pale", "worst"), *_pale(found, solid, logs)),
         f"![Nominal against empirical coverage]({plot.name})",
         "",
     ]
@@ -186,6 +198,27 @@ def _asked(among: Counts, asked: Mapping[str, int], logs: int) -> Iterator[tuple
         shares = [among[name][cell][REPORTED] / n if n >= FEWEST else np.nan for name in BOUNDS]
         told = [f"{low:.1%} and {high:.1%}" for low, high in zip(shares[::2], shares[1::2], strict=True)]
         yield cell, plain(n, logs), *(told if n >= FEWEST else ["not asked"] * len(told))
+
+
+def _pale(
+    found: Counts, solid: dict[str, tuple[dict[str, np.ndarray], Counts]], logs: int
+) -> Iterator[tuple[str, ...]]:
+    """By interval, what it covers at 95% where it is not pale, and where it is."""
+    for name, (flagged, among) in solid.items():
+        number = {cell: int(each[REPORTED]) for cell, each in flagged.items()}
+        hits = {cell: int(among[name][cell][REPORTED]) if n else 0 for cell, n in number.items()}
+        pale = {cell: int(found[name][cell][REPORTED]) - hits[cell] for cell in number}
+        others = {cell: logs - n for cell, n in number.items()}
+        yield name, *_worst(hits, number), *_worst(pale, others)
+
+
+def _worst(hits: Mapping[str, int], number: Mapping[str, int]) -> tuple[str, str]:
+    """Hits in all regimes together, and the least share of one."""
+    n = sum(number.values())
+    shares = {cell: hits[cell] / each for cell, each in number.items() if each >= FEWEST}
+    worst = min(shares, key=shares.__getitem__, default=None)
+    told = "-" if worst is None else f"{worst}: {shares[worst]:.1%}"
+    return f"{sum(hits.values()) / n:.1%} of {n:,}" if n else "-", told
 
 
 def _own(found: Counts, among: Counts, asked: Mapping[str, int], logs: int) -> list[str]:
@@ -219,4 +252,4 @@ def _plot(found: Counts, logs: int, path: Path) -> None:
     save(figure, path)
 
 
-EXPERIMENTS = {"coverage": Experiment(coverage, 1_000, report, has_all_sequences)}
+EXPERIMENTS = {"coverage": Experiment(coverage, 1_000, report, has_all)}
