@@ -22,18 +22,19 @@ from tests.test_landing import no_download
 
 def test_episodes_that_were_counted_have_the_same_names_from_a_folder_and_from_a_url(tmp_path: Path) -> None:
     found = []
-    for place in ("folder", "url"):
+    for place in ("landing", "folder", "url"):
         root = tmp_path / place
         contract = contract_of(LAYOUTS["log.hdf5"], "codes")
         folders = Folders(root, root / contract.source, root / "data" / "lab")
-        if place == "url":
-            contract = contract.model_copy(update={"landing": f"file://{root / 'remote'}"})
-        there = root / "remote" if place == "url" else folders.landing
+        url = {"landing": "data/lab/landing", "folder": "far away", "url": f"file://{root / 'far away'}"}[place]
+        contract = contract.model_copy(update={"landing": url})
+        there = folders.landing if place == "landing" else root / "far away"
         there.mkdir(parents=True)
         write_d4rl(SOURCES["codes"], there / "log.hdf5")
         ingest(folders, contract).require_clean()
         found.append(Log.open(batch_files(folders.raw, "d4rl"), contract).frame()["episode_id"])
-    assert found[0].equals(found[1]) and found[0][-1] == "log.hdf5/49"
+        assert (there / "log.hdf5").exists() is (place != "landing")  # what lies elsewhere is only read
+    assert found[0].equals(found[1]) and found[0].equals(found[2]) and found[0][-1] == "log.hdf5/49"
 
 
 # --- batches in a bucket ----------------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ class Contract(Strict):
     """
 
     source: str  # folder of accepted batches, relative to the project
-    landing: str | None = None  # a folder or URL where new batches arrive; data/<dataset>/landing when left out
+    landing: str | None = (
+        None  # where batches arrive: a folder, relative to the project, or URL; data/<dataset>/landing
+    )
     format: str = "parquet"
     horizon: int | None = Field(default=None, ge=1, le=1)
     episode_id: str | None = None

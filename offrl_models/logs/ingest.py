@@ -129,11 +129,15 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
 
 
 def _fetch_landed(folders: Folders, contract: Contract) -> None:
-    """Copy what is new at the landing URL into the landing folder."""
-    if contract.landing:
+    """Copy what is new at the landing URL, or in the folder that is named instead, into the landing folder."""
+    url = contract.landing
+    if url and "://" not in url:
+        folder = (folders.root / url).resolve()
+        url = "" if folder == folders.landing.resolve() else f"file://{folder}"
+    if url:
         known = storage.read_json(folders.fetched) if folders.fetched.exists() else {}
         suffixes = formats.FORMATS[contract.format].suffixes
-        storage.write_json(folders.fetched, fetch(contract.landing, folders.landing, known, suffixes))
+        storage.write_json(folders.fetched, fetch(url, folders.landing, known, suffixes))
 
 
 @dataclass(frozen=True)
