@@ -40,7 +40,7 @@ def judged() -> tuple[Evaluation, Measured, GateConfig]:
     found.estimates["better"] = Estimates(
         {"A": Interval(1.0, 0.8, 1.2, 0.95, ""), "B": Interval(1.1, 0.9, 1.3, 0.95, ""),
                    "C": Interval(math.nan, math.nan, math.nan, 0.95, ""), "D": Interval(0.9, 0.7, 1.1, 0.95, "")},
-        0.0, 0.0, 1500,
+        0.0, [],
     )  # fmt: skip
     config = GateConfig(subgroups=("sex",), planned_episodes=2500)
     (rung,) = measure_rungs(["better"], found, config, asked(WORLD.n_states))

@@ -207,44 +207,74 @@ def test_a_verdict_with_bounds_that_are_infinite_is_written_read_and_drawn() -> 
 
 ANY = {name: Interval(0.5, 0.4, 0.6, 0.95, "") for name in ESTIMATORS}
 BY_STEPS = ["PDIS", "WPDIS", "DR", "WDR"]
+ALL_BUT_FQE = [name for name in ESTIMATORS if name != "FQE"]
+
+
+def two_steps(first: list[float], second: list[float]) -> tuple[Episodes, np.ndarray]:
+    """Episodes of two steps, and the ratio of every row: of the first steps, and of the second ones."""
+    log = WORLD.simulate(4 * len(first), 1)
+    log = log.take(np.flatnonzero(np.diff(log.offsets) > 1)[: len(first)])
+    ratio = np.ones(log.n_rows)
+    ratio[log.offsets[:-1]], ratio[log.offsets[:-1] + 1] = first, second
+    return log, ratio
 
 
 @pytest.mark.parametrize(
-    ("effective", "least", "independent", "of_few"),
+    ("n", "carried", "doubted"),
     [
-        (200.0, 200.0, 4000, []),
-        (200.0, 199.0, 4000, BY_STEPS),
-        (199.0, 199.0, 4000, ["TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR"]),
-        (250.0, 250.0, 5000, []),
-        (250.0, 249.0, 5000, BY_STEPS),
+        (4000, 201, []),
+        (4000, 200, []),
+        (4000, 199, ALL_BUT_FQE),
+        (4500, 225, []),
+        (4500, 224, ALL_BUT_FQE),  # a twentieth of all
     ],
 )
-def test_intervals_that_rest_on_few_effective_episodes_are_told_apart(
-    effective: float, least: float, independent: int, of_few: list[str]
-) -> None:
-    found = Estimates(ANY, effective, least, independent)
-    assert found.of_few == found.to_json()["of_few"] == of_few
+def test_intervals_that_rest_on_few_effective_episodes_are_doubted(n: int, carried: int, doubted: list[str]) -> None:
+    """So many episodes carry all the weight, whose mean is 1."""
+    weight = np.where(np.arange(n) < carried, n / carried, 0.0)
+    log, ratio = two_steps([1.0] * n, weight.tolist())
+    found = Estimates.of(ANY, log, ratio, None)
+    assert found.effective_episodes == pytest.approx(carried, rel=1e-3)
+    assert found.doubted == found.to_json()["doubted"] == doubted
 
 
 def test_weights_may_be_worth_the_fewest_at_a_step_before_the_last() -> None:
-    log = WORLD.simulate(300, 1)
-    log = log.take(np.diff(log.offsets) > 1)
-    ratio = np.ones(log.n_rows)
-    ratio[log.offsets[0]], ratio[log.offsets[0] + 1] = 99.0, 1 / 99.0
-    n, weights = log.n_episodes, np.array([99.0, *np.ones(log.n_episodes - 1)])
+    n = 1000
+    weight = np.where(np.arange(n) < 100, n / 100, 1e-9)
+    log, ratio = two_steps(weight.tolist(), (1.0 / weight).tolist())
     found = Estimates.of(ANY, log, ratio, None)
-    assert (found.effective_episodes, found.independent) == (pytest.approx(n), n)
-    assert found.least_effective == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
-    pooled = copied(log)
-    each = np.concatenate([np.tile(rows, COPIES) for rows in np.split(ratio, log.offsets[1:-1])])
-    again = Estimates.of(ANY, pooled, each, entities_of(pooled))
-    assert again.least_effective == pytest.approx(found.least_effective) and again.independent == n
+    assert found.effective_episodes == pytest.approx(n) and found.doubted == BY_STEPS
+    log, ratio = two_steps([1.0] * n, weight.tolist())
+    assert Estimates.of(ANY, log, ratio, None).doubted == ALL_BUT_FQE
 
 
-def test_what_rests_on_few_is_pale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("missed", "doubted"), [(1.9, []), (2.1, ALL_BUT_FQE), (-9.0, [])])
+def test_weights_whose_mean_is_too_small_are_doubted(missed: float, doubted: list[str]) -> None:
+    """By so many standard errors: then large ones are missing. Too large a mean says nothing of that kind."""
+    n, spread = 1000, 0.5
+    even = np.where(np.arange(n) % 2 == 0, 1 - spread, 1 + spread)
+    log, ratio = two_steps([1.0] * n, (even - missed * spread / np.sqrt(n)).tolist())
+    assert Estimates.of(ANY, log, ratio, None).doubted == doubted
+    log, ratio = two_steps((even - missed * spread / np.sqrt(n)).tolist(), (1 / ratio[ratio != 1.0]).tolist())
+    assert Estimates.of(ANY, log, ratio, None).doubted == [name for name in doubted if name in BY_STEPS]
+
+
+def test_copies_of_an_episode_are_doubted_as_one_is() -> None:
+    n = 600
+    for carried, missed in ((150, 0.0), (300, 0.0), (600, 1.5), (600, 2.5)):
+        even = np.where(np.arange(n) % 2 == 0, 0.5, 1.5) if carried == n else n / carried * (np.arange(n) < carried)
+        log, ratio = two_steps([1.0] * n, (even - missed * 0.5 / np.sqrt(n)).tolist())
+        pooled = copied(log)
+        each = np.concatenate([np.tile(rows, COPIES) for rows in np.split(ratio, log.offsets[1:-1])])
+        once, many = Estimates.of(ANY, log, ratio, None), Estimates.of(ANY, pooled, each, entities_of(pooled))
+        assert once.doubted == many.doubted == ([] if (carried, missed) in {(300, 0.0), (600, 1.5)} else ALL_BUT_FQE)
+        assert many.effective_episodes == pytest.approx(once.effective_episodes)
+
+
+def test_what_is_doubted_is_pale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    rows = [{"policy": "a", **Estimates(ANY, 300.0, 20.0, 4000).to_json()}]
+    rows = [{"policy": "a", **Estimates(ANY, 300.0, BY_STEPS).to_json()}]
     plots.forest(rows, ESTIMATORS, 0.5, tmp_path / "forest.png", {})
     pale = {lines.get_ydata()[0] for lines in drawn[0].axes[0].lines if lines.get_alpha() == 0.25}
     plt.close(drawn[0])

@@ -90,7 +90,7 @@ def test_the_evidence_stands_beside_its_interval(released: tuple[Pipeline, Any])
     page = (pipeline.reports / "evidence.html").read_text()
     assert "PASS" in page and shown["verdict"]["policy_name"] in page
     rows = evidence.policy_rows(shown)
-    assert page.count('class="pale"') == sum(len(row["of_few"]) for row in rows) > 0
+    assert page.count('class="pale"') == sum(len(row["doubted"]) for row in rows) > 0
 
 
 def test_the_demo_says_what_was_released(released: tuple[Pipeline, Any]) -> None:

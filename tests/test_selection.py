@@ -220,7 +220,7 @@ def test_candidates_are_ranked_by_the_least_gain_of_a_member_and_by_name_where_t
     luck -= luck.mean(2, keepdims=True)
     initial = base + luck + np.array([gains.get(name, [0.0, 0.0]) for name in names])[:, :, None]
     rows, samples = np.zeros((5, log.n_rows)), BootstrapSamples(30, 200, 1)
-    estimates = {name: Estimates({}, float(place), 0.0, 30) for place, name in enumerate(names)}
+    estimates = {name: Estimates({}, float(place), []) for place, name in enumerate(names)}
     values = FQEValues(rows, rows, rows, initial)
     found = rank(Evaluation(names, {}, log, log, {}, {}, values, samples, estimates))
     assert [(row["rank"], row["candidate"]) for row in found] == [(1, "z"), (2, "a"), (3, "b"), (4, "c")]

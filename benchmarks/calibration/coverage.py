@@ -30,7 +30,7 @@ from offrl_models.measures import TRAJECTORY_EPISODES, TRAJECTORY_SHARE, enough_
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.distribution import band_interval, mean, tis_cdf
 from offrl_models.ope.doubly_robust import Model
-from offrl_models.ope.estimates import ESTIMATORS, UNWEIGHTED, Estimates, all_terms
+from offrl_models.ope.estimates import ESTIMATORS, MISSED, UNWEIGHTED, all_terms, doubted
 from offrl_models.ope.importance import trajectory_weights
 from offrl_models.ope.intervals import ensemble
 from offrl_models.ope.tabular import TabularModel
@@ -47,9 +47,7 @@ BOUNDS = [f"{name}, {side}" for name in SEQUENCES for side in SIDES]  # the last
 FOLD_BOUNDS = [f"{FOLDS}, {side}" for side in SIDES]
 ENOUGH, FEWEST = "enough effective episodes", 20  # for gate and `evaluate` to read them; logs that a share is told of
 SHOWN = {f"percentile bootstrap, {name}": name for name in ESTIMATORS if name not in UNWEIGHTED}  # on the evidence page
-SOLID = {
-    name: f"not pale: {name}" for name in SHOWN
-}  # there, for it weighs with enough effective episodes at every step
+SOLID = {name: f"not doubted: {name}" for name in SHOWN}  # whether it is drawn there in full
 Counts = dict[str, dict[str, np.ndarray]]  # by interval, cell of the grid and level
 
 
@@ -93,8 +91,7 @@ def covered(horizon: int, overlap: str, n: int, seed: int) -> dict[str, str]:
         ends = [bounds(1 - level) for level in LEVELS[1:]]
         digits[f"{name}, {SIDES[0]}"] = _digits(end.lower_bound <= value - base for end in ends)
         digits[f"{name}, {SIDES[1]}"] = _digits(end.upper_bound >= value - base for end in ends)
-    shown = {SHOWN[name]: intervals[name](LEVELS[REPORTED]) for name in SHOWN}
-    pale = Estimates.of(shown, gate, found.ratio["policy"], None).of_few
+    pale = doubted(SHOWN.values(), gate, found.ratio["policy"], None)
     flags = {SOLID[name]: SHOWN[name] not in pale for name in SHOWN}
     flags[ENOUGH] = effective_sample_size(weight) >= enough_effective(n)
     digits |= {name: str(int(flag)) * len(LEVELS) for name, flag in flags.items()}
@@ -115,7 +112,7 @@ def coverage(seed: int) -> Found:
 
 
 def has_all(found: Found) -> bool:
-    """Whether a log was simulated after the sequences of differences, and what is pale, came in."""
+    """Whether a log was simulated after the sequences of differences, and what is doubted, came in."""
     return all({ENOUGH, *BOUNDS, *SOLID.values()} <= digits.keys() for digits in found.values()) and any(
         FOLD_BOUNDS[0] in digits for digits in found.values()
     )
@@ -182,11 +179,12 @@ def report(lines: Lines, path: Path) -> list[str]:
         *[f"- {each}" for each in own],
         *[""] * bool(own),
         *prose(
-            "On the evidence page an estimate is pale that weighs with fewer effective episodes than that, at the last step or, "
-            "but for TIS and WIS, at an earlier one. Over all regimes, and in the worst of those that have "
-            f"{FEWEST} such logs, intervals at {LEVELS[REPORTED]:.0%} cover:"
+            "Pages show an estimate pale, as doubted, where its weights are worth fewer effective episodes than that, or their "
+            f"mean is more than {MISSED:.0f} standard errors below 1: at the last step or, but for TIS and WIS, at an earlier "
+            "one. Few effective episodes alone do not tell: weights look even where the large ones did not come. Over all "
+            f"regimes, and in the worst of those that have {FEWEST} such logs, intervals at {LEVELS[REPORTED]:.0%} cover:"
         ),
-        *table(("interval", "not pale", "worst", "pale", "worst"), *_pale(found, solid, logs)),
+        *table(("interval", "not doubted", "worst", "doubted", "worst"), *_pale(found, solid, logs)),
         f"![Nominal against empirical coverage]({plot.name})",
         "",
     ]
@@ -203,7 +201,7 @@ def _asked(among: Counts, asked: Mapping[str, int], logs: int) -> Iterator[tuple
 def _pale(
     found: Counts, solid: dict[str, tuple[dict[str, np.ndarray], Counts]], logs: int
 ) -> Iterator[tuple[str, ...]]:
-    """By interval, what it covers at 95% where it is not pale, and where it is."""
+    """By interval, what it covers at 95% where it is not doubted, and where it is."""
     for name, (flagged, among) in solid.items():
         number = {cell: int(each[REPORTED]) for cell, each in flagged.items()}
         hits = {cell: int(among[name][cell][REPORTED]) if n else 0 for cell, n in number.items()}

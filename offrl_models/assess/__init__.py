@@ -19,7 +19,7 @@ from offrl_models.assess.values import Effort, Values, fitted_values, logged_ret
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.behavior import version_shares
 from offrl_models.ope.density import require_density
-from offrl_models.ope.estimates import REFITS
+from offrl_models.ope.estimates import REFITS, doubted
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import completed, finite
@@ -140,6 +140,7 @@ def _found(
         "sentence": sentence,
         "logged": logged,
         "estimates": intervals,
+        "doubted": doubted(intervals, episodes, ratio, entity),
         "difference": gain,
         "checks": said,
         "weights": answers.tail(completed(episodes, values.next_v) if values else episodes, ratio, logged.estimate),

@@ -1,7 +1,7 @@
 """Everything one evaluation says about one policy: all estimators with intervals, and effective sample sizes."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from offrl_models.logs.tally import zero_mean_z
 from offrl_models.measures import enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size
 from offrl_models.ope.doubly_robust import Model, weights_after
 from offrl_models.ope.fqe import FQEValues
-from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain
+from offrl_models.ope.importance import Samples, Terms, discounted_rewards, normalised, plain, trajectory_weights
 from offrl_models.ope.intervals import Interval, bootstrap_all, ensemble
 from offrl_models.ope.sequences import completed, weights_by_step
 from offrl_models.ope.units import Units, by, independent, per_unit, summed
@@ -21,10 +22,8 @@ from offrl_models.schema import Episodes
 
 LEVEL = 0.95  # of the two-sided intervals in reports
 ESTIMATORS = ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE")
-WHOLE, UNWEIGHTED = (
-    ("TIS", "WIS"),
-    ("FQE",),
-)  # by the weights of whole episodes, and by none; the others by those of every step
+WHOLE, UNWEIGHTED = ("TIS", "WIS"), ("FQE", "DM", "MDR")  # by weights of whole episodes, and by none that are products
+MISSED = 2.0  # see doubted
 REFITS = 200  # bootstrap samples, where propensities are fitted again in each
 
 Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]  # propensities, of counted episodes
@@ -32,35 +31,44 @@ Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]
 
 @dataclass(frozen=True)
 class Estimates:
-    """Intervals by estimator, and how many equally weighted episodes, or entities, the importance weights are worth."""
+    """Intervals by estimator; how many equally weighted episodes, or entities, the weights of whole episodes are worth; and the
+    estimators that are `doubted`."""
 
     intervals: dict[str, Interval]
     effective_episodes: float
-    least_effective: float  # of the weights up to and including the step at which they are worth the fewest
-    independent: int  # episodes, or entities where one has several
+    doubted: list[str]
 
     @classmethod
     def of(
         cls, intervals: dict[str, Interval], episodes: Episodes, ratio: Float64[np.ndarray, "rows"], unit: Units | None
     ) -> "Estimates":
         """Intervals that are made with these ratios."""
-        sizes = [effective_sample_size(summed(weight, unit)) for weight in weights_by_step(episodes, ratio).T]
-        return cls(intervals, sizes[-1], min(sizes), independent(episodes))
-
-    @property
-    def of_few(self) -> list[str]:
-        """Estimators that weigh with fewer episodes than it takes for their intervals to be relied on."""
-        enough = enough_effective(self.independent)
-        worth = dict.fromkeys(WHOLE, self.effective_episodes) | dict.fromkeys(UNWEIGHTED, np.inf)
-        return [name for name in self.intervals if worth.get(name, self.least_effective) < enough]
+        effective = effective_sample_size(summed(trajectory_weights(episodes, ratio), unit))
+        return cls(intervals, effective, doubted(intervals, episodes, ratio, unit))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "estimates": {name: interval.to_json() for name, interval in self.intervals.items()},
             "effective_episodes": self.effective_episodes,
-            "least_effective_episodes": self.least_effective,
-            "of_few": self.of_few,
+            "doubted": self.doubted,
         }
+
+
+def doubted(
+    names: Iterable[str], episodes: Episodes, ratio: Float64[np.ndarray, "rows"], unit: Units | None
+) -> list[str]:
+    """Estimators whose weights speak against their intervals: worth too few episodes, or entities, or of a mean that is more than
+    MISSED standard errors below 1, which it is in expectation. Weights that are large and rare are then likely to be missing, and
+    without them few episodes look like many.
+
+    TIS and WIS are asked for the weights of whole episodes, the others for those up to every step.
+    """
+    enough, trusted = enough_effective(independent(episodes)), []
+    for weight in weights_by_step(episodes, ratio).T:
+        missed = -zero_mean_z(summed(weight - 1.0, unit))
+        trusted.append(effective_sample_size(summed(weight, unit)) >= enough and missed <= MISSED)
+    last, every = trusted[-1], all(trusted)
+    return [name for name in names if name not in UNWEIGHTED and not (last if name in WHOLE else every)]
 
 
 def all_terms(

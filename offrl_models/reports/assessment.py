@@ -33,7 +33,7 @@ h1 { font-size: 24px; overflow-wrap: anywhere; } h2 { font-size: 18px; margin-to
 table { border-collapse: collapse; font-size: 14px; } th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #a0aec0; } td { border-bottom: 1px solid #e2e8f0; } .l { text-align: left; }
 .logged td { background: #f7fafc; font-weight: 600; } .used td { background: #ebf4ff; }
-small { color: #718096; } img { max-width: 100%; display: block; }
+small { color: #718096; } .pale td, .pale small { color: #a0aec0; } img { max-width: 100%; display: block; }
 .answer { padding: .8rem 1rem; border-left: 6px solid; background: #f7fafc; font-size: 17px; }
 .better { border-color: #2f855a; } .unsettled { border-color: #b7791f; } .worse, .unusable { border-color: #c53030; }
 .notice { padding: .6rem 1rem; border: 1px solid #b7791f; background: #fffaf0; }
@@ -50,7 +50,8 @@ small { color: #718096; } img { max-width: 100%; display: block; }
 <table><tr><th class="l">estimator</th><th>estimate</th><th>{{ level }} interval</th><th>minus logged</th></tr>
 <tr class="logged"><td class="l">the logs themselves</td><td>{{ number(e.logged.estimate) }}</td>
 <td>{{ number(e.logged.low) }} to {{ number(e.logged.high) }}</td><td></td></tr>
-{% for name, i in e.estimates.items() %}<tr class="{{ "used" if name == e.difference.estimator }}">
+{% for name, i in e.estimates.items() %}<tr class="{{ "used" if name == e.difference.estimator }} {{
+"pale" if name in e.doubted }}">
 <td class="l">{{ name }} <small>{{ titles[name] }}</small></td><td>{{ number(i.estimate) }}</td>
 <td>{{ number(i.low) }} to {{ number(i.high) }}</td>
 <td>{{ signed(none if i.estimate is none else i.estimate - e.logged.estimate) }}</td></tr>{% endfor %}
@@ -67,8 +68,9 @@ small { color: #718096; } img { max-width: 100%; display: block; }
 </table>
 <h2>How much hangs on few episodes</h2>
 {% if weights %}<p><img alt="Importance weights of episodes" src="data:image/png;base64,{{ weights }}"></p>{% endif %}
-<p>{{ tail }} Where weights are worth few episodes, intervals of the estimators that weigh with them may cover the value less
-often than they say; the answer is read off none of these intervals.</p>
+<p>{{ tail }} What is pale above is doubted: at the last step, or but for TIS and WIS at an earlier one, weights are worth too few
+episodes, or their mean is so far below 1 that large ones must be missing. Such intervals may cover the value less often than they
+say; the answer is read off none of these intervals.</p>
 <h2>How it was done</h2>
 <p>Policy: {{ e.policy.kind }}{% if e.policy.sha256 %}, sha256 {{ e.policy.sha256[:16] }}{% endif %}. Observed:
 {{ e.log.observed | join(", ") }}. Reward: {{ e.log.reward.column }}, from {{ e.log.reward.range[0] }} to
@@ -118,7 +120,7 @@ def table(found: dict[str, Any]) -> Table:
     for name, interval in found["estimates"].items():
         apart = None if interval["estimate"] is None else interval["estimate"] - logged["estimate"]
         cells = [_number(interval["estimate"], digits), _ends(interval, digits), _number(apart, digits, "+")]
-        rows.add_row(f"{name} [dim]{TITLES[name]}[/]", *cells)
+        rows.add_row(f"{name} [dim]{TITLES[name]}[/]", *cells, style="dim" if name in found["doubted"] else None)
     return rows
 
 
@@ -227,14 +229,15 @@ def _forest(found: dict[str, Any]) -> str:
         if interval["estimate"] is None:
             continue
         color = GRAY if place == 0 else ORANGE if name == found["difference"]["estimator"] else BLUE
+        alpha = 0.25 if name in found["doubted"] else 1.0
         if interval["low"] is not None:
-            axes.plot([interval["low"], interval["high"]], [place, place], color=color, linewidth=2)
-        axes.plot(interval["estimate"], place, "o", color=color, markersize=4.5)
+            axes.plot([interval["low"], interval["high"]], [place, place], color=color, linewidth=2, alpha=alpha)
+        axes.plot(interval["estimate"], place, "o", color=color, markersize=4.5, alpha=alpha)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel("value per episode")
     axes.spines[["top", "right"]].set_visible(False)
-    note = f"band: the logs; orange: {found['difference']['estimator']}, which the answer is read off"
+    note = f"band: the logs; orange: {found['difference']['estimator']}, which the answer is read off; pale: doubted"
     axes.set_title(f"Estimates with {logged['level']:.0%} intervals ({note})", fontsize=9, loc="left")
     return _png(figure)
 

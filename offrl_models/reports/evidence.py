@@ -34,9 +34,10 @@ EXACT_NOTE = (
     "exact values by dynamic programming, known because this world is simulated; nothing that decides reads them"
 )
 FEW = (
-    "ESS: how many equally weighted episodes the weights of whole episodes are worth. What is pale weighs with fewer than it "
-    "takes, at the last step or at an earlier one: such intervals may cover the value less often than they say. The verdict "
-    "reads none of these intervals."
+    "ESS: how many equally weighted episodes the weights of whole episodes are worth. What is pale is doubted: at the "
+    "last step, or but for TIS and WIS at an earlier one, weights are worth too few episodes, or their mean is so far below 1 that "
+    "large ones must be missing. Such intervals may cover the value less often than they say. The verdict reads none of these "
+    "intervals."
 )
 COMPARISON_NOTE = (
     "a comparison that decides nothing: on the left the estimate from the gate split for a policy that plays as often as "
@@ -67,7 +68,7 @@ img { max-width: 100%; } .exact { background: #fffaf0; } .pale, .pale small { co
 <table><tr><th class="l">policy</th>{% for name in estimators %}<th>{{ name }}</th>{% endfor %}<th>ESS</th>
 {% if e.exact %}<th class="exact">exact*</th>{% endif %}</tr>
 {% for row in rows %}<tr><td>{{ row.policy }}</td>
-{% for name in estimators %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.of_few else "" }}">
+{% for name in estimators %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.doubted else "" }}">
 {{ number(i.estimate, digits) }}
 <small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td>
@@ -113,7 +114,7 @@ the champion whose estimate is above the champion's (type I), and of the better 
 <th>logged rows</th></tr>
 {% for row in e.comparisons.rows %}<tr><td>{{ row.policy }}<small>{{ row.log }}</small></td>
 <td class="l">{{ row.cells | join(", ") }}</td>
-{% for name in compared %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.of_few else "" }}">
+{% for name in compared %}{% set i = row.estimates[name] %}<td class="{{ "pale" if name in row.doubted else "" }}">
 {{ number(i.estimate, digits) }}
 <small>{{ number(i.low, digits) }} to {{ number(i.high, digits) }}</small></td>{% endfor %}
 <td>{{ "{:,.0f}".format(row.effective_episodes) }}</td><td>{{ "{:,}".format(row.gate_episodes) }}</td>
@@ -276,7 +277,7 @@ def _cell(row: dict[str, Any], name: str, digits: int) -> str:
     interval = row["estimates"][name]
     low, high = (_short(interval[end], digits - 1) for end in ("low", "high"))
     estimate = _number(interval["estimate"], digits)
-    return f"[dim]{estimate}\n{low}–{high}[/]" if name in row["of_few"] else f"{estimate}\n[dim]{low}–{high}[/]"
+    return f"[dim]{estimate}\n{low}–{high}[/]" if name in row["doubted"] else f"{estimate}\n[dim]{low}–{high}[/]"
 
 
 def _decimals(evidence: dict[str, Any]) -> int:

@@ -135,7 +135,7 @@ def grouped_bars(groups: dict[str, list[float]], title: str, labels: tuple[str, 
 def forest(
     rows: list[dict[str, Any]], estimators: Sequence[str], reference: float, path: Path, exact: dict[str, float]
 ) -> None:
-    """Every estimate with its interval, one panel per policy; the champion's value is the dashed line. What rests on few episodes
+    """Every estimate with its interval, one panel per policy; the champion's value is the dashed line. What is doubted
     is pale."""
     across = min(len(rows), 4)
     down = -(-len(rows) // across)
@@ -148,7 +148,7 @@ def forest(
             interval = row["estimates"][name]
             if interval["estimate"] is None or interval["low"] is None:
                 continue  # no overlap, nothing to draw
-            pale = {"alpha": 0.25} if name in row["of_few"] else {}
+            pale = {"alpha": 0.25} if name in row["doubted"] else {}
             axes.plot([interval["low"], interval["high"]], [position, position], color=BLUE, linewidth=1.6, **pale)
             axes.plot(interval["estimate"], position, "o", color=BLUE, markersize=3.5, **pale)
         axes.axvline(reference, color=GRAY, linestyle="--", linewidth=1)
@@ -160,7 +160,7 @@ def forest(
     panels[0].set_yticks(range(len(estimators)), estimators)
     panels[0].invert_yaxis()
     figure.tight_layout()
-    note = "95% intervals; pale: of few effective episodes; dashed: champion" + (
+    note = "95% intervals; pale: doubted; dashed: champion" + (
         "; orange: exact value, known in simulation" if exact else ""
     )
     figure.suptitle(f"Value of each policy ({note})", fontsize=9, x=0.02, ha="left", y=1.02)
