@@ -82,6 +82,7 @@ def test_a_bandit_log_by_column_options(
     assert "BETTER: The policy is better" in said and "not a release" in said and "Left out" in said
     page = (here / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert found["doubted"] == [] and page.count('pale">') == 0
     assert "This is an estimate and not a release." in page
     assert evidence.STATEMENT.split(", ")[1] in page and "gate split" not in page
 

@@ -1,6 +1,7 @@
 """What rests on entities beyond the gate's own bounds, and what is told where there are too few of them."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, ensemble
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.units import entities_of, per_unit
-from offrl_models.reports import brief, plots
+from offrl_models.reports import assessment, brief, plots
 from offrl_models.reports.detail import _draw_course
 from offrl_models.schema import Episodes, Feature, InputError
 from offrl_models.stages import behavior as stage
@@ -101,6 +102,29 @@ def test_evaluate_looks_at_entities_for_what_pulls_most(monkeypatch: pytest.Monk
     ratio = np.ones(log.n_rows)
     _found(log, Target({}, log.action_prob, None, None), ratio, None, "logged", None, values.Effort(1, 0))
     assert seen[0].tolist() == (np.arange(400) // 2).tolist()
+
+
+def test_evaluate_doubts_by_entities_and_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 entities with two episodes each, 120 carry all the weight."""
+    log = dataclasses.replace(WORLD.simulate(400, 1), entity=np.arange(400) // 2)
+    ratio = np.ones(log.n_rows)
+    ratio[log.offsets[:-1]] = np.where(np.arange(400) < 240, 400 / 240, 0.0)
+
+    def told(episodes: Episodes) -> dict[str, Any]:
+        target = Target({}, ratio * log.action_prob, None, None)
+        return _found(episodes, target, ratio, None, "logged", None, values.Effort(1, 0))
+
+    assert told(dataclasses.replace(log, entity=None))["doubted"] == []
+    found = json.loads(json.dumps(storage.plain(told(log))))
+    assert found["doubted"] == list(found["estimates"]) == ["TIS", "PDIS", "WIS", "WPDIS"]
+    drawn = []
+    monkeypatch.setattr(assessment, "_png", lambda figure: drawn.append(figure) or "")
+    assessment._forest({**found, "doubted": ["PDIS"]})
+    faint = {line.get_ydata()[0] for line in drawn[0].axes[0].lines if line.get_alpha() == 0.25}
+    plt.close(drawn[0])
+    assert faint == {2}  # after the logs and TIS
+    rows = assessment.table({**found, "doubted": ["PDIS"], "policy": {"name": "a"}}).rows
+    assert [row.style for row in rows] == [None, None, "dim", None, None]
 
 
 def test_an_interval_of_fitted_values_counts_entities(monkeypatch: pytest.MonkeyPatch) -> None:
