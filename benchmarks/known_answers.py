@@ -9,9 +9,9 @@ empirical Markov decision process; its optimum is found by dynamic programming, 
 ratio is the latter over the former.
 
 `clinician/METHOD`: the log is that of the example's clinician, small, and without masks, which d3rlpy does not have; an action
-that a state does not allow does what the allowed ones do on average, as in the published environment. Both sides have the same
-network sizes, batches, learning rates, target updates and steps, and as many seeds, ours all at once. What is compared is the true
-value of the greedy policies, seed by seed, with the verdicts of `benchmarks.control`.
+that a state does not allow does what the allowed ones do on average, as in the published environment. Both sides see the state as
+one column per state, and have the same networks, batches, learning rates, target updates and steps, and as many seeds, ours all at
+once. What is compared is the true value of the greedy policies, seed by seed, with the verdicts of `benchmarks.control`.
 """
 
 import argparse
@@ -61,23 +61,25 @@ CLINICIAN |= {"bc": {}, "nfq": {"target_interval": 1}, "iql": {}}
 NAMES = [*(f"tried/{name}" for name in TRIED), *(f"clinician/{name}" for name in CLINICIAN)]
 
 
-def coded(log: Episodes, world: World) -> Episodes:
-    """The log with its states as categories."""
-    return dataclasses.replace(log, features=(Feature("state", world.n_states),))
+def columns(log: Episodes, world: World) -> Episodes:
+    """The log with one column per state, 1 where it is the present one."""
+    every, names = np.eye(world.n_states, dtype=np.float32), tuple(Feature(f"s{i}") for i in range(world.n_states))
+    seen, last = (every[each[:, 0].astype(int)] for each in (log.observation, log.final_observation))
+    return dataclasses.replace(log, observation=seen, final_observation=last, features=names)
 
 
 def tried(stays: int) -> tuple[World, Episodes]:
     """ICU-Sepsis under a behavior that tries everything alike, and a log of it."""
     world = icu_sepsis()
     world = dataclasses.replace(world, behavior=world.mask / world.mask.sum(1, keepdims=True))
-    return world, coded(world.simulate(stays, seed=3), world)
+    return world, dataclasses.replace(world.simulate(stays, seed=3), features=(Feature("state", world.n_states),))
 
 
 def clinician(stays: int) -> tuple[World, Episodes]:
     """The example's clinician where nothing is forbidden, and a log of it."""
     world = icu_sepsis()
     world = dataclasses.replace(world, mask=np.ones_like(world.mask))
-    return world, coded(world.simulate(stays, seed=4), world)
+    return world, world.simulate(stays, seed=4)
 
 
 def best_value(model: TabularModel, mask: np.ndarray) -> float:
@@ -110,10 +112,10 @@ def trained(row: str, settings: dict[str, Any], world: World, log: Episodes, **t
     algorithm, went = fit(name, config, log, Encoder(log.features), **training)
     went.require_all()
     seeds = len(training["seeds"])
-    states = torch.arange(float(world.n_states)).double()[None, :, None].expand(seeds, -1, -1)
+    states = torch.arange(world.n_states)[:, None] if len(log.features) == 1 else torch.eye(world.n_states)
     mask = torch.as_tensor(world.mask).expand(seeds, -1, -1)
     with torch.no_grad():
-        return algorithm.double().distribution(states, mask).greedy.numpy()
+        return algorithm.double().distribution(states.double().expand(seeds, -1, -1), mask).greedy.numpy()
 
 
 def beside_the_optimum(names: Sequence[str], about: dict[str, Any]) -> list[str]:
@@ -152,6 +154,7 @@ def beside_d3rlpy(names: Sequence[str], folder: Path, python: str | None, about:
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
+    log = columns(log, world)
     for name in names:
         print(f"clinician/{name}: {log.n_rows:,} rows", file=sys.stderr)
         how = {"seeds": list(range(SEEDS)), "gradient_steps": STEPS, "batch_size": BATCH}
