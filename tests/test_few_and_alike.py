@@ -284,14 +284,17 @@ def test_weights_whose_mean_is_too_small_are_doubted(missed: float, doubted: lis
 
 
 def test_copies_of_an_episode_are_doubted_as_one_is() -> None:
-    n = 600
-    for carried, missed in ((150, 0.0), (300, 0.0), (600, 1.5), (600, 2.5)):
+    for n, carried, missed in ((600, 150, 0.0), (600, 300, 0.0), (600, 600, 1.5), (600, 600, 2.5), (1100, 210, 0.0)):
         even = np.where(np.arange(n) % 2 == 0, 0.5, 1.5) if carried == n else n / carried * (np.arange(n) < carried)
         log, ratio = two_steps([1.0] * n, (even - missed * 0.5 / np.sqrt(n)).tolist())
         pooled = copied(log)
         each = np.concatenate([np.tile(rows, COPIES) for rows in np.split(ratio, log.offsets[1:-1])])
         once, many = Estimates.of(ANY, log, ratio, None), Estimates.of(ANY, pooled, each, entities_of(pooled))
-        assert once.doubted == many.doubted == ([] if (carried, missed) in {(300, 0.0), (600, 1.5)} else ALL_BUT_FQE)
+        assert (
+            once.doubted
+            == many.doubted
+            == ([] if (carried, missed) in {(300, 0.0), (600, 1.5), (210, 0.0)} else ALL_BUT_FQE)
+        )
         assert many.effective_episodes == pytest.approx(once.effective_episodes)
 
 

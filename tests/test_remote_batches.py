@@ -33,6 +33,7 @@ def test_episodes_that_were_counted_have_the_same_names_from_a_folder_and_from_a
         write_d4rl(SOURCES["codes"], there / "log.hdf5")
         ingest(folders, contract).require_clean()
         found.append(Log.open(batch_files(folders.raw, "d4rl"), contract).frame()["episode_id"])
+        assert folders.fetched.exists() is (place != "landing")
         assert (there / "log.hdf5").exists() is (place != "landing")  # what lies elsewhere is only read
     assert found[0].equals(found[1]) and found[0].equals(found[2]) and found[0][-1] == "log.hdf5/49"
 

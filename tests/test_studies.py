@@ -235,6 +235,7 @@ def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
             cells[cell][coverage.ENOUGH] = cells[cell][coverage.SOLID[by_tis]] = (
                 "1111111" if seed <= most else "0000000"
             )
+        cells["n 2000, b"][by_pdis] = "1111111" if seed <= 30 else "1111101"
         if not 3 < seed <= 30:
             cells["n 500, a"][by_tis] = "1111101"
         cells["n 500, a"][lower] = "-111111" if seed <= 30 else "-000000"
@@ -244,7 +245,7 @@ def test_coverage_is_told_of_the_logs_that_are_asked(tmp_path: Path) -> None:
     assert f"| {lower} | 75.0% to 100.0% | n 500, a: 75.0% |" in written
     assert "| n 500, a | 30 of 40 | 100.0% and 100.0% | 100.0% and 100.0% | 100.0% and 100.0% |" in written
     assert f"| {by_tis} | 92.5% of 40 | n 500, a: 90.0% | 75.0% of 40 | n 2000, b: 100.0% |" in written
-    assert f"| {by_pdis} | - | - | 100.0% of 80 | n 500, a: 100.0% |" in written
+    assert f"| {by_pdis} | - | - | 87.5% of 80 | n 2000, b: 75.0% |" in written
     assert "| n 2000, b | 10 of 40 | not asked | not asked | not asked |" in written
     assert "2 of 2 regimes" in " ".join(written.split()) and "what it says at every level." in written
     for seed in range(1, 21):
