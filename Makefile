@@ -13,7 +13,7 @@ PORT ?= 3000
 PIPELINE ?= icu_sepsis
 
 .DEFAULT_GOAL := help
-.PHONY: help install logs demo ui new check test bench-data bench-ope bench-training bench-control calibrate calibrate-smoke clean
+.PHONY: help install logs demo ui new check test bench-data bench-ope bench-training bench-control bench-answers calibrate calibrate-smoke clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,9 @@ bench-training: install  ## gradient steps per second beside d3rlpy, and CORL: m
 
 bench-control: install  ## what continuous methods earn on Pendulum and MuJoCo's Reacher beside d3rlpy's, in the same environment
 	@python -m benchmarks.control --make-peers
+
+bench-answers: install  ## what discrete methods find on ICU-Sepsis beside the optimum of a log, and beside d3rlpy
+	@python -m benchmarks.known_answers --make-peers
 
 calibrate: install  ## how often the gate is wrong, on logs whose truth is known: hours; stop and start it at will
 	@python -m benchmarks.calibrate
