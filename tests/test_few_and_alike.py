@@ -17,7 +17,7 @@ from offrl_models.assess.target import FunctionPolicy, Target
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.gate import GateConfig, Status, judge, verdict_from_json
 from offrl_models.ope import behavior
-from offrl_models.ope.estimates import ESTIMATORS, Estimates
+from offrl_models.ope.estimates import ESTIMATORS, Estimates, doubted
 from offrl_models.ope.fitted_ratios import Weights, fit_ratios
 from offrl_models.ope.flow import Flow
 from offrl_models.ope.fqe import FQEValues
@@ -244,7 +244,7 @@ def two_steps(first: list[float], second: list[float]) -> tuple[Episodes, np.nda
 
 
 @pytest.mark.parametrize(
-    ("n", "carried", "doubted"),
+    ("n", "carried", "wanted"),
     [
         (4000, 201, []),
         (4000, 200, []),
@@ -253,13 +253,13 @@ def two_steps(first: list[float], second: list[float]) -> tuple[Episodes, np.nda
         (4500, 224, ALL_BUT_FQE),  # a twentieth of all
     ],
 )
-def test_intervals_that_rest_on_few_effective_episodes_are_doubted(n: int, carried: int, doubted: list[str]) -> None:
+def test_intervals_that_rest_on_few_effective_episodes_are_doubted(n: int, carried: int, wanted: list[str]) -> None:
     """So many episodes carry all the weight, whose mean is 1."""
     weight = np.where(np.arange(n) < carried, n / carried, 0.0)
     log, ratio = two_steps([1.0] * n, weight.tolist())
     found = Estimates.of(ANY, log, ratio, None)
     assert found.effective_episodes == pytest.approx(carried, rel=1e-3)
-    assert found.doubted == found.to_json()["doubted"] == doubted
+    assert found.doubted == found.to_json()["doubted"] == wanted
 
 
 def test_weights_may_be_worth_the_fewest_at_a_step_before_the_last() -> None:
@@ -272,15 +272,21 @@ def test_weights_may_be_worth_the_fewest_at_a_step_before_the_last() -> None:
     assert Estimates.of(ANY, log, ratio, None).doubted == ALL_BUT_FQE
 
 
-@pytest.mark.parametrize(("missed", "doubted"), [(1.9, []), (2.1, ALL_BUT_FQE), (-9.0, [])])
-def test_weights_whose_mean_is_too_small_are_doubted(missed: float, doubted: list[str]) -> None:
+@pytest.mark.parametrize(("missed", "wanted"), [(1.9, []), (2.1, ALL_BUT_FQE), (-9.0, [])])
+def test_weights_whose_mean_is_too_small_are_doubted(missed: float, wanted: list[str]) -> None:
     """By so many standard errors: then large ones are missing. Too large a mean says nothing of that kind."""
     n, spread = 1000, 0.5
     even = np.where(np.arange(n) % 2 == 0, 1 - spread, 1 + spread)
     log, ratio = two_steps([1.0] * n, (even - missed * spread / np.sqrt(n)).tolist())
-    assert Estimates.of(ANY, log, ratio, None).doubted == doubted
+    assert Estimates.of(ANY, log, ratio, None).doubted == wanted
     log, ratio = two_steps((even - missed * spread / np.sqrt(n)).tolist(), (1 / ratio[ratio != 1.0]).tolist())
-    assert Estimates.of(ANY, log, ratio, None).doubted == [name for name in doubted if name in BY_STEPS]
+    assert Estimates.of(ANY, log, ratio, None).doubted == [name for name in wanted if name in BY_STEPS]
+
+
+@pytest.mark.parametrize("ratio", [1e200, 0.0])
+def test_weights_that_overflow_or_vanish_are_doubted(ratio: float) -> None:
+    log, each = two_steps([ratio] * 500, [ratio] * 500)
+    assert doubted(ESTIMATORS, log, each, None) == doubted(ESTIMATORS, log, each, np.arange(500)) == ALL_BUT_FQE
 
 
 def test_copies_of_an_episode_are_doubted_as_one_is() -> None:

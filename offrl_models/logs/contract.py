@@ -45,9 +45,7 @@ class Contract(Strict):
     """
 
     source: str  # folder of accepted batches, relative to the project
-    landing: str | None = (
-        None  # where batches arrive: a folder, relative to the project, or URL; data/<dataset>/landing
-    )
+    landing: str | None = None  # where batches arrive, a folder or a URL; data/<dataset>/landing when left out
     format: str = "parquet"
     horizon: int | None = Field(default=None, ge=1, le=1)
     episode_id: str | None = None

@@ -64,9 +64,10 @@ def doubted(
     TIS and WIS are asked for the weights of whole episodes, the others for those up to every step.
     """
     enough, trusted = enough_effective(independent(episodes)), []
-    for weight in weights_by_step(episodes, ratio).T:
-        missed = -zero_mean_z(summed(weight - 1.0, unit))
-        trusted.append(effective_sample_size(summed(weight, unit)) >= enough and missed <= MISSED)
+    with np.errstate(over="ignore", invalid="ignore"):  # a mean of weights that overflow is no number, and not trusted
+        for weight in weights_by_step(episodes, ratio).T:
+            missed = -zero_mean_z(summed(weight - 1.0, unit))
+            trusted.append(effective_sample_size(summed(weight, unit)) >= enough and missed <= MISSED)
     last, every = trusted[-1], all(trusted)
     return [name for name in names if name not in UNWEIGHTED and not (last if name in WHOLE else every)]
 
