@@ -15,7 +15,7 @@ from offrl_models.assess import log, options, target
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.worlds import World, bandit
-from offrl_models.reports import evidence
+from offrl_models.reports import assessment, evidence
 from offrl_models.schema import InputError
 from tests.conftest import attributes, chain_world
 from tests.test_assess import FEW_STEPS, better, covers, graph, sequential
@@ -83,6 +83,8 @@ def test_a_bandit_log_by_column_options(
     page = (here / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
     assert found["doubted"] == [] and page.count('pale">') == 0
+    assessment.write({**found, "doubted": ["IPW"]}, here / "doubted.html", None)
+    assert (here / "doubted.html").read_text().count('pale">') == 1
     assert "This is an estimate and not a release." in page
     assert evidence.STATEMENT.split(", ")[1] in page and "gate split" not in page
 

@@ -36,8 +36,8 @@ EXACT_NOTE = (
 FEW = (
     "ESS: how many equally weighted episodes the weights of whole episodes are worth. What is pale is doubted: at the "
     "last step, or but for TIS and WIS at an earlier one, weights are worth too few episodes, or their mean is so far below 1 that "
-    "large ones must be missing. Such intervals may cover the value less often than they say. The verdict reads none of these "
-    "intervals."
+    "large ones are likely to be missing. Such intervals may cover the value less often than they say. The verdict reads none "
+    "of these intervals."
 )
 COMPARISON_NOTE = (
     "a comparison that decides nothing: on the left the estimate from the gate split for a policy that plays as often as "
