@@ -69,8 +69,8 @@ small { color: #718096; } .pale td, .pale small { color: #a0aec0; } img { max-wi
 <h2>How much hangs on few episodes</h2>
 {% if weights %}<p><img alt="Importance weights of episodes" src="data:image/png;base64,{{ weights }}"></p>{% endif %}
 <p>{{ tail }} What is pale above is doubted: at the last step, or but for TIS and WIS at an earlier one, weights are worth too few
-episodes, or their mean is so far below 1 that large ones are likely to be missing. Such intervals may cover the value less often than
-they say; the answer is read off none of these intervals.</p>
+episodes, or their mean is so far below 1 that large ones are likely to be missing. Such intervals may cover the value less often
+than they say; the answer is read off none of these intervals.</p>
 <h2>How it was done</h2>
 <p>Policy: {{ e.policy.kind }}{% if e.policy.sha256 %}, sha256 {{ e.policy.sha256[:16] }}{% endif %}. Observed:
 {{ e.log.observed | join(", ") }}. Reward: {{ e.log.reward.column }}, from {{ e.log.reward.range[0] }} to
