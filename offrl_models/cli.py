@@ -8,7 +8,10 @@ offrl evaluate LOG ...        anyone's logs, anyone's policy: is it any good?
 """
 
 import argparse
+import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -66,9 +69,12 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     options = vars(arguments)
-    for option, path in (("--html", arguments.html), ("--json", arguments.json)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"{option} {path}: no file can be written there; name one in a folder that exists.")
+    named = {"--html": arguments.html, "--json": arguments.json}
+    outputs = {option: path for option, path in named.items() if path is not None}
+    for option, path in outputs.items():
+        _require_output(option, path, arguments.log)
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        raise InputError(f"--html and --json are both {arguments.json}; give two files.")
     found = assess.assess(
         arguments.log,
         assess.contract_of(options),
@@ -84,8 +90,21 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _require_output(option: str, path: Path, log: Sequence[Path]) -> None:
+    """Raises InputError where no file can be written, or one would take the place of something else than an earlier page."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
+        raise InputError(f"{option} {path}: no file can be written there; name one in a folder that exists.")
+    of_log = next((each for each in log if path.resolve().is_relative_to(each.resolve())), None)
+    if of_log is not None:
+        raise InputError(f"{option} {path}: {of_log} is the log; name another file.")
+
+
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     """The options of `offrl evaluate`; what they mean together is checked where they are used."""
+    command._negative_number_matcher = re.compile(
+        r"-\d*\.?\d+(e[+-]?\d+)?$", re.IGNORECASE
+    )  # argparse's has no exponent
     command.add_argument("log", type=Path, nargs="+", help="files of the log, or their folder")
     policy = command.add_argument_group("the policy, by one of these")
     policy.add_argument("--policy", type=Path, metavar="BUNDLE_OR_ONNX", help="a released version, or a policy.onnx")

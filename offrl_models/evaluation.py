@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from offrl_models import course, legs
-from offrl_models.choices import Choices, Probabilities, choices_of, rare_mass
+from offrl_models.choices import Choices, choices_of, rare_mass
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
@@ -76,7 +76,7 @@ class Evaluation:
     def stand_in(self, name: str) -> legs.Paired:
         """What is shown where leg A cannot be trusted: leg C, or where its weights overflow fitted Q evaluation."""
         gains, method = self.pseudo_outcome(name), "trajectory-wise doubly robust paired difference"
-        if not _has_spread(gains):
+        if not legs.has_spread(gains):
             gains = self.side(name).v[self.episodes.offsets[:-1]] - self.logged_returns
             method = "paired difference by fitted Q evaluation"
         return legs.Paired(gains, self.ratio[name], np.zeros(self.episodes.n_rows), method)
@@ -166,7 +166,12 @@ def _against_champion(
         parts = [found.stand_in(each) for each in names]
     mine, *base = [part for part in parts if not isinstance(part, str)]
     both = [
-        replace(mine, outcome=mine.outcome - other.outcome, correction=mine.correction - other.correction)
+        replace(
+            mine,
+            outcome=mine.outcome - other.outcome,
+            correction=mine.correction - other.correction,
+            behavior_weight=other.weight,
+        )
         for other in base
     ]
     return [*both, mine][0], mine, doubt
@@ -183,14 +188,17 @@ def _measure(
     gate, side, planned, unit = found.episodes, found.side(name), thresholds.planned_episodes, found.unit
     mine, own, doubt = _against_champion(name, found, asked.champion, paired)
     each = per_unit(mine.outcome, unit)
-    overall = legs.contrast(name, mine.outcome, asked.alpha, planned, unit)
+    unseen = legs.unseen(mine, mine.error, gate)
+    overall = legs.contrast(name, mine.outcome, asked.alpha, planned, unit, unseen)
     older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha, unit)
     tuned = planned_units(planned, gate.n_episodes, len(each))
     width = confidence_sequence_width(len(each), alpha=asked.alpha, planned=tuned) * np.sqrt(len(each))
     kept = course.kept(mine.outcome, gate.oldest_first, alpha=asked.alpha, width=width, unit=unit)
     sure = legs.sure_share(gate)
     leg_c = found.trajectory_gains(name, asked.champion)
-    trajectories = _has_spread(leg_c) and sure <= thresholds.sure_share  # else the logs leave too little to weigh (C18)
+    trajectories = (
+        legs.has_spread(leg_c) and sure <= thresholds.sure_share
+    )  # else the logs leave too little to weigh (C18)
     trajectory = legs.contrast(name, leg_c, asked.alpha, planned, unit) if trajectories else None
     betting = (
         trajectories
@@ -203,7 +211,7 @@ def _measure(
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
     one_step = gate.n_rows == gate.n_episodes
-    rare = _few_visits_mass(found, name, asked.states, thresholds.few_visits)
+    rare = legs.few_visits_mass(choices, found.fitted_on, gate, asked.states, thresholds.few_visits)
     measures = Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
@@ -212,6 +220,7 @@ def _measure(
         lower_bound=overall.lower_bound,
         upper_bound=overall.upper_bound,
         bound=f"{mine.method}, one-sided asymptotic confidence sequence",
+        widened=float(np.sqrt(1.0 + unseen / variance)) if (variance := mine.outcome.var()) > 0 else 1.0,
         doubt=doubt,
         e_value=legs.betting(side, gate, asked.return_range, thresholds.margin)
         if betting and asked.return_range
@@ -228,8 +237,8 @@ def _measure(
         effective_episodes=effective_sample_size(summed(trajectory_weights(gate, side.ratio), unit)),
         mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
         worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
-        unsupported_mass=_visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
-        few_visits_mass=None if rare is None else _visited(mine, rare),
+        unsupported_mass=legs.visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
+        few_visits_mass=None if rare is None else legs.visited(mine, rare),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),
         ratio_max=float(mine.weight.max()),
         chi_squared=float(np.square(mine.weight).mean() - 1.0),
@@ -244,7 +253,7 @@ def _measure(
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
-        costs=_costs(name, found, thresholds, asked, paired),
+        costs=_costs(name, found, thresholds, asked, paired, mine),
         subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned, unit),
         equal_returns=bool(np.ptp(gate.return_) <= ROUNDING * np.abs(gate.return_).max()),
         entities=None if unit is None else len(each),
@@ -252,20 +261,24 @@ def _measure(
     return Measured(measures, mine, own)
 
 
-def _has_spread(gains: Float64[np.ndarray, "episodes"]) -> bool:
-    """Whether neither the numbers nor their squares overflow."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.square(gains).sum()))
-
-
 def _costs(
-    name: str, found: Evaluation, thresholds: GateConfig, asked: Question, paired: Mapping[str, legs.Paired | str]
+    name: str,
+    found: Evaluation,
+    thresholds: GateConfig,
+    asked: Question,
+    paired: Mapping[str, legs.Paired | str],
+    leg: legs.Paired,
 ) -> list[Contrast]:
     """The rise of every cost; one whose weights overflow is not measured."""
     with np.errstate(over="ignore", invalid="ignore"):
         rises = {column: _cost_rise(column, name, found, asked, paired) for column in thresholds.constraints}
     planned, unit = thresholds.planned_episodes, found.unit
-    return [legs.contrast(cost, rise, asked.alpha, planned, unit) for cost, rise in rises.items() if _has_spread(rise)]
+    paid = found.episodes.costs
+    return [
+        legs.contrast(cost, rise, asked.alpha, planned, unit, legs.unseen(leg, paid[cost], found.episodes))
+        for cost, rise in rises.items()
+        if legs.has_spread(rise)
+    ]
 
 
 def _cost_rise(
@@ -279,22 +292,3 @@ def _cost_rise(
         )
 
     return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)
-
-
-def _visited(leg: legs.Paired, mass: Float64[np.ndarray, "rows"]) -> float:
-    """The mean over where the policy comes; 1 where that is nowhere in the log."""
-    visits = np.broadcast_to(leg.visits, mass.shape)
-    return float(np.average(mass, weights=visits)) if visits.any() else 1.0
-
-
-def _few_visits_mass(found: Evaluation, name: str, states: int | None, few: int) -> Float64[np.ndarray, "rows"] | None:
-    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; None without such
-    cells."""
-    choices = found.choices[name]
-    if states is None or not isinstance(choices, Probabilities):
-        return None
-    visits = np.zeros((states, found.episodes.n_actions))
-    for episodes in (found.fitted_on, found.episodes):
-        np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
-    rare = visits[found.episodes.observation[:, 0].astype(np.int64)] < few
-    return (choices.probs * rare).sum(1)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from offrl_models.choices import Choices, Probabilities
 from offrl_models.measures import Contrast
@@ -22,9 +22,12 @@ from offrl_models.ope.importance import Terms, pdis, trajectory_weights
 from offrl_models.ope.intervals import confidence_sequence_lower_bound
 from offrl_models.ope.marginal import bellman_errors, paired_differences, policy_table, value_gains
 from offrl_models.ope.sequences import completed
+from offrl_models.ope.surprises import unseen_variance
 from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.ope.units import Units, independent, per_unit, planned_units
 from offrl_models.schema import Episodes
+
+Rows = Bool[np.ndarray, "rows"] | slice
 
 FEWEST_BOUNDED = 30  # episodes of a group, or entities where one has several
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
@@ -53,6 +56,7 @@ class Paired:
         np.ndarray, "rows"
     ]  # what each row adds by its weight: gamma^t w_t [r_t + gamma V(s_t+1) - Q(s_t, a_t)]
     method: str
+    error: Float64[np.ndarray, "rows"] | float = 0.0  # Bellman error of each row; 0 where nothing is known of it
     behavior_weight: Float64[np.ndarray, "rows"] | float = 1.0  # above 1 where rows stand for what was cut off
     visits: Float64[np.ndarray, "rows"] | float = 1.0  # of the policy for one of the log, in the state of each row
 
@@ -61,7 +65,7 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     """Leg A of one policy, or the sentence that says why there is none."""
     if (gate.length == 1).all() and gate.terminated.all():
         return Paired(_gains(gate, side, side.ratio, behavior, np.ones(gate.n_rows)), side.ratio,
-                      _correction(gate, side, side.ratio), "doubly robust paired difference")  # fmt: skip
+                      *_correction(gate, side, side.ratio, "doubly robust paired difference"))  # fmt: skip
     fitted, judged = independent(fitted_on), independent(gate)
     if judged > GATE_PER_FITTED * fitted:
         what = "episodes" if judged == gate.n_episodes else "entities"
@@ -80,7 +84,7 @@ def paired(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes, mode
     visits = np.minimum(model.recorded_state_ratio(table), RATIO_LIMIT)[states_of(gate)[0]]
     correction = gate.time_discount * found.weight * found.error
     method = "marginalised doubly robust paired difference"
-    return Paired(found.outcome, found.weight, correction, method, visits=visits)
+    return Paired(found.outcome, found.weight, correction, method, found.error, visits=visits)
 
 
 def _table(side: Side, states: int) -> Float64[np.ndarray, "states actions"] | None:
@@ -105,7 +109,7 @@ def _fitted(side: Side, behavior: Side, fitted_on: Episodes, gate: Episodes) -> 
         behavior_weight = base.weight
     outcome = _gains(gate, side, found.weight, behavior, behavior_weight)
     method = "doubly robust paired difference with fitted visit ratios"
-    return Paired(outcome, found.weight, _correction(gate, side, found.weight), method, behavior_weight, found.omega)
+    return Paired(outcome, found.weight, *_correction(gate, side, found.weight, method), behavior_weight, found.omega)
 
 
 def _gains(
@@ -118,19 +122,39 @@ def _gains(
     return value_gains(gate, weight, side.q, side.v, side.next_v, behavior_weight, behavior.v, behavior.next_v)
 
 
-def _correction(gate: Episodes, side: Side, weight: Float64[np.ndarray, "rows"]) -> Float64[np.ndarray, "rows"]:
-    return gate.time_discount * weight * bellman_errors(gate, side.q, side.v, side.next_v)
+def _correction(
+    gate: Episodes, side: Side, weight: Float64[np.ndarray, "rows"], method: str
+) -> tuple[Float64[np.ndarray, "rows"], str, Float64[np.ndarray, "rows"]]:
+    error = bellman_errors(gate, side.q, side.v, side.next_v)
+    return gate.time_discount * weight * error, method, error
+
+
+def unseen(
+    leg: Paired, surprise: Float64[np.ndarray, "rows"] | float, log: Episodes, rows: Rows = slice(None)
+) -> float:
+    """What few surprises leave out of the variance of a difference; `surprise` is that of each row, of all episodes or of some."""
+    shift, size = (
+        np.broadcast_to(each, log.n_rows)[rows]
+        for each in (log.time_discount * (leg.weight - leg.behavior_weight), surprise)
+    )
+    return unseen_variance(shift, size, len(np.unique(log.episode_of_row[rows])))
 
 
 def contrast(
-    name: str, outcome: Float64[np.ndarray, "episodes"], alpha: float, planned: int, unit: Units | None = None
+    name: str,
+    outcome: Float64[np.ndarray, "episodes"],
+    alpha: float,
+    planned: int,
+    unit: Units | None = None,
+    unseen: float = 0.0,
 ) -> Contrast:
     """Mean and one-sided bounds, each by the asymptotic confidence sequence at 1 - alpha, over entities where `unit` tells them
-    apart; tightest at `planned` episodes."""
+    apart; tightest at `planned` episodes. `unseen` is missing from the variance over episodes."""
     values = per_unit(outcome, unit)
     planned = planned_units(planned, len(outcome), len(values))
-    lower = confidence_sequence_lower_bound(values, alpha=alpha, planned=planned)
-    upper = -confidence_sequence_lower_bound(-values, alpha=alpha, planned=planned)
+    more = unseen * len(values) / len(outcome)
+    lower = confidence_sequence_lower_bound(values, alpha=alpha, planned=planned, unseen=more)
+    upper = -confidence_sequence_lower_bound(-values, alpha=alpha, planned=planned, unseen=more)
     return Contrast(name, len(outcome), float(outcome.mean()), lower, upper, None if unit is None else len(values))
 
 
@@ -145,7 +169,8 @@ def by_subgroup(
         for group in np.unique(labels):
             inside = labels == group
             who = None if unit is None else unit[inside]
-            found_there = contrast(f"{column} {group}", found.outcome[inside], alpha, planned, who)
+            missing = unseen(found, found.error, gate, inside[gate.episode_of_row])
+            found_there = contrast(f"{column} {group}", found.outcome[inside], alpha, planned, who, missing)
             few = found_there.independent < FEWEST_BOUNDED
             nothing = replace(found_there, lower_bound=-math.inf, upper_bound=math.inf)
             contrasts.append(nothing if few else found_there)
@@ -170,6 +195,32 @@ def cost_outcome(
         if found is not None:
             return found[0]
     return gate.sum_per_episode((leg.weight - leg.behavior_weight) * gate.time_discount * gate.costs[column])
+
+
+def has_spread(gains: Float64[np.ndarray, "episodes"]) -> bool:
+    """Whether neither the numbers nor their squares overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.square(gains).sum()))
+
+
+def visited(leg: Paired, mass: Float64[np.ndarray, "rows"]) -> float:
+    """The mean over where the policy comes; 1 where that is nowhere in the log."""
+    visits = np.broadcast_to(leg.visits, mass.shape)
+    return float(np.average(mass, weights=visits)) if visits.any() else 1.0
+
+
+def few_visits_mass(
+    choices: Choices, fitted_on: Episodes, gate: Episodes, states: int | None, few: int
+) -> Float64[np.ndarray, "rows"] | None:
+    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; None without such
+    cells."""
+    if states is None or not isinstance(choices, Probabilities):
+        return None
+    visits = np.zeros((states, gate.n_actions))
+    for episodes in (fitted_on, gate):
+        np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
+    rare = visits[gate.observation[:, 0].astype(np.int64)] < few
+    return (choices.probs * rare).sum(1)
 
 
 def influence(outcome: Float64[np.ndarray, "units"]) -> float:

@@ -77,6 +77,7 @@ class Measures:
     trajectory_lower: float | None = None  # bounds of leg C, one-sided, at 1 - alpha
     trajectory_upper: float | None = None
     smoothed_lower: float | None = None  # leg B as a bound, logarithmic smoothing at 1 - alpha; None beyond horizon 1
+    widened: float = 1.0  # how many times as wide leg A's interval is for what few surprises leave out of its variance
     drifted: str = ""  # what is wrong with the newest batch; empty where it is like those before it
     costs: list[Contrast] = field(default_factory=list)
     subgroups: list[Contrast] = field(default_factory=list)

@@ -103,10 +103,12 @@ class Episodes:
 
     @cached_property
     def next_observation(self) -> Float[np.ndarray, "rows columns"]:
-        """The following row's observation; the final one after the last row."""
+        """The following row's observation; the final one after the last row. Where that terminated nothing follows, whatever a
+        log says of it, and the row's own observation stands there: some number that is as good as any."""
         following = np.empty_like(self.observation)
         following[:-1] = self.observation[1:]
-        following[self.offsets[1:] - 1] = self.final_observation
+        last = self.offsets[1:] - 1
+        following[last] = np.where(self.terminated[last, None], self.observation[last], self.final_observation)
         return following
 
     @cached_property

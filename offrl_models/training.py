@@ -14,7 +14,7 @@ import torch
 from offrl_models.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, config_of, require_space
 from offrl_models.checkpoint import Checkpoint
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions
+from offrl_models.datasets.transitions import NextDraws, NextProbs, Sampler, Transitions, stream
 from offrl_models.distributions import Space, space_of
 from offrl_models.dynamics import Dynamics
 from offrl_models.early_stopping import EarlyStopping
@@ -29,7 +29,6 @@ from offrl_models.training_config import TrainingConfig
 
 ModelReport = Callable[[int, int, dict[str, float]], None]  # gradient steps so far, of how many, mean losses and errors
 
-HOLDOUT = 2**41  # so that which rows are held out comes from a stream of its own
 HOLDOUT_ROWS = 1000  # at most, and at most a fifth of all
 
 
@@ -150,7 +149,7 @@ def fit_dynamics(
     pools: list[torch.Tensor] = []
     held_out: list[torch.Tensor] = []
     for seed, pool in zip(sampler.seeds, sampler.pools, strict=True):
-        generator = torch.Generator().manual_seed(seed + HOLDOUT)
+        generator = stream(seed, "rows held out")
         order = torch.randperm(len(pool), generator=generator).to(pool.device)
         held = min(len(pool) // 5, HOLDOUT_ROWS)
         rest = pool[order[held:]]
@@ -240,7 +239,7 @@ def _next_policy(policies: Sequence[Exported], episodes: Episodes, members: int,
     densities, others = divided(policies)
     if densities:
         drawn = draws_of(densities, episodes.next_observation, episodes.action.shape[1], OF_NEXT)
-        return NextDraws(torch.as_tensor(drawn), policy_of_seed, torch.Generator().manual_seed(seed))
+        return NextDraws(torch.as_tensor(drawn), policy_of_seed, stream(seed, "draws of policies"))
     mask = next_mask_or_all(episodes)
     found = [policy.distinct_probs(episodes.next_observation, mask) for policy in others]
     probs = torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32)

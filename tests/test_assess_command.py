@@ -1,6 +1,7 @@
 """`offrl evaluate` as it is typed: every way to give a policy says the same, and a mistake gets one sentence."""
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -279,6 +280,17 @@ MISTAKES = {
     "draws": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:draws"], "answers the same observation in two ways"),
     "few rows": (["few.csv", *COLUMNS, "--policy-column", "pi"], "it has 60 decisions, and an estimate needs 100 at least"),
     "one name twice": (["clicks.csv", "again/clicks.csv", *COLUMNS, "--policy-column", "pi"], "2 files are called clicks.csv"),
+    "one log twice": (["clicks.csv", "again/copy.csv", *COLUMNS, "--policy-column", "pi"], "copy.csv is a copy of clicks.csv"),
+    "the log for the numbers": (
+        ["clicks.csv", *COLUMNS, "--policy-column", "pi", "--json", "clicks.csv"], "--json clicks.csv: clicks.csv is the log"),
+    "the page among the logs": (
+        ["again", *COLUMNS, "--policy-column", "pi", "--html", "again/x.html"], "--html again/x.html: again is the log"),
+    "one file for both": (
+        ["clicks.csv", *COLUMNS, "--policy-column", "pi", "--html", "x", "--json", "x"], "--html and --json are both x"),
+    "a device for the page": (
+        ["clicks.csv", *COLUMNS, "--policy-column", "pi", "--html", "fifo"], "--html fifo: no file can be written there"),
+    "a range below 0": (
+        ["clicks.csv", *COLUMNS[:-2], "-1e9", "-1e-3", "--policy-column", "pi"], "outside the reward range [-1e+09, -0.001]"),
     "empty folder": (["again/empty", *COLUMNS, "--policy-column", "pi"], "does not say its format"),
     "binary": (["clicks.bin", *COLUMNS, "--policy-column", "pi"], "does not say its format"),
     "not that format": (["clicks.csv", *COLUMNS, "--format", "parquet", "--policy-column", "pi"], "cannot be read as Parquet"),
@@ -291,8 +303,10 @@ MISTAKES = {
 def mistaken(clicks: tuple[Path, World, np.ndarray], functions: str, here: Path) -> str:
     """The current folder with everything that a mistake needs; the name of the module with the functions."""
     text = (clicks[0] / "clicks.csv").read_text()
-    for name in ("clicks.csv", "clicks.bin", "again/clicks.csv"):
+    for name in ("clicks.csv", "clicks.bin", "again/copy.csv"):
         storage.write_bytes(here / name, text.encode())
+    storage.write_bytes(here / "again/clicks.csv", text.replace("\n0", "\n-0", 1).encode())
+    os.mkfifo(here / "fifo")
     (here / "again" / "empty").mkdir()
     (here / "few.csv").write_text("".join(text.splitlines(keepends=True)[:61]))
     pl.read_csv(here / "clicks.csv").with_columns(click=1.0).write_csv(here / "equal.csv")

@@ -59,8 +59,13 @@ def test_a_training_that_was_cut_short_goes_on_bit_for_bit(name: str, space: Spa
     whole = build(name, [0, 1], space)
     wanted = run(whole, [0, 1], 40, space, schedule="cosine", warmup_steps=7, clip_norm=1.0, checkpoints=3)
     assert list(wanted.kept) == [13, 26]
-    for step in (5, 35):
-        saved = Checkpoint(tmp_path / f"{step}", "this", every=10)
+    for step, every in (
+        (5, 10),
+        (16, 1),
+        (21, 1),
+        (35, 10),
+    ):  # gone on with from the beginning, and from steps 13, 18 and 31
+        saved = Checkpoint(tmp_path / f"{step}", "this", every=every)
         for stop in (step, 10**6):  # killed once, and again started
             again = build(name, [0, 1], space)
             try:

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.calibration.judging import CONFIG, KnownPolicy, asked, evaluation
 from benchmarks.calibration.small import world as small_world
@@ -18,6 +19,7 @@ from offrl_models.ope.worlds.stress import joined
 from offrl_models.schema import Episodes, Feature
 from offrl_models.training import fit_fqe
 from tests.conftest import cut_after_one_step
+from tests.test_algorithms import LOGS, SPACES, Space, build, trained
 
 WORLD = small_world(3, 3, 4)
 POLICY = 0.7 * WORLD.behavior + 0.3 * WORLD.optimal()
@@ -63,6 +65,23 @@ def test_of_the_legs_of_the_gate(both: tuple[Evaluation, Evaluation]) -> None:
     assert "marginalised" in clean.leg.method and clean.measures.trajectory_lower is not None
     assert np.array_equal(clean.leg.outcome, dirty.leg.outcome)
     assert dataclasses.asdict(clean.measures) == dataclasses.asdict(dirty.measures)
+
+
+@pytest.mark.parametrize(("name", "space"), SPACES)
+def test_of_any_algorithm(name: str, space: Space) -> None:
+    """What was observed after an end may be no number at all."""
+    found = []
+    for junk in (False, True):
+        whole = LOGS[space]
+        cut = np.arange(whole.n_episodes) % 3 == 0  # some recordings stop: what they saw last is no junk
+        last = whole.offsets[1:] - 1
+        terminated, truncated = whole.terminated.copy(), whole.truncated.copy()
+        terminated[last[cut]], truncated[last[cut]] = False, True
+        final = np.where(junk & ~cut[:, None], np.float32(np.nan), whole.observation[last])
+        log = dataclasses.replace(whole, final_observation=final, terminated=terminated, truncated=truncated)
+        found.append(trained(build(name, [0], space), [0], 6, log))
+    clean, dirty = (torch.cat([each.flatten() for each in algorithm.parameters()]) for algorithm in found)
+    assert clean.isfinite().all() and torch.equal(clean, dirty)
 
 
 def test_of_fitted_q_evaluation() -> None:

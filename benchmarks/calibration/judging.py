@@ -143,9 +143,11 @@ class Prefix(Evaluation):
         if isinstance(leg, str):
             return leg
         visits = np.broadcast_to(leg.visits, leg.weight.shape)[:rows]
+        error = np.broadcast_to(leg.error, leg.weight.shape)[:rows]
         return replace(
-            leg, outcome=leg.outcome[:n], weight=leg.weight[:rows], correction=leg.correction[:rows], visits=visits
-        )
+            leg, outcome=leg.outcome[:n], weight=leg.weight[:rows], correction=leg.correction[:rows], error=error,
+            behavior_weight=np.broadcast_to(leg.behavior_weight, leg.weight.shape)[:rows], visits=visits,
+        )  # fmt: skip
 
 
 def first(found: Evaluation, n: int, known: Mapping[str, Paired | str]) -> Prefix:

@@ -11,7 +11,7 @@ import numpy as np
 
 from offrl_models import storage
 from offrl_models.assess import answer as answers
-from offrl_models.assess import units
+from offrl_models.assess import overlap, units
 from offrl_models.assess.log import Assessed, read
 from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
 from offrl_models.assess.target import Target
@@ -125,7 +125,8 @@ def _found(
     alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
     name = answers.headline(terms)
     entity = entities_of(episodes)
-    gain = answers.gain(name, terms[name], returns, unit, alpha, entity)
+    missing = overlap.unseen(name, episodes, ratio, values)
+    gain = answers.gain(name, terms[name], returns, unit, alpha, entity, missing)
     without_top = answers.influence(terms[name], returns, entity)
     said = answers.checks(episodes, target, ratio, values, gain, without_top, rare)
     if np.isfinite(gain.estimate):
@@ -142,6 +143,7 @@ def _found(
         "estimates": intervals,
         "doubted": doubted(intervals, episodes, ratio, entity),
         "difference": gain,
+        "ends": answers.ends(gain),
         "checks": said,
         "weights": answers.tail(completed(episodes, values.next_v) if values else episodes, ratio, logged.estimate),
     }

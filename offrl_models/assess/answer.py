@@ -124,9 +124,10 @@ def gain(
     unit: Int64[np.ndarray, "episodes"],
     alpha: float,
     entity: Units | None = None,
+    unseen: float = 0.0,
 ) -> Gain:
     """The paired difference and its bounds, asymptotic confidence sequences of what each unit contributes. `entity` is that of
-    each episode, where entities have several; a unit is one or more of them.
+    each episode, where entities have several; a unit is one or more of them. `unseen` is missing from the variance over episodes.
 
     All NaN where weights overflow, or are all 0 at some step.
     """
@@ -136,8 +137,9 @@ def gain(
     if not np.isfinite(estimate):
         return Gain(name, np.nan, np.nan, np.nan, 1 - alpha, np.nan)
     each = estimate + paired.influence()
-    lower = confidence_sequence_lower_bound(each, alpha=alpha, planned=len(each))
-    upper = -confidence_sequence_lower_bound(-each, alpha=alpha, planned=len(each))
+    more = unseen * len(each) / len(unit)
+    lower = confidence_sequence_lower_bound(each, alpha=alpha, planned=len(each), unseen=more)
+    upper = -confidence_sequence_lower_bound(-each, alpha=alpha, planned=len(each), unseen=more)
     share = largest_share(estimate + by(apart, entity).influence())
     center, low, high = (_snapped(value, base) for value in (estimate, lower, upper))
     return Gain(name, center, low, high, 1 - alpha, share)
@@ -244,6 +246,14 @@ def influence(minuend: Terms, base: Terms, entity: Units | None = None) -> float
     return _snapped(without_most_influential(by(minuend, entity), by(base, entity)), base)
 
 
+def ends(found: Gain) -> str:
+    """What the ends of the interval hold for."""
+    level = f"{found.level:.1%}".replace(".0%", "%")
+    if found.estimator == "WPDIS":  # see loss_check
+        return f"the lower end at {level} confidence and the upper end at less"
+    return f"each end at {level} confidence"
+
+
 def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
     """One word, and one sentence that says why."""
     level = f"{found.level:.1%}".replace(".0%", "%")
@@ -267,7 +277,7 @@ def answer(found: Gain, said: list[Check]) -> tuple[str, str]:
             f"The policy is better than the one that wrote the logs, {size}, and by at least {found.lower_bound:.4g} at {level} "
             "confidence."
         )
-    between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, each end at {level} confidence"
+    between = f"between {found.lower_bound:+.4g} and {found.upper_bound:+.4g}, {ends(found)}"
     settled = found.lower_bound > 0 or found.upper_bound < 0
     reasons = [each for each in broken if settled or each.name != "influence"]
     why = f"; {reasons[0].sentence}" if reasons else ""

@@ -12,6 +12,7 @@ import yaml
 from jaxtyping import Shaped
 from pydantic import ValidationError
 
+from offrl_models import storage
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs import formats
@@ -83,6 +84,8 @@ def batches_of(paths: Sequence[Path], contract: Contract) -> list[Path]:
                 f"{path} holds no {known.title} ({', '.join(known.suffixes) or 'folders'}); give the right folder or --format."
             )
         found |= {batch.resolve(): batch for batch in inside}
+    if contract.episode_id is None:
+        _refuse_copies(list(found.values()))
     names = [path.name for path in found.values()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice and contract.episode_id is None:
@@ -90,6 +93,16 @@ def batches_of(paths: Sequence[Path], contract: Contract) -> list[Path]:
             f"{names.count(twice)} files are called {twice}, and rows without an episode id go by file and place; rename one."
         )
     return list(found.values())
+
+
+def _refuse_copies(batches: Sequence[Path]) -> None:
+    first: dict[str, Path] = {}
+    for path in batches:
+        same = first.setdefault(storage.sha256_tree(path), path)
+        if same is not path:
+            raise InputError(
+                f"{path} is a copy of {same}, and without an episode id its rows would count twice; give one of them."
+            )
 
 
 def _entities(episodes: Episodes) -> Shaped[np.ndarray, "episodes"]:

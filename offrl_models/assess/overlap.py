@@ -13,6 +13,9 @@ from offrl_models.gate import GateConfig
 from offrl_models.measures import enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
 from offrl_models.ope.importance import trajectory_weights
+from offrl_models.ope.marginal import bellman_errors
+from offrl_models.ope.sequences import weights_by_step
+from offrl_models.ope.surprises import unseen_variance
 from offrl_models.ope.units import entities_of, summed
 from offrl_models.schema import Episodes
 
@@ -122,3 +125,20 @@ def effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], valu
     effective = effective_sample_size(weight) if np.isfinite(weight).all() else 0.0
     return check(f"effective {noun}", effective >= floor, effective, f"at least {floor:,.0f}",
                  f"{effective:,.0f} effective {noun} of {of:,} are fewer than {floor:,.0f}")  # fmt: skip
+
+
+def unseen(estimator: str, episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> float:
+    """What few surprises leave out of the variance, over episodes, of the difference that an estimator tells."""
+    if estimator == "MDR" and values is not None and values.weight is not None:
+        weight = values.weight
+    else:
+        by_step = weights_by_step(episodes, ratio)
+        mean = by_step.mean(0)
+        by_step = np.divide(by_step, mean, out=np.zeros_like(by_step), where=mean > 0)
+        weight = by_step[episodes.episode_of_row, episodes.step]
+    if values is None:
+        surprise = episodes.reward - episodes.reward.mean()
+    else:
+        surprise = bellman_errors(episodes, values.q, values.v, values.next_v)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return unseen_variance(episodes.time_discount * (weight - 1.0), surprise, episodes.n_episodes)

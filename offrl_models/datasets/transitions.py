@@ -1,5 +1,6 @@
 """Transitions on the training device, sampled with replacement, one generator per seed."""
 
+import hashlib
 from collections.abc import Collection, Iterator
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,15 @@ from offrl_models.datasets.encoding import Encoded, Encoder, Observation
 from offrl_models.datasets.views import looking_back
 from offrl_models.schema import Episodes, InputError
 
-CHANCE = 2**40  # so that rows and random numbers come from different streams
 GATHERED = 2**24  # bytes of batches that are gathered at once
 
 Extra = Literal["next_action", "return_to_go"]  # parts of a batch that are left out unless asked for
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers for one purpose. torch reads 32 bits of a seed, so that seeds far apart may be the same one."""
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 class NextProbs(NamedTuple):
@@ -145,7 +151,9 @@ class Transitions:
         self.discount = as_tensor(episodes.discount, torch.float32)
         self.mask = as_tensor(episodes.mask, torch.bool)
         following = np.arange(1, episodes.n_rows + 1)  # beyond the rows: the final observation of an episode
-        following[episodes.offsets[1:] - 1] = episodes.n_rows + np.arange(episodes.n_episodes)
+        last = episodes.offsets[1:] - 1
+        # Nothing follows where the task ended: its own observation stands there, as good as any and surely a number.
+        following[last] = np.where(episodes.terminated[last], last, episodes.n_rows + np.arange(episodes.n_episodes))
         self.following = as_tensor(following, torch.long)
         self.with_next_action = "next_action" in extras
         self.return_to_go = as_tensor(episodes.return_to_go, torch.float32) if "return_to_go" in extras else None
@@ -168,7 +176,7 @@ class Transitions:
             discount=self.discount[row],
             next_observation=self.encoder(next_observation),
             mask=_at(self.mask, row),
-            # Past a terminal row any mask will do (its discount is 0), but an empty one would turn into NaN.
+            # After the last row any mask will do, but an empty one would turn into NaN.
             next_mask=_at(self.mask, next_row) | ~inside,
             row=row,
             next_probs=self.next_policy.at(row) if isinstance(self.next_policy, NextProbs) else None,
@@ -212,7 +220,7 @@ class Sampler:
         self.pools, self.batch_size, self.draws, self.width = pools, batch_size, draws, width
         self.seeds, self.share = seeds, slice(None)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.chances = [torch.Generator().manual_seed(seed + CHANCE) for seed in seeds]
+        self.chances = [stream(seed, "chances") for seed in seeds]
 
     @property
     def numbers(self) -> int:

@@ -259,17 +259,20 @@ def _mixture_precision(alpha: float, planned: int) -> float:
     return float(-2 * np.log(alpha) + np.log(1 - 2 * np.log(alpha))) / planned
 
 
-def confidence_sequence_lower_bound(values: Float64[np.ndarray, "n"], *, alpha: float, planned: int) -> float:
+def confidence_sequence_lower_bound(
+    values: Float64[np.ndarray, "n"], *, alpha: float, planned: int, unseen: float = 0.0
+) -> float:
     """One-sided asymptotic confidence sequence for a mean: valid at every look from a large enough n on.
 
     mean - sd sqrt( 2 (n r + 1) / (n^2 r) log(1 + sqrt(n r + 1) / (2 alpha)) ), with r chosen to be tightest near `planned`
-    values; above an error rate of TUNED r stays what it is there, for the width would else rise with the error rate.
+    values; above an error rate of TUNED r stays what it is there, for the width would else rise with the error rate. What is
+    known to be `unseen` of the variance is added to that of the values.
     Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024), https://arxiv.org/abs/2103.06476, the one-sided boundary;
     the half-normal mixture that it comes from is checked in the tests. Raises InputError for values that are NaN or infinite.
     """
     return float(
         finite("the values", values).mean()
-        - values.std() * confidence_sequence_width(len(values), alpha=alpha, planned=planned)
+        - np.sqrt(values.var() + unseen) * confidence_sequence_width(len(values), alpha=alpha, planned=planned)
     )
 
 

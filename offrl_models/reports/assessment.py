@@ -57,7 +57,7 @@ small { color: #718096; } .pale td, .pale small { color: #a0aec0; } img { max-wi
 <td>{{ signed(none if i.estimate is none else i.estimate - e.logged.estimate) }}</td></tr>{% endfor %}
 </table>
 <p>Difference, paired by episode ({{ e.difference.estimator }}): <b>{{ signed(e.difference.estimate) }}</b>, at least
-{{ signed(e.difference.lower_bound) }} and at most {{ signed(e.difference.upper_bound) }}, each at {{ one_sided }} confidence.</p>
+{{ signed(e.difference.lower_bound) }} and at most {{ signed(e.difference.upper_bound) }}, {{ e.ends }}.</p>
 {% for names, why in e.left_out.items() %}<p>Left out: {{ names }}. {{ sentence(why) }}</p>{% endfor %}
 <h2>What speaks against believing it</h2>
 <table class="checks"><tr><th class="l">check</th><th class="l"></th><th>measured</th><th class="l">asked</th><th></th></tr>
@@ -91,7 +91,6 @@ def write(found: dict[str, Any], html: Path, json: Path | None) -> None:
         word=WORDS[found["answer"]],
         titles=TITLES,
         level=f"{found['logged']['level']:.0%}",
-        one_sided=_percent(found["difference"]["level"]),
         propensities=_propensities(found["behavior"]),
         forest=_forest(found),
         weights=_weights(found["weights"]),
@@ -129,8 +128,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     digits, gain = decimals(found), found["difference"]
     ends = [_number(gain[name], digits, "+") for name in ("estimate", "lower_bound", "upper_bound")]
     said = [
-        f"Difference ({gain['estimator']}): {ends[0]}, at least {ends[1]} and at most {ends[2]}, each at "
-        f"{_percent(gain['level'])} confidence.",
+        f"Difference ({gain['estimator']}): {ends[0]}, at least {ends[1]} and at most {ends[2]}, {found['ends']}.",
         _tail(found),
         f"Propensities: {found['behavior']['color']}, {_propensities(found['behavior'])}.",
         *(f"Left out: {names}: {why}." for names, why in found["left_out"].items()),
@@ -157,10 +155,6 @@ def _short(value: float | None) -> str:
 
 def _ends(interval: dict[str, Any], digits: int) -> str:
     return f"{_number(interval['low'], digits)} to {_number(interval['high'], digits)}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}".replace(".0%", "%")
 
 
 def _propensities(behavior: dict[str, Any]) -> str:
