@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.calibration import coverage, elsewhere, learned, nuisances, retraining, sepsis, small, stress
+from benchmarks.calibration import coverage, elsewhere, learned, nuisances, rare, retraining, sepsis, small, stress
 from benchmarks.calibration.store import Experiment, Lines, done, run
 from benchmarks.calibration.tables import prose
 
@@ -27,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **learned.EXPERIMENTS,
     **stress.EXPERIMENTS,
     **elsewhere.EXPERIMENTS,
+    **rare.EXPERIMENTS,
 }
 
 
