@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.calibration import coverage, elsewhere, learned, nuisances, rare, retraining, sepsis, small, stress
+from benchmarks.calibration import (
+    confounders,
+    coverage,
+    elsewhere,
+    learned,
+    nuisances,
+    rare,
+    retraining,
+    sepsis,
+    small,
+    stress,
+)
 from benchmarks.calibration.store import Experiment, Lines, done, run
 from benchmarks.calibration.tables import prose
 
@@ -26,6 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **coverage.EXPERIMENTS,
     **learned.EXPERIMENTS,
     **stress.EXPERIMENTS,
+    **confounders.EXPERIMENTS,
     **elsewhere.EXPERIMENTS,
     **rare.EXPERIMENTS,
 }

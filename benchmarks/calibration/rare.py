@@ -87,4 +87,4 @@ def report(lines: Lines, path: Path) -> list[str]:
     return ["## Rare rewards", "", *prose(intro), *table(*rows)]
 
 
-EXPERIMENTS = {"rare": Experiment(rare, 200, report)}
+EXPERIMENTS = {"rare": Experiment(rare, 400, report)}

@@ -174,7 +174,7 @@ def spoiled(seed: int) -> Found:
         "rewards three steps late": verdict_of(delayed(log, 3), nulls, mask, seed),
         "last 10% of the rewards not in": verdict_of(unsettled(log, 0.1), nulls, mask, seed),
         "aliased states": _aliased(own[3], seed),
-        **{f"hidden confounder, odds {odds:g}": _confounded(odds, own[4], seed) for odds in ODDS},
+        **{f"hidden confounder, odds {odds:g}": confounded(odds, own[4], seed) for odds in ODDS},
         "5% poisoned episodes": _poisoned(log, nulls, own[5], seed),
         "drift, no better before or after": drifted(0.0, own[6], seed),
         f"drift, better by {GAIN:g} until the middle of the log, no better since": drifted(GAIN, own[7], seed),
@@ -199,7 +199,7 @@ def _aliased(log_seed: int, seed: int) -> Found:
     return verdict_of(shown.world.simulate(ALL, log_seed), nulls, shown.mask, seed)
 
 
-def _confounded(odds: float, log_seed: int, seed: int) -> Found:
+def confounded(odds: float, log_seed: int, seed: int) -> Found:
     world = trait_world(odds)
     n = world.n_states // 2
     assert world.logged is not None
@@ -244,7 +244,7 @@ def _several(log_seed: int, seed: int, mean: str | None) -> Found:
     return verdict_of(log, nulls, world.mask, seed, behavior=average if mean else None)
 
 
-def report(lines: Lines, path: Path) -> list[str]:
+def rows_of(lines: Lines) -> list[str]:
     rows = [
         ("what is wrong", "false passes, worst policy", "verdicts on all policies", "Γ* of WIS's sign, passes, median")
     ]
@@ -255,6 +255,10 @@ def report(lines: Lines, path: Path) -> list[str]:
         stars = [one["gamma_star"] for one in every if "gamma_star" in one and one["passes"][0]]
         star = f"{np.median(stars):.3f}" if stars else ""
         rows.append((case, cell(max(passes.values()), len(logs)), verdicts(every), star))
+    return table(*rows)
+
+
+def report(lines: Lines, path: Path) -> list[str]:
     odds = ", ".join(f"{hidden_odds(trait_world(each)):.2f}" for each in ODDS)
     return [
         "## Logs on which something is wrong",
@@ -268,7 +272,7 @@ def report(lines: Lines, path: Path) -> list[str]:
             f"turn the sign of WIS; the largest odds ratios that were really there are {odds}. What was better until the "
             f"middle of the log is better on average over it, and a pass is false all the same: the gain is gone. {cost(lines)}"
         ),
-        *table(*rows),
+        *rows_of(lines),
     ]
 
 
