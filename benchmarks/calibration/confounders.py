@@ -14,7 +14,7 @@ def flattered(seed: int) -> Found:
 
 def report(lines: Lines, path: Path) -> list[str]:
     intro = (
-        "The hidden confounders of the table above make its policies look worse than they are. Turned round they make them look "
+        "The hidden confounders of the first table make its policies look worse than they are. Turned round they make them look "
         "better, and the gate passes them: nothing in the log tells such a trait from a gain. The error rates of this page are "
         f"those of logs in which all that steers the actions is observed. {cost(lines)}"
     )

@@ -22,9 +22,10 @@ def unseen_variance(shift: Float64[np.ndarray, "rows"], surprise: Float64[np.nda
     that is a fact of the world or an accident of few surprises. How many are to be expected is told by the effective numbers of
     squared shifts and of squared surprises; the more, the less of the difference is added: FEW / (FEW + expected) of it.
     """
-    shifted, size = np.square(shift), np.square(surprise)
-    missing = shifted.sum() * size.mean() - (shifted * size).sum()
+    with np.errstate(over="ignore", invalid="ignore"):
+        shifted, size = np.square(shift), np.square(surprise)
+        missing = shifted.sum() * size.mean() - (shifted * size).sum()
     if not (np.isfinite(missing) and missing > 0):
-        return 0.0
+        return 0.0  # weights that overflow are said where they are met
     expected = effective_sample_size(shifted) * effective_sample_size(size) / len(size)
     return float(missing / episodes * FEW / (FEW + expected))
