@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -29,11 +30,32 @@ def progress() -> Iterator[Update]:
             yield draw
         return
     printed: dict[str, int] = {}
+    begun: dict[str, tuple[float, int]] = {}  # when a task was first heard of, and how far it was
 
     def write(task: str, done: int, total: int, note: str) -> None:
+        since, before = begun.setdefault(task, (time.monotonic(), done))
         mark = done * LINES_PER_TASK // max(total, 1)
         if mark > printed.get(task, 0):
             printed[task] = mark
-            print(f"{task}: {done:,} of {total:,} {note}", file=sys.stdout, flush=True)
+            left = (
+                f", {_duration((time.monotonic() - since) * (total - done) / (done - before))} left"
+                if before < done < total
+                else ""
+            )
+            print(f"{task}: {done:,} of {total:,}{left} {note}", file=sys.stdout, flush=True)
 
     yield write
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, without those that say nothing.
+
+    >>> _duration(4.2), _duration(125.0), _duration(7384.0)
+    ('4 s', '2 min 5 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
