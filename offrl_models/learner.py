@@ -98,7 +98,7 @@ class Learner(L.LightningModule):
             target.requires_grad_(False)
             self.slow += target.parameters()
             self.fast += source.parameters()
-        where = transitions.reward.device
+        where = transitions.device
         self.losses = compiled_losses(algorithm, where) if config.compile else self.algorithm.losses
         self.adam = self._adam()
         self.good = [each.detach().clone() for each in self.algorithm.parameters()]
@@ -270,7 +270,7 @@ def train(
     Raises NonFiniteLossError naming network, seed and step when no seed is left.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    where = transitions.reward.device
+    where = transitions.device
     learner = Learner(algorithm.to(where), transitions, sampler, config, report, checkpoint, stop, watch)
     if checkpoint:
         learner.resume(checkpoint)

@@ -156,7 +156,7 @@ def fit_dynamics(
         held_out += [pool[order[:held]] if held else rest] * members
         drawn = torch.randint(len(rest), (members, len(rest)), generator=generator).to(pool.device)
         pools += rest[drawn].unbind()
-    dynamics.to(transitions.reward.device).measure(transitions, sampler.pools[0])
+    dynamics.to(transitions.device).measure(transitions, sampler.pools[0])
     stopping = EarlyStopping(dynamics, transitions.take(torch.stack(held_out)))
     rows = Sampler(pools, sampler.batch_size, dynamics.seeds)
     rows.seeds = [seed for seed in sampler.seeds for _ in range(members)]  # as which a member that explodes is named

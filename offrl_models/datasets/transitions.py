@@ -16,6 +16,7 @@ from offrl_models.datasets.views import looking_back
 from offrl_models.schema import Episodes, InputError
 
 GATHERED = 2**24  # bytes of batches that are gathered at once
+RESIDENT = 0.5  # share of the free memory of a GPU that a log may take
 
 Extra = Literal["next_action", "return_to_go"]  # parts of a batch that are left out unless asked for
 
@@ -24,6 +25,15 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     """Random numbers for one purpose. torch reads 32 bits of a seed, so that seeds far apart may be the same one."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def kept_on(device: torch.device, size: int) -> torch.device:
+    """Where a log of so many bytes is kept: on the device it is trained on, or where a GPU has no room for it, on the CPU, which
+    maps its files."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if size <= RESIDENT * free else torch.device("cpu")
 
 
 class NextProbs(NamedTuple):
@@ -96,6 +106,9 @@ class TransitionBatch(NamedTuple):
         """The batch of each gradient step."""
         return map(TransitionBatch, *(_unbound(part) for part in self))
 
+    def to(self, device: torch.device) -> "TransitionBatch":
+        return TransitionBatch(*(_moved(part, device) for part in self))
+
 
 def _unbound(part: Any) -> Iterator[Any]:
     match part:
@@ -107,8 +120,19 @@ def _unbound(part: Any) -> Iterator[Any]:
             return iter(part.unbind())
 
 
+def _moved(part: Any, device: torch.device) -> Any:
+    match part:
+        case None | int():
+            return part
+        case Encoded() | Window():
+            return type(part)(*(_moved(each, device) for each in part))
+        case _:
+            return part.to(device)
+
+
 class Transitions:
-    """All usable rows of some episodes as tensors, which share the memory of the episodes where the device allows.
+    """All usable rows of some episodes as tensors, which share the memory of the episodes where the device allows. Batches are
+    on the `device`; so is the log, where there is room for it.
 
     A seed draws its own rows from its own generator, so its batches do not depend on which seeds train beside it. Observations
     are encoded as they are gathered: once for all networks, and without a second copy of the log.
@@ -129,8 +153,12 @@ class Transitions:
             raise InputError(
                 "no row can be trained on: every episode is truncated after one step and masks are logged."
             )
+        self.device = torch.device(device)
+        of_row = 4 * episodes.observation.shape[1] + episodes.n_actions + 64
+        of_policies = sum(part.nbytes for part in next_policy or () if isinstance(part, Tensor))
+        device = kept_on(self.device, episodes.n_rows * of_row + of_policies)
         self.rows = torch.as_tensor(usable, device=device)
-        self.n_rows, self.encoder = episodes.n_rows, encoder.to(device)
+        self.n_rows, self.encoder = episodes.n_rows, encoder.to(self.device)
         match next_policy:
             case NextProbs():
                 next_policy = NextProbs(*(part.to(device) for part in next_policy))
@@ -168,13 +196,13 @@ class Transitions:
         inside = (following < self.n_rows)[..., None]
         next_row, final = following.clamp(max=self.n_rows - 1), (following - self.n_rows).clamp(min=0)
         next_observation = torch.where(inside, _at(self.observation, next_row), _at(self.final_observation, final))
-        return TransitionBatch(
-            observation=self.encoder(_at(self.observation, row)),
+        found = TransitionBatch(
+            observation=self._encoded(_at(self.observation, row)),
             action=_at(self.action, row),
             action_prob=_at(self.action_prob, row),
             reward=self.reward[row],
             discount=self.discount[row],
-            next_observation=self.encoder(next_observation),
+            next_observation=self._encoded(next_observation),
             mask=_at(self.mask, row),
             # After the last row any mask will do, but an empty one would turn into NaN.
             next_mask=_at(self.mask, next_row) | ~inside,
@@ -185,12 +213,16 @@ class Transitions:
             return_to_go=None if self.return_to_go is None else self.return_to_go[row],
             window=self._window(row, self.context) if self.context else None,
         )
+        return found.to(self.device)
+
+    def _encoded(self, observation: Tensor) -> Encoded:
+        return self.encoder(observation.to(self.device))
 
     def _window(self, last: Int64[Tensor, "*steps seed batch"], context: int) -> Window:
         back, known, step = looking_back(self.step[last], context)
         row = last.unsqueeze(-1) - back
         seen, action, mask = (_at(table, row) for table in (self.observation, self.action, self.mask))
-        return Window(self.encoder(seen), action, self.reward_to_go[row], step, known, mask)
+        return Window(self._encoded(seen), action, self.reward_to_go[row], step, known, mask)
 
     def batches(self, sampler: "Sampler", steps: int) -> Iterator[TransitionBatch]:
         """The batch of each gradient step. As many as GATHERED allows are gathered at once: a step would pay for each gather."""
@@ -199,7 +231,7 @@ class Transitions:
         per_row = 2 * 4 * (self.observation.shape[1] + numbers) + 6 * self.mask.shape[1] + 64 + 4 * sampler.numbers
         per_row *= 1 + (self.context or 0)
         for rows in row.split(max(1, GATHERED // (row[0].numel() * per_row))):
-            yield from self.take(rows)._replace(uniform=sampler.uniform(len(rows), row.device)).unbind()
+            yield from self.take(rows)._replace(uniform=sampler.uniform(len(rows), self.device)).unbind()
 
 
 def _at(table: Tensor, row: Int64[Tensor, "*index"]) -> Tensor:
