@@ -61,10 +61,9 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "tabular, on three resamples, where the observation is one category. In brackets: Clopper-Pearson intervals of 95%. "
             "Regenerate with `make calibrate`; it can be stopped and started at will. Logs are seeded 1, 2, 3, ... A table is of "
             "the gate at its date. What it has learned since changes nothing here: it counts entities where one has several "
-            "episodes, and refuses equal returns, and none of these logs has any. Only the table of the point mass is of "
-            "an older gate: it has not seen yet that harm needs 500 episodes, which changes FAIL alone, and that what the log "
-            "hardly shows is weighed by where the policy comes, which may turn a pass into INVALID or the other way round; nor "
-            "the check of the newer half, which can only take passes away."
+            "episodes, and refuses equal returns, and none of these logs has any. Before the tables of rare rewards and of the "
+            "point mass its bounds did not know of surprises that did not come: by that they have become wider, on 5,000 stays of "
+            "ICU-Sepsis by 0.2% to 1.3% within a cap and up to 14% without one. The other tables show no fewer passes than now."
         ),
         f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip

@@ -6,8 +6,9 @@
 
 A row trains both sides on the same log, with the same networks, batches, learning rates and discount, and one thread: ours all
 seeds at once, d3rlpy's one after the other. What each seed has trained is rolled out from the same initial states on both sides,
-in the peers' environment, ours as the graph that would be deployed. d3rlpy's policies act greedily; ours do both, and the greedy
-action is compared. Returns are undiscounted means; their intervals are those of the mean over training seeds, at LEVEL.
+in the peers' environment, ours as an ONNX graph that gives a drawn action, as one that is deployed, and the greedy one beside it,
+which a deployed one does not have. d3rlpy's policies act greedily, and greedy actions are compared. Returns are undiscounted
+means; their intervals are those of the mean over training seeds, at LEVEL.
 
 The verdict is of the differences, seed by seed: `worse` where their whole interval lies below 0, `better` where it lies above,
 else `level`, which shows no more than the width of the interval does.

@@ -72,7 +72,7 @@ def _any(what: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def report(lines: Lines, path: Path) -> list[str]:
-    rows = [("policy", "passes", "fails", "leg A above 0", "below 0", "above 0, not widened")]
+    rows: list[tuple[str, ...]] = [("policy", "passes", "fails", "leg A above 0", "below 0", "above 0, not widened")]
     for name in names(lines):
         parts = (cell(*count(lines, name, _any(what))) for what in ("fails", "above", "below", "plain"))
         rows.append((name, cell(*count(lines, name, ever)), *parts))
