@@ -236,6 +236,18 @@ def test_weights_that_overflow_are_said_to() -> None:
     assert found[""].estimate == pytest.approx(episodes.return_.mean())
 
 
+def test_the_upper_end_of_weights_alone_is_not_said_to_hold() -> None:
+    said = {}
+    for name in ("WPDIS", "WDR"):
+        found = answer.Gain(name, 0.1, -0.1, 0.3, 0.95, 0.01)
+        said[name] = answer.ends(found)
+        assert said[name] in answer.answer(found, [])[1]
+    assert said == {
+        "WPDIS": "the lower end at 95% confidence and the upper end at less",
+        "WDR": "each end at 95% confidence",
+    }
+
+
 def test_columns_as_options_write_them() -> None:
     one = {"age": {}, "ward:12": {"categories": 12}, "sex:f|m|x": {"categories": ["f", "m", "x"]}, "v[3]": {"size": 3}}
     for text, means in one.items():
