@@ -190,6 +190,8 @@ def _measure(
     each = per_unit(mine.outcome, unit)
     unseen = legs.unseen(mine, mine.error, gate)
     overall = legs.contrast(name, mine.outcome, asked.alpha, planned, unit, unseen)
+    seen = each.var()
+    widened = float(np.sqrt(1.0 + unseen * len(each) / gate.n_episodes / seen)) if seen > 0 else 1.0
     older, newer = course.halves(mine.outcome, gate.oldest_first, asked.alpha, unit)
     tuned = planned_units(planned, gate.n_episodes, len(each))
     width = confidence_sequence_width(len(each), alpha=asked.alpha, planned=tuned) * np.sqrt(len(each))
@@ -219,8 +221,8 @@ def _measure(
         difference=overall.difference,
         lower_bound=overall.lower_bound,
         upper_bound=overall.upper_bound,
-        bound=f"{mine.method}, one-sided asymptotic confidence sequence",
-        widened=float(np.sqrt(1.0 + unseen / variance)) if (variance := mine.outcome.var()) > 0 else 1.0,
+        bound=f"{mine.method}, one-sided asymptotic confidence sequence{legs.widening(widened)}",
+        widened=widened,
         doubt=doubt,
         e_value=legs.betting(side, gate, asked.return_range, thresholds.margin)
         if betting and asked.return_range

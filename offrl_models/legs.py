@@ -140,6 +140,11 @@ def unseen(
     return unseen_variance(shift, size, len(np.unique(log.episode_of_row[rows])))
 
 
+def widening(times: float) -> str:
+    """What is said of an interval that is so many times as wide, where it shows."""
+    return f", {times:.2f} times as wide for surprises that may not have come" if times >= 1.005 else ""
+
+
 def contrast(
     name: str,
     outcome: Float64[np.ndarray, "episodes"],

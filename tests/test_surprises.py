@@ -98,7 +98,12 @@ def test_against_a_champion_only_what_it_does_otherwise_counts() -> None:
     found = never(4)
     same = measure_rungs(["never"], found, CONFIG, replace(asked(3), champion="never"))[0]
     assert same.measures.widened == 1.0 and same.leg.outcome == pytest.approx(0.0, abs=1e-12)
-    assert measure_rungs(["never"], found, CONFIG, asked(3))[0].measures.widened > 4
+    measures = measure_rungs(["never"], found, CONFIG, asked(3))[0].measures
+    assert measures.widened > 4
+    assert measures.bound.endswith(
+        f"sequence, {measures.widened:.2f} times as wide for surprises that may not have come"
+    )
+    assert same.measures.bound.endswith("sequence")
 
 
 def test_subgroups_and_costs_know_of_it() -> None:
