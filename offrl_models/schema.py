@@ -103,13 +103,16 @@ class Episodes:
 
     @cached_property
     def next_observation(self) -> Float[np.ndarray, "rows columns"]:
-        """The following row's observation; the final one after the last row. Where that terminated nothing follows, whatever a
-        log says of it, and the row's own observation stands there: some number that is as good as any."""
+        """The following row's observation; the final one after the last row."""
         following = np.empty_like(self.observation)
         following[:-1] = self.observation[1:]
-        last = self.offsets[1:] - 1
-        following[last] = np.where(self.terminated[last, None], self.observation[last], self.final_observation)
+        following[self.offsets[1:] - 1] = self.final_observation
         return following
+
+    @property
+    def observation_ahead(self) -> Float[np.ndarray, "rows columns"]:
+        """The same, but that where the task ended, and nothing follows, each row's own stands: surely an observation."""
+        return np.where(self.terminated[:, None], self.observation, self.next_observation)
 
     @cached_property
     def step_discount(self) -> Float64[np.ndarray, "rows"]:

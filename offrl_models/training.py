@@ -149,7 +149,7 @@ def fit_dynamics(
     pools: list[torch.Tensor] = []
     held_out: list[torch.Tensor] = []
     for seed, pool in zip(sampler.seeds, sampler.pools, strict=True):
-        generator = stream(seed, "rows held out")
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(pool), generator=generator).to(pool.device)
         held = min(len(pool) // 5, HOLDOUT_ROWS)
         rest = pool[order[held:]]
@@ -238,10 +238,10 @@ def _next_policy(policies: Sequence[Exported], episodes: Episodes, members: int,
     policy_of_seed = torch.arange(len(policies)).repeat_interleave(members)
     densities, others = divided(policies)
     if densities:
-        drawn = draws_of(densities, episodes.next_observation, episodes.action.shape[1], OF_NEXT)
+        drawn = draws_of(densities, episodes.observation_ahead, episodes.action.shape[1], OF_NEXT)
         return NextDraws(torch.as_tensor(drawn), policy_of_seed, stream(seed, "draws of policies"))
     mask = next_mask_or_all(episodes)
-    found = [policy.distinct_probs(episodes.next_observation, mask) for policy in others]
+    found = [policy.distinct_probs(episodes.observation_ahead, mask) for policy in others]
     probs = torch.as_tensor(np.stack([probs for probs, _ in found]), dtype=torch.float32)
     return NextProbs(probs, torch.as_tensor(found[0][1]), policy_of_seed)
 

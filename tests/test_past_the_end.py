@@ -84,11 +84,11 @@ def test_of_any_algorithm(name: str, space: Space) -> None:
     assert clean.isfinite().all() and torch.equal(clean, dirty)
 
 
-def test_what_stands_after_an_end_is_the_last_observation() -> None:
+def test_what_stands_ahead_of_an_end_is_the_last_observation() -> None:
     junk, clean = log(1, junk=True), log(1, junk=False)
     last = junk.offsets[1:] - 1
-    ended, seen = junk.terminated[last], junk.next_observation
-    assert np.array_equal(seen, clean.next_observation) and ended.any() and not ended.all()
+    ended, seen = junk.terminated[last], junk.observation_ahead
+    assert np.array_equal(seen, clean.observation_ahead) and ended.any() and not ended.all()
     assert np.array_equal(seen[last[ended]], junk.observation[last[ended]])
     assert np.array_equal(seen[last[~ended]], clean.final_observation[~ended])
 

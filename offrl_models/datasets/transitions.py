@@ -252,7 +252,8 @@ class Sampler:
         self.pools, self.batch_size, self.draws, self.width = pools, batch_size, draws, width
         self.seeds, self.share = seeds, slice(None)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.chances = [stream(seed, "chances") for seed in seeds]
+        # Rows and chances are read from equal streams at different paces: but for the first, no number meets the row it drew.
+        self.chances = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @property
     def numbers(self) -> int:

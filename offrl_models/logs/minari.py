@@ -281,10 +281,10 @@ def _buffers(episodes: Episodes) -> Iterator[Any]:
     from minari.data_collector import EpisodeBuffer
 
     logged = not np.isnan(episodes.action_prob).all()
-    for place, (start, stop) in enumerate(pairwise(episodes.offsets.tolist())):
+    for start, stop in pairwise(episodes.offsets.tolist()):
         own = slice(start, stop)
         yield EpisodeBuffer(
-            observations=[*episodes.observation[own], episodes.final_observation[place]],
+            observations=[*episodes.observation[own], episodes.next_observation[stop - 1]],
             actions=list(episodes.action[own]),
             rewards=episodes.reward[own].tolist(),
             terminations=episodes.terminated[own].tolist(),
