@@ -6,12 +6,12 @@ from functools import partial
 import numpy as np
 
 from benchmarks.calibration.judging import CONFIG, Table
-from offrl_models.assess import answer
+from offrl_models.assess import answer, overlap
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import tabular_values
 from offrl_models.choices import Probabilities
 from offrl_models.evaluation import BEHAVIOR, Evaluation
-from offrl_models.legs import contrast
+from offrl_models.legs import contrast, unseen
 from offrl_models.measures import Contrast
 from offrl_models.ope.bandit import logarithmic_smoothing_lower_bound
 from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
@@ -89,7 +89,8 @@ def lower_bounds(
     weight = trajectory_weights(gate, ratio)
     leg = found.paired("policy", model)
     if not isinstance(leg, str):
-        yield GATE, "gain", lambda alpha: contrast("", leg.outcome, alpha, CONFIG.planned_episodes).lower_bound
+        missing, planned = unseen(leg, leg.error, gate), CONFIG.planned_episodes
+        yield GATE, "gain", lambda alpha: contrast("", leg.outcome, alpha, planned, unseen=missing).lower_bound
         yield "Student's t, leg A", "gain", lambda alpha: student_t_lower_bound(leg.outcome, alpha=alpha)
     yield "HCOPE", "value", lambda alpha: hcope_lower_bound(weight * gate.return_, alpha=alpha, seed=seed)
     if gate.length.max() == 1:
@@ -110,7 +111,8 @@ def on_two_folds(found: Evaluation, policy: Table) -> Callable[[float], answer.G
         return None
     base = Terms(gate.return_[:, None])
     minuend = Terms(values.gains[:, None] + base.numerator)
-    return partial(answer.gain, "MDR", minuend, base, np.arange(gate.n_episodes))
+    missing = overlap.unseen("MDR", gate, found.ratio["policy"], values)
+    return partial(answer.gain, "MDR", minuend, base, np.arange(gate.n_episodes), unseen=missing)
 
 
 def differences(found: Evaluation, terms: Mapping[str, Terms]) -> list[Callable[[float], answer.Gain | Contrast]]:
