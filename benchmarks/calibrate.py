@@ -63,7 +63,8 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "the gate at its date. What it has learned since changes nothing here: it counts entities where one has several "
             "episodes, and refuses equal returns, and none of these logs has any. Before the tables of rare rewards and of the "
             "point mass its bounds did not know of surprises that did not come: by that they have become wider, on 5,000 stays of "
-            "ICU-Sepsis by 0.2% to 1.3% within a cap and up to 14% without one. The other tables show no fewer passes than now, and intervals no wider."
+            "ICU-Sepsis by 0.2% to 1.3% within a cap and up to 14% without one. The other tables show no fewer passes than now, "
+            "and intervals that are no wider."
         ),
         f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip
