@@ -98,6 +98,7 @@ def test_against_a_champion_only_what_it_does_otherwise_counts() -> None:
     found = never(4)
     same = measure_rungs(["never"], found, CONFIG, replace(asked(3), champion="never"))[0]
     assert same.measures.widened == 1.0 and same.leg.outcome == pytest.approx(0.0, abs=1e-12)
+    assert (same.measures.lower_bound, same.measures.upper_bound) == pytest.approx((0.0, 0.0), abs=1e-12)
     measures = measure_rungs(["never"], found, CONFIG, asked(3))[0].measures
     assert measures.widened > 4
     assert measures.bound.endswith(
