@@ -67,9 +67,10 @@ def test_it_is_added_to_the_variance_of_the_values() -> None:
     unit = np.arange(500) // 2
     found = legs.contrast("x", values, 0.05, 500, unit, 0.5)
     apart = legs.contrast("x", values, 0.05, 500, unit)
-    spread = lambda each: ((each.difference - each.lower_bound), (each.upper_bound - each.difference))  # noqa: E731
     pairs = values.reshape(-1, 2).mean(1).var()
-    assert spread(found) == pytest.approx(np.array(spread(apart)) * np.sqrt((pairs + 0.25) / pairs))
+    more = np.sqrt((pairs + 0.25) / pairs)
+    assert found.difference - found.lower_bound == pytest.approx(more * (apart.difference - apart.lower_bound))
+    assert found.upper_bound - found.difference == pytest.approx(more * (apart.upper_bound - apart.difference))
 
 
 def test_a_policy_that_is_no_better_is_not_told_from_the_behavior_by_clicks_that_did_not_come() -> None:
