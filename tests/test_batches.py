@@ -133,7 +133,7 @@ def test_batches_hold_the_rows_of_the_log_however_they_are_gathered(
             where = chosen.numpy()
             for found, wanted in (
                 (batch.observation, episodes.observation[where]),
-                (batch.next_observation, episodes.next_observation[where]),
+                (batch.next_observation, episodes.observation_ahead[where]),
             ):
                 numeric, codes = encoder(torch.as_tensor(np.array(wanted)))
                 assert torch.equal(found.numeric, numeric) and torch.equal(found.codes, codes)
