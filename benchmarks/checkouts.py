@@ -111,9 +111,9 @@ def commands(paths: Mapping[str, Path], peers: Path | None, jax: Path, make: boo
 
 def ahead(figures: Sequence[Figure]) -> str:
     """Where one of these repositories is faster than we are, in a sentence."""
-    end = "/offrl/ratio"
+    end = "/ratio"
     found = [
-        f"{CHECKOUTS[each.peer].title} in {each.name.removesuffix(end)} (ratio {each.ratio:.2f})"
+        f"{CHECKOUTS[each.peer].title} in {each.name.removesuffix(end).removesuffix('/offrl')} (ratio {each.ratio:.2f})"
         for each in figures
         if each.peer in CHECKOUTS and each.name.endswith(end) and each.ratio is not None and each.ratio < 1
     ]

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from offrl_models import parallel
 from offrl_models.checkpoint import Checkpoint
-from offrl_models.compiled import compiled_losses
 from offrl_models.datasets.transitions import Sampler, TransitionBatch, Transitions
 from offrl_models.early_stopping import Stopping
+from offrl_models.gradients import compiled_losses, plain_losses
 from offrl_models.optimizer import FusedAdam, rate_factor
 from offrl_models.processor import ready_to_train
 from offrl_models.schema import InputError
@@ -98,9 +98,10 @@ class Learner(L.LightningModule):
             target.requires_grad_(False)
             self.slow += target.parameters()
             self.fast += source.parameters()
-        where = transitions.device
-        self.losses = compiled_losses(algorithm, where) if config.compile else self.algorithm.losses
         self.adam = self._adam()
+        trained = [each for network in self.adam.work for each in network.parameters]
+        compiled = config.compile and compiled_losses(algorithm, trained, transitions.device)
+        self.losses = compiled or plain_losses(algorithm)
         self.good = [each.detach().clone() for each in self.algorithm.parameters()]
 
     @property
@@ -122,7 +123,6 @@ class Learner(L.LightningModule):
         found: dict[str, list[Tensor]] = {}
         for transitions in self.transitions.batches(self.sampler, batch):
             losses = self.losses(transitions._replace(step=self.gradient_steps))
-            torch.cat(list(losses.values())).sum().backward()  # nothing that the trainer does around it is of use here
             if self.config.processes > 1:
                 losses = self._averaged(losses)
             self.adam.factor = rate_factor(

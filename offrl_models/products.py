@@ -41,8 +41,8 @@ def affine(
     relu: bool = False,
 ) -> Float[Tensor, "seed batch outputs"]:
     """x @ weight + bias, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # which an exported graph is, too
-        if _suits_onednn(x, weight):
+    if x.device.type == "cpu" and not torch.compiler.is_exporting():
+        if not torch.compiler.is_compiling() and _suits_onednn(x, weight):
             if not torch.is_grad_enabled():
                 return _by_onednn(x, weight, bias, relu)
             return _ByOneDNN.apply(x, weight, bias, relu)  # pyright: ignore[reportReturnType]

@@ -21,7 +21,7 @@ ROWS = [
     {"densities"},
     {"exported"},
     {"history"},
-    {"algorithms", "ope", "optimizer", "checkpoint", "compiled"},
+    {"algorithms", "ope", "optimizer", "checkpoint", "gradients"},
     {"training_config", "course"},
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from torch import nn
 
-from benchmarks import checkouts, control, control_tasks, harness, ope_peers, ope_works, training, training_checkouts
+from benchmarks import (
+    checkouts,
+    control,
+    control_tasks,
+    harness,
+    ope_peers,
+    ope_works,
+    training,
+    training_checkouts,
+    training_works,
+)
 from benchmarks.harness import Cost
 from offrl_models.algorithms import ALGORITHMS
 from offrl_models.datasets.encoding import Encoder
@@ -20,22 +30,24 @@ from offrl_models.training import sampler_of, transitions_of
 
 
 def counted(name: str, folder: Path) -> float:
-    row = training.ROWS[name]
-    training.make_log(folder / "log", 20, row.actions)
-    episodes, encoder = training.logged(folder / "log"), Encoder(ope_works.features(training.OBSERVED))
-    learned: Any = ALGORITHMS[row.algorithm][1](training.made(row, episodes), encoder, episodes.actions, [0])
+    row = training_works.ROWS[name]
+    training_works.make_log(folder / "log", 20, row.actions)
+    episodes, encoder = training_works.logged(folder / "log"), Encoder(ope_works.features(training_works.OBSERVED))
+    learned: Any = ALGORITHMS[row.algorithm][1](training_works.made(row, episodes), encoder, episodes.actions, [0])
     transitions = transitions_of(learned, episodes, encoder)
-    return training.counted_flop(learned, transitions, sampler_of(learned, transitions, episodes, ope_works.BATCH, [0]))
+    return training_works.counted_flop(
+        learned, transitions, sampler_of(learned, transitions, episodes, ope_works.BATCH, [0])
+    )
 
 
-@pytest.mark.parametrize("name", training.ROWS)
+@pytest.mark.parametrize("name", training_works.ROWS)
 def test_every_row_can_be_trained_and_its_flop_counted(name: str, tmp_path: Path) -> None:
     assert counted(name, tmp_path) > 1e8
 
 
 def test_counted_flop_are_those_of_the_products(tmp_path: Path) -> None:
     """A network of the policy alone: forward, and gradients of all layers, none with respect to what is observed."""
-    sizes = (training.OBSERVED, *ope_works.HIDDEN, 8)
+    sizes = (training_works.OBSERVED, *ope_works.HIDDEN, 8)
     layers = [2 * ope_works.BATCH * before * after for before, after in pairwise(sizes)]
     assert counted("bc/8", tmp_path) == 3 * sum(layers) - layers[0]
 
@@ -116,7 +128,7 @@ def test_a_checkout_trains_by_its_own_means(tmp_path: Path) -> None:
     (tmp_path / corl.folder).mkdir(parents=True)
     for row in corl.files:
         corl.file(tmp_path, row).write_text(FAKE)
-    training.make_log(tmp_path / "log", 2, training.CONTINUOUS)
+    training_works.make_log(tmp_path / "log", 2, training_works.CONTINUOUS)
     start = checkouts.commands({"corl": tmp_path}, Path(sys.prefix), tmp_path, False)["corl"]
     cost = harness.run([*start, "bc/c", "3", str(tmp_path / "log")], threads=1)
     assert cost.result == {"loss": [3.0 * ope_works.BATCH]}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor, Critic, expected_q, shares
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Distribution, Space
 from offrl_models.losses import advantage_weight, ensemble_error, td_target
 
 
@@ -30,19 +30,20 @@ class AWACConfig:
     max_weight: float = Field(default=100.0, gt=0)
     action_draws: int = Field(default=1, ge=1)  # for each expectation over continuous actions
     polyak: float = Field(default=0.005, gt=0, le=1)
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class AWAC(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
-    only: ClassVar[dict[str, Space]] = {"action_draws": "continuous"}
+    only: ClassVar[dict[str, Space]] = dict.fromkeys(("action_draws", "components"), "continuous")
 
     def __init__(self, config: AWACConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
         self.target_q = deepcopy(self.q)
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
         self.target_update = (config.polyak, 1)
         self.draws = 0 if isinstance(actions, int) else 2 * config.action_draws
 

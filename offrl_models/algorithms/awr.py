@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import Extra, TransitionBatch
-from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Distribution, Space
 from offrl_models.losses import advantage_weight, squared_error, standardized
 from offrl_models.nets import MLP
 
@@ -30,11 +30,13 @@ class AWRConfig:
     inverse_temperature: float = Field(default=1.0, ge=0)  # paper: 1 / beta; of standardised advantages
     max_weight: float = Field(default=20.0, gt=0)
     layer_norm: bool = True  # in the value network
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class AWR(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {}
+    only: ClassVar[dict[str, Space]] = {"components": "continuous"}
     extras: ClassVar[tuple[Extra, ...]] = ("return_to_go",)
     target_update = (1.0, 1)
     draws = 0
@@ -43,7 +45,7 @@ class AWR(nn.Module):
         super().__init__()
         self.config = config
         self.value = MLP(seeds, "value", encoder, config.hidden, 1, layer_norm=config.layer_norm)
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
 
     def learning_rates(self) -> dict[str, float]:
         return dict.fromkeys(("value", "policy"), self.config.learning_rate)

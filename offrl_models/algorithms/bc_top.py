@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Distribution, Space
 from offrl_models.losses import negative_log_likelihood
 from offrl_models.schema import Episodes
 
@@ -27,18 +27,20 @@ class TopBCConfig:
     hidden: tuple[PositiveInt, ...] = Field(default=(256, 256), min_length=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     top_share: float = Field(default=0.1, gt=0, le=1)  # of the episodes, those with the greatest returns
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class TopBC(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {}
+    only: ClassVar[dict[str, Space]] = {"components": "continuous"}
     target_update = (1.0, 1)
     draws = 0
 
     def __init__(self, config: TopBCConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
 
     def usable(self, episodes: Episodes) -> Bool[np.ndarray, "rows"]:
         """The rows of the best episodes; among equal returns the earlier episode comes first."""

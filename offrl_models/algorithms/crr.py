@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor, Critic, expected_q, shares
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Categorical, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Categorical, Distribution, Space
 from offrl_models.losses import advantage_weight, binary_weight, ensemble_error, td_target
 from offrl_models.nets import masked
 
@@ -34,18 +34,19 @@ class CRRConfig:
     max_weight: float = Field(default=20.0, gt=0)  # of exp
     action_draws: int = Field(default=4, ge=1)  # paper: m; over continuous actions
     target_interval: int = Field(default=100, ge=1)  # gradient steps between hard updates of both target networks
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class CRR(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {"target_q": "q", "target_policy": "policy"}
-    only: ClassVar[dict[str, Space]] = {"action_draws": "continuous"}
+    only: ClassVar[dict[str, Space]] = dict.fromkeys(("action_draws", "components"), "continuous")
 
     def __init__(self, config: CRRConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
         super().__init__()
         self.config = config
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=1)
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
         self.target_q, self.target_policy = deepcopy(self.q), deepcopy(self.policy)
         self.target_update = (1.0, config.target_interval)
         self.draws = 0 if isinstance(actions, int) else config.action_draws + 1

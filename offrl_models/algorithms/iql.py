@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offrl_models.actors import Actor, Critic
 from offrl_models.datasets.encoding import Encoder, Observation
 from offrl_models.datasets.transitions import TransitionBatch
-from offrl_models.distributions import Actions, Distribution, Space
+from offrl_models.distributions import COMPONENTS, Actions, Distribution, Space
 from offrl_models.losses import advantage_weight, expectile_loss, squared_error, td_target
 from offrl_models.nets import MLP
 
@@ -30,11 +30,13 @@ class IQLConfig:
     inverse_temperature: float = Field(default=3.0, ge=0)  # paper: beta; 0 is behavior cloning
     max_weight: float = Field(default=100.0, gt=0)
     polyak: float = Field(default=0.005, gt=0, le=1)
+    components: int = Field(default=COMPONENTS, ge=1)  # of the mixture density; 1 is enough where actions have one mode
 
 
 class IQL(nn.Module):
     spaces: ClassVar[tuple[Space, ...]] = ("discrete", "continuous")
     targets: ClassVar[dict[str, str]] = {"target_q": "q"}
+    only: ClassVar[dict[str, Space]] = {"components": "continuous"}
     draws = 0
 
     def __init__(self, config: IQLConfig, encoder: Encoder, actions: Actions, seeds: Sequence[int]):
@@ -43,7 +45,7 @@ class IQL(nn.Module):
         self.q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
         self.target_q = Critic(seeds, "q", encoder, config.hidden, actions, members=2)
         self.value = MLP(seeds, "value", encoder, config.hidden, 1)
-        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions)
+        self.policy = Actor(seeds, "policy", encoder, config.hidden, actions, config.components)
         self.target_update = (config.polyak, 1)
 
     def learning_rates(self) -> dict[str, float]:

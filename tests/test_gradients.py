@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offrl_models.compiled import compiled_losses
+from offrl_models.gradients import compiled_losses
 from tests.test_algorithms import LOGS, SPACES, Space, build, known_fields, sampled
 
 
@@ -41,8 +41,13 @@ def test_to_losses_that_are_compiled_steps_are_at_most_two_numbers(
     algorithm = build(name, [0, 1], space, **settings)
     transitions, sampler = sampled(algorithm, [0, 1], LOGS[space])
     (batch,) = transitions.batches(sampler, 1)
-    losses = compiled_losses(algorithm, torch.device("cpu"))
+    trained = [each for network in algorithm.learning_rates() for each in getattr(algorithm, network).parameters()]
+    losses = compiled_losses(algorithm, trained, torch.device("cpu"))
     for step in range(7):
-        wanted, found = (each(batch._replace(step=step)) for each in (algorithm.losses, losses))
+        wanted = algorithm.losses(batch._replace(step=step))
+        slopes = torch.autograd.grad(torch.cat(list(wanted.values())).sum(), trained, allow_unused=True)
+        found = losses(batch._replace(step=step))
         assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+        for slope, weight in zip(slopes, trained, strict=True):
+            assert weight.grad is None if slope is None else weight.grad is not None and torch.equal(slope, weight.grad)
     assert seen == ({0, 1} if settings else {0}) and forgotten  # what another candidate has compiled is forgotten
