@@ -103,6 +103,7 @@ def contenders(part: str, sizes: Sizes) -> dict[str, Contender]:
                 "offrl": Contender(False, "fqe", part, sizes.gradient_steps),
                 "d3rlpy": Contender(True, "d3rlpy", part, sizes.gradient_steps),
                 "ensemble": Contender(False, "ensemble", part, sizes.gradient_steps),
+                "compiled": Contender(False, "compiled", part, sizes.gradient_steps),
             }
 
 
@@ -116,7 +117,11 @@ BARS = {
         Bar("ten-ci", "rows-ci", 5.0, most=True),
     ],
     "bandit": [Bar("offrl", "obp", 10.0), Bar("offrl-ci", "obp-ci", 10.0)],
-    "fqe": [Bar("offrl", "d3rlpy", 3.0), Bar("ensemble", "offrl", 4.0, most=True)],
+    "fqe": [
+        Bar("offrl", "d3rlpy", 3.0),
+        Bar("compiled", "d3rlpy", 3.0),
+        Bar("ensemble", "offrl", 4.0, most=True),
+    ],
 }
 MEMORY_BARS = {"sequential": ("offrl", "offrl-ci", "rows", "rows-ci", "ten", "ten-ci"), "bandit": ("offrl", "offrl-ci")}
 MEMORY = 2.0  # target: peak of the process, less what it holds before a log is read / arrays that it was given

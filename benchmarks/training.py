@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,7 @@ def compete(
         if row.same_loss:
             require_same(who, loss, *first[0], steps)
 
-    costs = harness.alternate(commands, repeats, check, threads=1)
-    if compiled:
-        costs[COMPILED] = [replace(cost, cpu_s=cost.result["cpu_s"][0]) for cost in costs[COMPILED]]
-    return costs
+    return harness.alternate(commands, repeats, check, threads=1)
 
 
 def compared(name: str, costs: Costs, steps: int, about: dict[str, Any]) -> list[Figure]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import ope_peers, ope_works
 from benchmarks.ope_peers import Values, Work
-from benchmarks.ope_works import BATCH, HIDDEN
+from benchmarks.ope_works import BATCH, CHUNK, HIDDEN, but_first_chunk
 
 if TYPE_CHECKING:
     from offrl_models.schema import Episodes
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 OBSERVED, GAMMA, STEPS = 17, 0.95, 20
 DIMENSIONS = 6  # of continuous actions
 LEARNING_RATE = 1e-3
+SLOW = {"target_interval": 8000}  # steps between copies into slow networks, as d3rlpy has by default
 SEEDS = 8  # of runs whose memory is measured
 COUNTED = 2  # gradient steps whose floating point operations are counted: networks that are trained in every second one are in it
 CONTINUOUS = "c"  # in the place of a number of actions
 OURS, COMPILED = "offrl", "offrl-compiled"
-CHUNK = 100  # gradient steps between two looks at the clock
 MEMORY, MEMORY_ROWS = "memory", ("bc/25", "td3_bc/c", "cql/c")
 
 
@@ -52,9 +52,9 @@ ROWS = {
             for actions in ("8", "25")
             for row in (
                 Row("bc", actions, 3.0),
-                Row("dqn", actions, 3.0, {"double": False}),
-                Row("cql", actions, 3.0),
-                Row("bcq", actions, 2.0, {"logit_penalty": 0.0}),
+                Row("dqn", actions, 3.0, {"double": False, **SLOW}),
+                Row("cql", actions, 3.0, SLOW),
+                Row("bcq", actions, 2.0, {"logit_penalty": 0.0, **SLOW}),
                 Row("iql", actions),
             )
         ),
@@ -151,7 +151,7 @@ def bare_s(algorithm: Any, transitions: Any, sampler: Any, steps: int) -> float:
 
 
 def _fit(name: str, folder: Path, steps: int | None, *, compiled: bool = False) -> Work:
-    """With `compiled` losses CHUNK more steps come first, in which they are compiled; `cpu_s` is what those after them took."""
+    """With `compiled` losses CHUNK more steps come first, in which they are compiled and which do not count."""
     import torch
 
     from offrl_models.algorithms import ALGORITHMS
@@ -162,6 +162,7 @@ def _fit(name: str, folder: Path, steps: int | None, *, compiled: bool = False) 
     torch.set_num_threads(1)
     row, episodes = ROWS[name], logged(folder)
     config, encoder = made(row, episodes), Encoder(ope_works.features(OBSERVED))
+    how = {"gradient_steps": steps + CHUNK * compiled, "batch_size": BATCH, "compile": compiled}
 
     def fresh() -> tuple[Any, Any, Any]:
         algorithm = ALGORITHMS[row.algorithm][1](config, encoder, episodes.actions, [0])
@@ -171,24 +172,12 @@ def _fit(name: str, folder: Path, steps: int | None, *, compiled: bool = False) 
     flop, bare, gflops = counted_flop(*fresh()), bare_s(*fresh(), steps), sgemm_gflops()
 
     def work() -> Values:
-        clock: list[float] = []  # at the start of training and at the end of each chunk
-        _, went = fit(
-            row.algorithm,
-            config,
-            episodes,
-            encoder,
-            seeds=[0],
-            gradient_steps=steps + CHUNK * compiled,
-            batch_size=BATCH,
-            compile=compiled,
-            watch=lambda _: clock.append(time.process_time()),
-        )
+        _, went = fit(row.algorithm, config, episodes, encoder, seeds=[0], **how)
         history = went.history[: len(went.history) - compiled]
         losses = [sum(each[0] for key, each in chunk.items() if key != "gradient_steps") for chunk in history]
-        measures = {"loss": float(np.mean(losses)), "bare_s": bare, "gflops": gflops, "flop": flop}
-        return {name: [value] for name, value in {**measures, "cpu_s": clock[-1] - clock[int(compiled)]}.items()}
+        return {"loss": [float(np.mean(losses))], "bare_s": [bare], "gflops": [gflops], "flop": [flop]}
 
-    return work
+    return but_first_chunk(work) if compiled else work
 
 
 def _fit_seeds(name: str, folder: Path, steps: int | None) -> Work:

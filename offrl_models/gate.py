@@ -118,13 +118,8 @@ class Verdict:
 
 def findings(m: Measures, config: GateConfig) -> list[Finding]:
     """Every check of one rung, in the order in which they decide."""
-    return [
-        *_validity(m, config),
-        *_unmeasured(m, config),
-        *_harm(m, config),
-        *_enough(m, config),
-        *_evidence(m, config),
-    ]
+    groups = (_validity, _unmeasured, _harm, _enough, _evidence)
+    return [finding for group in groups for finding in group(m, config)]
 
 
 def _level(alpha: float) -> str:
@@ -145,7 +140,8 @@ def _validity(m: Measures, config: GateConfig) -> list[Finding]:
                 f"{m.propensities} propensities are wrong"),
         Finding("support", m.unsupported_mass <= config.unsupported_mass, Status.INVALID, m.unsupported_mass,
                 config.unsupported_mass, f"{m.unsupported_mass:.1%} of the policy's mass lies where the behavior plays "
-                f"with probability under {config.rare_prob:g}; at most {config.unsupported_mass:.1%} may"),
+                f"with probability under {config.rare_prob:g}; at most {config.unsupported_mass:.1%} may, and {m.rows:,} "
+                f"transitions are worth {m.effective_transitions:.0f}"),
         *([] if m.few_visits_mass is None else [
             Finding("visits", m.few_visits_mass <= config.few_visits_mass, Status.INVALID, m.few_visits_mass,
                     config.few_visits_mass, f"{m.few_visits_mass:.1%} of the policy's mass lies where the log has under "

@@ -58,7 +58,7 @@ def compiled_losses(algorithm: Any, parameters: Sequence[Tensor], device: torch.
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
                 f"the losses of {type(algorithm).__name__} cannot be compiled ({reason}); install a C++ compiler if there is none, "
-                "or leave `training.compile` out."
+                "or leave `compile` out."
             ) from error
         for each, gradient in zip(parameters, gradients, strict=True):
             each.grad = gradient

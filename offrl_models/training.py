@@ -228,7 +228,7 @@ def _fitted(
     members = range(seed, seed + config.members)
     pools = [bootstrap_rows(fitted_on, transitions, member) for member in members]
     sampler = Sampler(pools * len(policies), config.batch_size, [*members] * len(policies))
-    how = TrainingConfig(gradient_steps=config.gradient_steps)
+    how = TrainingConfig(gradient_steps=config.gradient_steps, compile=config.compile)
     train(fqe, transitions, sampler, how, report=report).require_all()
     return fqe.cpu()
 

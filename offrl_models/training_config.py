@@ -21,7 +21,7 @@ class TrainingConfig(Strict):
         default=1, ge=1, le=20
     )  # candidates that each training leaves, evenly spaced; 1 is the last alone
     processes: int = Field(default=1, ge=1)  # that train a candidate together, each its share of the rows of a batch
-    compile: bool = False  # machine code for the losses, which takes a while to make
+    compile: bool = False  # machine code for losses and gradients, which takes a while to make
 
     @model_validator(mode="after")
     def _checkpoints_differ(self) -> "TrainingConfig":

@@ -1,6 +1,7 @@
 """The benchmark of evaluation: estimates are what their formulas say, and numbers that differ are noticed."""
 
 import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import ope, ope_peers, ope_works
+from benchmarks import harness, ope, ope_peers, ope_works
 from benchmarks.harness import Cost
+from offrl_models import training
 from offrl_models.ope import resampling
 from offrl_models.ope.bandit import dm
 from offrl_models.ope.doubly_robust import Model, dr, dros, switch_dr
@@ -167,3 +169,19 @@ def test_costs_and_memory_of_the_evaluation_have_bars() -> None:
     assert speed["t/offrl/cpu", "scope-rl"] == (15.0, 12.0) and speed["t/offrl-ci/cpu", "scope-rl-ci"] == (15.0, 10.0)
     assert speed["t/ten/cpu", "rows"] == (4.0, 5.0) and speed["t/ten-ci/cpu", "rows-ci"] == (3.0, 5.0)
     assert speed["t/offrl/peak", "the 100 MiB of arrays it is given"] == (2.0, 2.0)
+
+
+def test_the_first_chunk_of_steps_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter([0.0, 1.0, 11.0, 14.0, 15.0])  # begun, training, a chunk of 10 s, one of 3, done
+
+    def train(*, watch: Any) -> None:
+        for _ in range(3):
+            watch([])
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(time, "process_time", lambda: next(seconds))
+    harness.measure(ope_works.but_first_chunk(lambda: training.train() or {"FQE": [2.0]}))  # pyright: ignore[reportCallIssue]
+    told = json.loads(capsys.readouterr().out)
+    assert (told["cpu_s"], told["result"]) == (5.0, {"FQE": [2.0]})

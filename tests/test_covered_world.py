@@ -76,6 +76,19 @@ def test_fitted_q_evaluation_finds_the_exact_values_of_several_policies_at_once(
     )
 
 
+def test_fitted_q_evaluation_compiles_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda losses, **how: compiled.append(how["mode"]) or losses)
+    log, policies = WORLD.simulate(50, seed=1), [Tabled(WORLD.optimal())]
+
+    def members(**more: Any) -> list[float]:
+        config = FQEConfig(hidden=(8,), gradient_steps=20, members=2, **more)
+        return fit_fqe(config, Encoder(codes(WORLD.n_states)), policies, log, log, seed=0).members(0)  # pyright: ignore[reportArgumentType]
+
+    plain = members()
+    assert not compiled and members(compile=True) == plain and compiled == ["default"]
+
+
 def test_values_of_fitted_q_evaluation_do_not_depend_on_the_order_of_what_is_evaluated() -> None:
     config = FQEConfig(hidden=(16,), gradient_steps=60, members=2)
     fitted_on, whole = WORLD.simulate(300, seed=1), WORLD.simulate(80, seed=2)

@@ -280,6 +280,7 @@ def test_ten_thousand_rows_that_are_worth_two_are_refused(logs: Path, tmp_path: 
     verdict = judge("0" * 64, measures, GateConfig())
     assert verdict.status == "INVALID" and verdict.decided_by == "support"
     assert "56.5% of the policy's mass lies where the behavior plays with probability under 0.01" in verdict.reason
+    assert verdict.reason.endswith("and 10,000 transitions are worth 2")
     (worth,) = (finding for finding in verdict.findings if finding.name == "effective transitions")
     assert (
         not worth.holds and worth.value == pytest.approx(known) and worth.sentence.startswith("2 effective transitions")

@@ -39,6 +39,7 @@ class FQEConfig(Strict):
     gradient_steps: int = Field(default=10_000, ge=1)
     polyak: float = Field(default=0.02, gt=0, le=1)
     members: int = Field(default=3, ge=2)
+    compile: bool = False  # machine code for losses and gradients, which takes a while to make
 
 
 class FQE(nn.Module):
