@@ -60,7 +60,7 @@ class ObservationLayer(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "seed batch outputs"]:
         out = self.bias
         if self.weight.shape[1]:
-            out = torch.baddbmm(out, encoded.numeric, self.weight)
+            out = affine(encoded.numeric, self.weight, out)
         if self.table_rows:
             rows = F.embedding(encoded.codes + self.first_row, self.table.flatten(0, 1))
             out = out + rows.sum(-2)
@@ -153,7 +153,7 @@ class JointMLP(nn.Module):
         encoded = observation if isinstance(observation, Encoded) else self.seen.encode(observation)
         first = self.seen.first(encoded)
         if vector.dim() == 3:
-            return self.seen.after(torch.baddbmm(first, vector, self.joined.weight))
+            return self.seen.after(first + self.joined(vector))
         hidden = first.unsqueeze(2) + self.joined(vector.flatten(1, 2)).unflatten(1, vector.shape[1:3])
         return self.seen.after(hidden.flatten(1, 2)).unflatten(1, vector.shape[1:3])
 

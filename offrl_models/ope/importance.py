@@ -8,7 +8,7 @@ Weights may be clipped or forgotten, which trades a bias for a smaller variance;
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -25,6 +25,9 @@ STRETCH = 512  # rows that are added up in single precision
 FAINT = 1e-30  # of the largest weight: a mean weight below it has lost digits, or all of them, in single precision
 _Key = tuple[int, tuple[int, ...]]  # of a column: where it lies in memory, and its strides
 _Part = Callable[[slice, Float64[np.ndarray, "rows width"]], object]  # writes some rows of columns
+_Stretch = tuple[
+    Float32[np.ndarray, "rows width"], Float64[np.ndarray, "width"]
+]  # of columns; what they are divided by
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,12 @@ class Terms:
 
 
 class _Columns:
-    """Columns in single precision: over each stretch of rows, each of them is divided by its largest number there."""
+    """Columns in single precision: over each stretch of rows, each of them is divided by its largest number there. They may take as
+    much memory as the logs, so they are kept only when they are asked for again."""
 
     def __init__(self, rows: int):
-        self.rows, self.width, self.parts = rows, 0, list[tuple[slice, _Part]]()
+        self.rows, self.width, self.uses, self.parts = rows, 0, 0, list[tuple[slice, _Part]]()
+        self.kept = list[_Stretch]()
 
     def put(self, width: int, part: _Part) -> list[int]:
         """The places of new columns, whose numbers `part` writes where it is asked to."""
@@ -104,31 +109,34 @@ class _Columns:
         self.width += width
         return list(range(places.start, places.stop))
 
-    def fill(self) -> None:
-        stretches = range(0, self.rows, STRETCH)
-        self.values = np.empty((self.rows, self.width), np.float32)
-        self.scale = np.empty((len(stretches), self.width))
+    def _stretches(self) -> Iterator[_Stretch]:
         buffer = np.empty((min(STRETCH, self.rows), self.width))
-        for scale, start in zip(self.scale, stretches, strict=True):
-            values = self.values[start : start + STRETCH]
-            block = buffer[: len(values)]
+        for start in range(0, self.rows, STRETCH):
+            block = buffer[: self.rows - start]
             for places, part in self.parts:
                 part(slice(start, start + STRETCH), block[:, places])
-            np.maximum(block.max(0), -block.min(0), out=scale)
+            scale = np.maximum(block.max(0), -block.min(0))
             scale[scale == 0] = 1.0
             np.divide(block, scale, out=block)
-            values[:] = block
+            yield block.astype(np.float32), scale
 
-    def sums(self, block: Real[np.ndarray, "samples rows"]) -> Float64[np.ndarray, "samples width"]:
-        """The sum of every column in every sample.
+    def sums(
+        self, block: Real[np.ndarray, "samples rows"]
+    ) -> tuple[Float64[np.ndarray, "samples width"], Float64[np.ndarray, "width"]]:
+        """The sum of every column in every sample, and the largest number of each column, or 1 where that is 0.
 
         Stretches of rows are added up in double precision: over millions of rows a sum in single precision drifts off.
         """
-        found, product = np.zeros((len(block), self.width)), np.empty((len(block), self.width), np.float32)
-        for scale, start in zip(self.scale, range(0, self.rows, STRETCH), strict=True):
-            counts: Float32[np.ndarray, "samples stretch"] = block[:, start : start + STRETCH].astype(np.float32)
-            found += np.matmul(counts, self.values[start : start + STRETCH], out=product) * scale
-        return found
+        self.uses += 1
+        if self.uses == 2:
+            self.kept = list(self._stretches())
+        found, largest = np.zeros((len(block), self.width)), np.zeros(self.width)
+        product = np.empty((len(block), self.width), np.float32)
+        for place, (values, scale) in enumerate(self.kept or self._stretches()):
+            counts: Float32[np.ndarray, "samples stretch"] = block[:, place * STRETCH :][:, :STRETCH].astype(np.float32)
+            found += np.matmul(counts, values, out=product) * scale
+            np.maximum(largest, scale, out=largest)
+        return found, largest
 
 
 def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarray, "candidates samples"]:
@@ -153,13 +161,11 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
         places = columns.put(len(new), partial(_copy, terms.denominator, new))
         place |= zip((keys[term] for term in new), places, strict=True)
         bottoms.append([place[key] for key in keys])
-    columns.fill()
     weights = list(place.values())
-    least = FAINT * columns.scale[:, weights].max(0)
     found = []
     for block in [samples] if isinstance(samples, np.ndarray) else samples:
-        sums = columns.sums(block)
-        faint = (sums[:, weights] < least * sums[:, total]).any(1)
+        sums, largest = columns.sums(block)
+        faint = (sums[:, weights] < FAINT * largest[weights] * sums[:, total]).any(1)
         values = np.empty((len(candidates), len(block)))
         for row, terms, top, bottom in zip(values, candidates, tops, bottoms, strict=True):
             under = np.where(sums[:, bottom] > 0, sums[:, bottom], np.nan)

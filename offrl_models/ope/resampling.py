@@ -18,7 +18,7 @@ from scipy import stats
 CELLS = 2**16  # values of 16 bits
 COUNTS = 64  # a Poisson count of rate 1 is below it but for 1 in 10^89
 COMMON = 4  # counts above it are rare enough to be looked up one by one
-BLOCK = 2**24  # counts of a block of bootstrap samples: 16 MiB
+BLOCK = 2**27  # counts of a block of bootstrap samples: 128 MiB, or all samples of 100,000 episodes
 LOWEST = 0.01  # rate, of few episodes
 SPARE = 5.0  # standard deviations by which a row is expected to stay below n
 
