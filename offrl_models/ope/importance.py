@@ -99,8 +99,8 @@ class _Columns:
     much memory as the logs, so they are kept only when they are asked for again."""
 
     def __init__(self, rows: int):
-        self.rows, self.width, self.uses, self.parts = rows, 0, 0, list[tuple[slice, _Part]]()
-        self.kept = list[_Stretch]()
+        self.rows, self.width, self.uses = rows, 0, 0
+        self.parts, self.kept = list[tuple[slice, _Part]](), list[_Stretch]()
 
     def put(self, width: int, part: _Part) -> list[int]:
         """The places of new columns, whose numbers `part` writes where it is asked to."""
@@ -156,7 +156,7 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
             bottoms.append(total)
             continue
         tops.append(columns.put(terms.top.shape[1], terms.deviation))
-        keys = _keys(terms.denominator)
+        keys = [(column.ctypes.data, column.strides) for column in terms.denominator.T]
         new = [term for term, key in enumerate(keys) if key not in place]
         places = columns.put(len(new), partial(_copy, terms.denominator, new))
         place |= zip((keys[term] for term in new), places, strict=True)
@@ -188,10 +188,6 @@ def _copy(
     out: Float64[np.ndarray, "rows chosen"],
 ) -> None:
     out[:] = columns[rows] if len(chosen) == columns.shape[1] else columns[rows, chosen]
-
-
-def _keys(columns: Float64[np.ndarray, "rows terms"]) -> list[_Key]:
-    return [(column.ctypes.data, column.strides) for column in columns.T]
 
 
 def discounted_rewards(episodes: Episodes) -> Float64[np.ndarray, "episodes steps"]:
