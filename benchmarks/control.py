@@ -129,7 +129,7 @@ def train(row: str, seeds: int, folder: Path, steps: int) -> Values:
 
         def forward(self, observation: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             policy = self.algorithm.distribution(observation.double().expand(seeds, -1, -1), None)
-            return policy.greedy, policy.draws(uniform.expand(seeds, -1, -1).unsqueeze(-2)).squeeze(-2)
+            return policy.greedy, policy.sample(uniform.expand(seeds, -1, -1).unsqueeze(-2)).squeeze(-2)
 
     torch.set_num_threads(1)
     name, _, algorithm_name = row.partition("/")

@@ -137,9 +137,9 @@ def expected_q(
     `uniform` [seed, batch, draws, 1 + dimensions] is not looked at where actions are discrete.
     """
     if isinstance(policy, Categorical):
-        return (critic.each(observation) * policy.log_probs.exp().unsqueeze(1)).sum(-1)
+        return (critic.each(observation) * policy.probs.unsqueeze(1)).sum(-1)
     assert uniform is not None
-    return critic(observation, policy.draws(uniform)).mean(-1)
+    return critic(observation, policy.sample(uniform)).mean(-1)
 
 
 def decided_q(critic: Critic, observation: Observation, policy: Distribution) -> Float[Tensor, "seed member batch"]:
@@ -175,7 +175,7 @@ def soft_actor_losses(
     Haarnoja et al. (2018), https://arxiv.org/abs/1812.05905, eq. 9 and 18. `uniform` [seed, batch, draws, 1 + dimensions] is what
     actions are drawn at. As is usual the entropy aimed at is -1 per dimension, where every dimension runs from -1 to 1.
     """
-    action, log_prob = policy.drawn(uniform)
+    action, log_prob = policy.sample_and_log_prob(uniform)
     wanted = torch.full_like(log_prob.flatten(1), -float(action.shape[-1]))
     with frozen(critic):
         least = critic(observation, action).amin(1)
@@ -217,5 +217,5 @@ def soft_next_value(
     with torch.no_grad():
         if isinstance(policy, Categorical):
             return soft_value(critic.each(observation).amin(1), policy.log_probs, temperature)
-        action, log_prob = policy.drawn(uniform)
+        action, log_prob = policy.sample_and_log_prob(uniform)
         return (critic(observation, action).amin(1) - temperature[:, None, None] * log_prob).squeeze(-1)

@@ -103,7 +103,7 @@ class MixtureDensity(nn.Module):
     def drawn(self, mixture: LogisticMixture, uniform: Float[Tensor, "batch draws numbers"]) -> Tensor:
         """Actions [batch, draws, dimensions] of a mixture that was found before."""
         if self._pieces == 1:
-            return mixture.draws(uniform)
+            return mixture.sample(uniform)
         return mixture.of_each.at_shares(self.unbend(uniform[..., 1:]))
 
     def forward(

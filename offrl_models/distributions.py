@@ -42,12 +42,16 @@ class Categorical(NamedTuple):
 
     log_probs: Float[Tensor, "*batch actions"]
 
+    @property
+    def probs(self) -> Float[Tensor, "*batch actions"]:
+        return self.log_probs.exp()
+
     def log_prob(self, action: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return take(self.log_probs, action)
 
-    def draws(self, uniform: Float[Tensor, "*batch draws 1"]) -> Int64[Tensor, "*batch draws"]:
+    def sample(self, uniform: Float[Tensor, "*batch draws 1"]) -> Int64[Tensor, "*batch draws"]:
         """Actions drawn by the inverse of the distribution function, at numbers uniform on [0, 1)."""
-        below = self.log_probs.exp().cumsum(-1).unsqueeze(-2)
+        below = self.probs.cumsum(-1).unsqueeze(-2)
         return (below <= uniform * below[..., -1:]).sum(-1).clamp(max=self.log_probs.shape[-1] - 1)
 
     @property
@@ -159,7 +163,7 @@ class LogisticMixture(NamedTuple):
         parts = self.log_weight.unsqueeze(-2), self.center.unsqueeze(-3), self.log_scale.unsqueeze(-3)
         return LogisticMixture(*parts, self.low, self.width)
 
-    def draws(self, uniform: Float[Tensor, "*batch draws numbers"]) -> Float[Tensor, "*batch draws dimensions"]:
+    def sample(self, uniform: Float[Tensor, "*batch draws numbers"]) -> Float[Tensor, "*batch draws dimensions"]:
         """Actions drawn by the inverse of the distribution function, at numbers uniform on [0, 1): the first one chooses the
         component, each other one is of a dimension. Gradients reach center and scale, and not the weights."""
         below = self.log_weight.exp().cumsum(-1).unsqueeze(-2)
@@ -174,11 +178,11 @@ class LogisticMixture(NamedTuple):
         unit = (center + (log_below - log_above) / rate).clamp(0.0, 1.0)
         return self.low + self.width * unit
 
-    def drawn(
+    def sample_and_log_prob(
         self, uniform: Float[Tensor, "*batch draws numbers"]
     ) -> tuple[Float[Tensor, "*batch draws dimensions"], Float[Tensor, "*batch draws"]]:
-        """`draws`, and the logarithm of the density of each of them where every dimension of the action runs from -1 to 1."""
-        action = self.draws(uniform)
+        """`sample`, and the logarithm of the density of each of them where every dimension of the action runs from -1 to 1."""
+        action = self.sample(uniform)
         return action, self.of_each.log_prob(action) + (self.width / 2.0).log().sum()
 
     def pooled(self) -> "LogisticMixture":

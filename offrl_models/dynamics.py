@@ -229,7 +229,7 @@ class Dynamics(nn.Module):
         nullable = numbers[..., self.encoder.nullable]
         numbers[..., self.encoder.nullable] = torch.where(absent, stand_in, nullable)
         codes = [
-            Categorical(logits.log_softmax(-1)).draws(for_categories[..., place, None, None]).squeeze(-1)
+            Categorical(logits.log_softmax(-1)).sample(for_categories[..., place, None, None]).squeeze(-1)
             for place, logits in enumerate(own.category.split(self.counts, -1) if self.counts else ())
         ]
         coded = torch.stack(codes, -1) if codes else observation.codes

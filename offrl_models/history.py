@@ -55,7 +55,7 @@ class HistoryMixture(nn.Module):
         parts = [observation.double(), past_action, earned, step, mask]
         found = cast(LooksBack, self.algorithm).given(*(part.expand(self.seeds, *part.shape) for part in parts))
         assert isinstance(found, Categorical)
-        return found.log_probs.softmax(-1).mean(0)
+        return found.probs.mean(0)
 
 
 class HistoryDensity(nn.Module):
@@ -83,7 +83,7 @@ class HistoryDensity(nn.Module):
         found = cast(LooksBack, self.algorithm).given(parts[0], parts[1], parts[2], parts[3], None)
         assert isinstance(found, LogisticMixture)
         pooled = found.pooled()
-        return pooled.of_each.log_prob(action.double()), pooled.draws(uniform.double())
+        return pooled.of_each.log_prob(action.double()), pooled.sample(uniform.double())
 
 
 def inputs_of(episodes: Episodes, context: int) -> Iterator[dict[str, np.ndarray]]:

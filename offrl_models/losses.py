@@ -127,7 +127,7 @@ def squared_distance(policy: Distribution, action: Tensor) -> Float[Tensor, "see
     (0.08, 1.28)
     """
     if isinstance(policy, Categorical):
-        probs = policy.log_probs.exp()
+        probs = policy.probs
         return probs.square().sum(-1) - 2.0 * take(probs, action) + 1.0
     return (2.0 * (policy.greedy - action) / policy.width).square().sum(-1)
 

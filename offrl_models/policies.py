@@ -43,7 +43,7 @@ class Mixture(nn.Module):
             observation.double().expand(self.seeds, -1, -1), mask.expand(self.seeds, -1, -1)
         )
         assert isinstance(found, Categorical)
-        return found.log_probs.softmax(-1)
+        return found.probs
 
     def forward(
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]

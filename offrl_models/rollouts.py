@@ -112,7 +112,7 @@ class Rollouts(nn.Module):
         random = batch.uniform[:, :, 1 : self.draws].flatten(2)
         observation, mask = batch.observation, batch.mask
         for uniform in random[..., : self.config.rollout_steps * self.numbers].split(self.numbers, -1):
-            action = policy(observation, mask).draws(uniform[..., None, : self.width]).squeeze(2)
+            action = policy(observation, mask).sample(uniform[..., None, : self.width]).squeeze(2)
             after = step(observation, action, uniform[..., self.width :])
             yield *observation, action, after.reward, after.discount, *after.next_observation, mask, after.next_mask
             goes_on = (after.discount > 0).unsqueeze(-1)

@@ -31,7 +31,7 @@ def over_draws(policy: LogisticMixture) -> LogisticMixture:
 def test_a_draw_of_one_component_is_the_inverse_of_its_distribution_function(seed: int) -> None:
     policy = head(seed, 1)
     uniform = torch.rand(1, 1, 50, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    action = policy.draws(uniform)
+    action = policy.sample(uniform)
     share = over_draws(policy).conditionals(action)[1]
     inside = (action - policy.low).minimum(policy.low + policy.width - action).amin(-1) > 1e-9
     assert (action >= policy.low).all() and (action <= policy.low + policy.width).all()
@@ -42,7 +42,7 @@ def test_draws_of_a_mixture_are_distributed_like_it() -> None:
     """By its own distribution function, given the dimension before: uniform, and independent."""
     policy = head(3, 4)
     uniform = torch.rand(1, 1, 20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    share = over_draws(policy).conditionals(policy.draws(uniform))[1][0, 0].numpy()
+    share = over_draws(policy).conditionals(policy.sample(uniform))[1][0, 0].numpy()
     for column in share.T:
         assert stats.kstest(column, "uniform").statistic < 0.012
     assert abs(np.corrcoef(share.T)[0, 1]) < 0.03
@@ -51,7 +51,7 @@ def test_draws_of_a_mixture_are_distributed_like_it() -> None:
 def test_draws_of_a_categorical_are_distributed_like_it() -> None:
     probs = torch.tensor([[[0.2, 0.0, 0.5, 0.3]]])
     uniform = torch.linspace(0, 1, 10_001)[:-1].reshape(1, 1, -1, 1)
-    found = torch.bincount(Categorical(probs.log()).draws(uniform).flatten(), minlength=4) / 10_000
+    found = torch.bincount(Categorical(probs.log()).sample(uniform).flatten(), minlength=4) / 10_000
     assert found.numpy() == pytest.approx([0.2, 0.0, 0.5, 0.3], abs=1e-3)
     assert Categorical(probs.log()).greedy.item() == 2
 
@@ -59,7 +59,7 @@ def test_draws_of_a_categorical_are_distributed_like_it() -> None:
 def test_draws_follow_their_center_and_scale() -> None:
     policy = head(5, 1)
     center = torch.full_like(policy.center, 0.4).requires_grad_()
-    action = policy._replace(center=center).draws(torch.full((1, 1, 1, 3), 0.5, dtype=torch.float64))
+    action = policy._replace(center=center).sample(torch.full((1, 1, 1, 3), 0.5, dtype=torch.float64))
     action.sum().backward()
     assert center.grad is not None and (center.grad > 0).all()
     assert policy.greedy.shape == (1, 1, 2)
@@ -105,8 +105,6 @@ def test_a_discrete_critic_gives_the_value_of_the_action_and_of_each() -> None:
 def test_an_actor_has_a_density_or_probabilities() -> None:
     encoder, seen = Encoder(codes(None)), torch.randn(2, 5, 1)
     discrete = Actor([0, 1], "p", encoder, (8,), 3)(seen, torch.ones(2, 5, 3, dtype=torch.bool))
-    assert isinstance(discrete, Categorical) and discrete.log_probs.exp().sum(-1).detach().numpy() == pytest.approx(
-        1.0, abs=1e-6
-    )
+    assert isinstance(discrete, Categorical) and discrete.probs.sum(-1).detach().numpy() == pytest.approx(1.0, abs=1e-6)
     continuous = Actor([0, 1], "p", encoder, (8,), BOUNDS, components=2)(seen, None)
     assert isinstance(continuous, LogisticMixture) and continuous.center.shape == (2, 5, 2, 2)

@@ -144,7 +144,7 @@ def policy(seed: int) -> LogisticMixture:
 
 def test_density_of_draws_is_per_unit_of_an_action_two_wide() -> None:
     uniform = torch.rand(1, 4, 6, 3, dtype=torch.float64)
-    action, log_prob = policy(0).drawn(uniform)
+    action, log_prob = policy(0).sample_and_log_prob(uniform)
     for draw in range(6):
         wanted = policy(0).log_prob(action[:, :, draw]) + float(np.log(WIDTH / 2.0).sum())
         assert torch.allclose(log_prob[..., draw], wanted)
@@ -152,7 +152,7 @@ def test_density_of_draws_is_per_unit_of_an_action_two_wide() -> None:
 
 def test_the_gap_over_draws_of_a_density_proportional_to_exp_q_is_exact() -> None:
     """exp(Q) / density is then one number everywhere: 2.5 here, whatever is drawn."""
-    _, log_density = policy(1).drawn(torch.rand(1, 4, 7, 3, dtype=torch.float64))
+    _, log_density = policy(1).sample_and_log_prob(torch.rand(1, 4, 7, 3, dtype=torch.float64))
     q = (log_density + np.log(2.5)).unsqueeze(1).expand(-1, 2, -1, -1)
     logged = torch.full((1, 2, 4), 0.5, dtype=torch.float64)
     found = sampled_conservative_gap(q, log_density.unsqueeze(1), logged)
@@ -211,7 +211,7 @@ def test_an_actor_seeks_the_least_value_and_the_temperature_its_entropy() -> Non
     seen, uniform = torch.rand(1, 4, 1), torch.rand(1, 4, 2, 3)
     chosen = LogisticMixture(*(part.float() for part in policy(2)))
     found = soft_actor_losses(chosen, critic, temperature, seen, uniform)
-    action, log_prob = chosen.drawn(uniform)
+    action, log_prob = chosen.sample_and_log_prob(uniform)
     wanted = (log_prob - critic(seen, action).amin(1)).mean()
     assert found["policy"].item() == pytest.approx(wanted.item(), abs=1e-5)
     found["temperature"].sum().backward()
@@ -274,7 +274,7 @@ def test_bcq_deploys_a_density_around_its_best_proposal() -> None:
                 best = proposed[seed, row, q[seed, row].argmax()]
                 assert torch.allclose(policy.greedy[seed, row], best, atol=1e-6)
         assert policy.log_scale.exp().numpy() == pytest.approx(0.05)
-        share = policy.draws(torch.tensor([0.0, 0.75, 0.75]).expand(2, 5, 1, 3)).squeeze(2) - policy.greedy
+        share = policy.sample(torch.tensor([0.0, 0.75, 0.75]).expand(2, 5, 1, 3)).squeeze(2) - policy.greedy
         assert (share / policy.width).numpy() == pytest.approx(
             0.05 * np.log(3.0), abs=0.01
         )  # a logistic's third quartile

@@ -114,7 +114,7 @@ def test_at_the_first_decision_there_is_no_history() -> None:
         with torch.no_grad():
             if space == "discrete":
                 found = algorithm.distribution(seen, torch.as_tensor(log.mask[first]).expand(2, -1, -1))
-                alone, whole = found.log_probs.exp().mean(0), probs_given_history(HistoryMixture(algorithm, 2), log)
+                alone, whole = found.probs.mean(0), probs_given_history(HistoryMixture(algorithm, 2), log)
             else:
                 found = algorithm.distribution(seen, None).log_prob(
                     torch.as_tensor(log.action[first]).expand(2, -1, -1)

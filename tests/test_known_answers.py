@@ -78,7 +78,7 @@ def policies(name: str, episodes: Episodes, seeds: int, steps: int, batch_size: 
     every = torch.arange(float(states))[None, :, None].expand(seeds, -1, -1)
     mask = torch.ones(seeds, states, episodes.n_actions, dtype=torch.bool)
     with torch.no_grad():
-        return algorithm.double().distribution(every.double(), mask).log_probs.exp().numpy()
+        return algorithm.double().distribution(every.double(), mask).probs.numpy()
 
 
 LADDER, NARROW = ladder(), road()

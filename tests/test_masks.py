@@ -52,7 +52,7 @@ def test_a_policy_of_diverged_values_plays_nothing_forbidden(name: str, q: float
     states = torch.arange(float(WORLD.n_states))[:, None]
     mask = SOME.expand(WORLD.n_states, 3)
     with torch.no_grad():
-        single = fallen(name, q).distribution(states[None], mask[None]).log_probs.exp()
+        single = fallen(name, q).distribution(states[None], mask[None]).probs
         double = Mixture(fallen(name, q), 1)(states, mask)
     for probs in (single[0], double):
         assert not probs[:, 1].any() and torch.allclose(probs.sum(-1).float(), torch.ones(len(probs)))

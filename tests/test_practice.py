@@ -57,7 +57,7 @@ def test_rollouts_follow_the_policy_in_the_model_and_start_again_where_they_ende
 
     def step(observation: Encoded, action: torch.Tensor, uniform: torch.Tensor) -> Simulated:
         taken.append(observation)
-        assert torch.equal(action, algorithm.policy(observation, batch.mask).draws(random(len(taken) - 1)).squeeze(2))
+        assert torch.equal(action, algorithm.policy(observation, batch.mask).sample(random(len(taken) - 1)).squeeze(2))
         ends = torch.arange(32) % 2 == 0
         return Simulated(
             next_observation=batch.next_observation, reward=torch.full((2, 32), float(len(taken))),

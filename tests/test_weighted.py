@@ -211,7 +211,7 @@ def test_a_deterministic_policy_has_a_density_of_the_stated_width() -> None:
     head = PointHead(BOUNDS, exploration=0.1).double()
     policy = head(torch.tensor([[[0.3, -0.2]]], dtype=torch.float64))
     uniform = torch.rand(1, 1, 40_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = policy.draws(uniform)[0, 0]
+    drawn = policy.sample(uniform)[0, 0]
     assert (drawn.std(0) / head.width * 2).numpy() == pytest.approx([0.1, 0.1], rel=0.02)
     assert torch.allclose(drawn.mean(0), policy.greedy[0, 0], atol=0.01)
     far = head(torch.tensor([[[50.0, -50.0]]], dtype=torch.float64))

@@ -104,7 +104,7 @@ class COMBO(nn.Module):
                 masked(each, batch.mask.unsqueeze(1).expand_as(each)), -1
             )
         with torch.no_grad():
-            sampled, log_density = policy.drawn(drawn)
+            sampled, log_density = policy.sample_and_log_prob(drawn)
             sampled = torch.cat([sampled, policy.low + policy.width * anywhere[..., 1:]], 2)
             uniform = torch.full_like(log_density, -math.log(2.0) * batch.action.shape[-1])
             density = torch.cat([log_density, uniform], -1).unsqueeze(1)

@@ -91,9 +91,9 @@ class CQL(nn.Module):
         assert batch.uniform is not None and isinstance(policy, LogisticMixture)
         for_actor, for_target, drawn, anywhere = batch.uniform.split([1, 1, c.samples, c.samples], 2)
         with torch.no_grad():
-            next_action = self.distribution(batch.next_observation, None).draws(for_target)
+            next_action = self.distribution(batch.next_observation, None).sample(for_target)
             next_value = self.target_q(batch.next_observation, next_action).amin(1).squeeze(-1)
-            sampled, log_density = policy.drawn(drawn)
+            sampled, log_density = policy.sample_and_log_prob(drawn)
             sampled = torch.cat([sampled, policy.low + policy.width * anywhere[..., 1:]], 2)
             uniform = torch.full_like(log_density, -math.log(2.0) * batch.action.shape[-1])
         q = self.q(batch.observation, torch.cat([batch.action.unsqueeze(2), sampled], 2))

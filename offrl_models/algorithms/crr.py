@@ -63,7 +63,7 @@ class CRR(nn.Module):
         if isinstance(policy, Categorical):
             return masked(self.q.each(batch.observation).squeeze(1), batch.mask).amax(-1)
         assert uniform is not None
-        return self.q(batch.observation, policy.draws(uniform)).squeeze(1).amax(-1)
+        return self.q(batch.observation, policy.sample(uniform)).squeeze(1).amax(-1)
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """One loss per seed for each trained network, keyed by the attribute it trains."""

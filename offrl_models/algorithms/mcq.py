@@ -66,11 +66,11 @@ class MCQ(nn.Module):
         for_actor, for_target, beyond, for_vae, proposals = batch.uniform.split(sizes, 2)
         policy = self.distribution(seen)
         with torch.no_grad():
-            action, log_prob = self.distribution(following).drawn(for_target)
+            action, log_prob = self.distribution(following).sample_and_log_prob(for_target)
             next_value = self.target_q(following, action).amin(1) - self.temperature()[:, None, None] * log_prob
             like_data = self.vae.propose(seen, normal(proposals))
             measure = self.target_q(seen, like_data).amax(-1).amin(1)
-            logged_and_drawn = torch.cat([batch.action.unsqueeze(2), policy.draws(beyond)], 2)
+            logged_and_drawn = torch.cat([batch.action.unsqueeze(2), policy.sample(beyond)], 2)
         q = self.q(seen, logged_and_drawn)
         target = torch.stack([td_target(batch.reward, batch.discount, next_value.squeeze(-1)), measure], 1)
         in_data, drawn = (squared_error(q[..., i], target[:, i : i + 1].expand_as(q[..., i])).sum(1) for i in (0, 1))

@@ -63,7 +63,7 @@ class SACN(nn.Module):
         for_actor, for_target = batch.uniform.split(1, 2)
         policy = self.distribution(batch.observation)
         with torch.no_grad():
-            action, log_prob = self.distribution(batch.next_observation).drawn(for_target)
+            action, log_prob = self.distribution(batch.next_observation).sample_and_log_prob(for_target)
             least = self.target_q(batch.next_observation, action).amin(1)
             next_value = (least - self.temperature()[:, None, None] * log_prob).squeeze(-1)
         return {

@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         return encoder
 
     def forward(self, observation: Float[Tensor, "*batch columns"]) -> Encoded:
-        numbers = observation.index_select(-1, self.numeric_columns)
+        numbers = observation.index_select(-1, self.numeric_columns) if self.n_categorical else observation
         if self.n_nullable:
             absent = numbers.isnan()
             numbers = torch.where(absent, self.stand_in, numbers)

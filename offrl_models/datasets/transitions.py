@@ -193,9 +193,9 @@ class Transitions:
     def take(self, row: Int64[Tensor, "*steps seed batch"]) -> TransitionBatch:
         """The transitions at some rows."""
         following = self.following[row]
-        inside = (following < self.n_rows)[..., None]
-        next_row, final = following.clamp(max=self.n_rows - 1), (following - self.n_rows).clamp(min=0)
-        next_observation = torch.where(inside, _at(self.observation, next_row), _at(self.final_observation, final))
+        beyond, next_row = following >= self.n_rows, following.clamp(max=self.n_rows - 1)
+        next_observation = _at(self.observation, next_row).contiguous()
+        next_observation[beyond] = self.final_observation[following[beyond] - self.n_rows]
         found = TransitionBatch(
             observation=self._encoded(_at(self.observation, row)),
             action=_at(self.action, row),
@@ -205,7 +205,7 @@ class Transitions:
             next_observation=self._encoded(next_observation),
             mask=_at(self.mask, row),
             # After the last row any mask will do, but an empty one would turn into NaN.
-            next_mask=_at(self.mask, next_row) | ~inside,
+            next_mask=_at(self.mask, next_row) | beyond.unsqueeze(-1),
             row=row,
             next_probs=self.next_policy.at(row) if isinstance(self.next_policy, NextProbs) else None,
             next_draw=self.next_policy.at(row) if isinstance(self.next_policy, NextDraws) else None,
