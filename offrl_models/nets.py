@@ -129,6 +129,9 @@ class Box(nn.Module):
         return self.low + self.width * (unit.clamp(-1.0, 1.0) + 1.0) / 2.0
 
 
+TILE = 768  # rows that a processor's caches hold while they go through the layers
+
+
 class JointMLP(nn.Module):
     """Observation and a vector -> outputs: [seed, batch, outputs], or [seed, batch, draws, outputs] of several vectors for each
     observation, for which what is observed is looked at once. The first layer starts as that of one vector of both."""
@@ -154,7 +157,13 @@ class JointMLP(nn.Module):
         first = self.seen.first(encoded)
         if vector.dim() == 3:
             return self.seen.after(first + self.joined(vector))
-        hidden = first.unsqueeze(2) + self.joined(vector.flatten(1, 2)).unflatten(1, vector.shape[1:3])
+        first, tile = first.unsqueeze(2), max(TILE // vector.shape[1], 1)
+        if vector.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            tile = vector.shape[2]
+        return torch.cat([self._of_each(first, part) for part in vector.split(tile, 2)], 2)
+
+    def _of_each(self, first: Tensor, vector: Float[Tensor, "seed batch draws inputs"]) -> Tensor:
+        hidden = first + self.joined(vector.flatten(1, 2)).unflatten(1, vector.shape[1:3])
         return self.seen.after(hidden.flatten(1, 2)).unflatten(1, vector.shape[1:3])
 
 
