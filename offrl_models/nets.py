@@ -156,7 +156,7 @@ class JointMLP(nn.Module):
         encoded = observation if isinstance(observation, Encoded) else self.seen.encode(observation)
         first = self.seen.first(encoded)
         if vector.dim() == 3:
-            return self.seen.after(first + self.joined(vector))
+            return self.seen.after(affine(vector, self.joined.weight, first))
         first, tile = first.unsqueeze(2), max(TILE // vector.shape[1], 1)
         if vector.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             tile = vector.shape[2]

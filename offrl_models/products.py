@@ -41,11 +41,11 @@ BY_ONEDNN = (
 def affine(
     x: Float[Tensor, "seed batch inputs"],
     weight: Float[Tensor, "seed inputs outputs"],
-    bias: Float[Tensor, "seed 1 outputs"] | None = None,
+    bias: Float[Tensor, "seed #batch outputs"] | None = None,
     *,
     relu: bool = False,
 ) -> Float[Tensor, "seed batch outputs"]:
-    """x @ weight + bias, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
+    """x @ weight + bias, of which each row may have its own, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
     if x.device.type == "cpu" and not torch.compiler.is_exporting():
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             return _finished((x * weight.mT).sum(-1, keepdim=True), bias, relu)
@@ -93,16 +93,18 @@ def _has_narrow_side(x: Tensor, weight: Tensor) -> bool:
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     if _suits_onednn(x, weight):
         return _by_onednn(x, weight, bias, relu)
-    product = torch.bmm(weight.mT, x.mT).mT if weight.shape[2] <= NARROW else torch.bmm(x, weight)
+    narrow = weight.shape[2] <= NARROW
+    product = torch.bmm(weight.mT, x.mT).mT.contiguous() if narrow else torch.bmm(x, weight)
     return _finished(product, bias, relu)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    biases = [None] * len(x) if bias is None else bias.squeeze(1)
+    shared = bias is not None and bias.shape[1] == 1
+    biases = bias.squeeze(1) if bias is not None and shared else [None] * len(x)
     multiply: Any = torch.ops.mkldnn._linear_pointwise.default
     each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
     product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-    return product.relu_() if relu else product  # oneDNN's own ReLU would make NaN 0
+    return _finished(product, None if shared else bias, relu)  # oneDNN's own ReLU would make NaN 0
 
 
 class _Product(torch.autograd.Function):
@@ -110,6 +112,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         product = _multiplied(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, product if relu else None)
+        ctx.shared = bias is not None and bias.shape[1] < x.shape[1]
         return product
 
     @staticmethod
@@ -127,6 +130,6 @@ class _Product(torch.autograd.Function):
         return (
             affine(gradient, weight.mT) if for_x else None,
             of_weight,
-            gradient.sum(1, keepdim=True) if for_bias else None,
+            (gradient.sum(1, keepdim=True) if ctx.shared else gradient) if for_bias else None,
             None,
         )
