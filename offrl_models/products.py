@@ -45,7 +45,10 @@ def affine(
     *,
     relu: bool = False,
 ) -> Float[Tensor, "seed batch outputs"]:
-    """x @ weight + bias, of which each row may have its own, and what is below 0 made 0 where that is asked; it can be differentiated as often as one likes."""
+    """x @ weight + bias, which may be a row for all or one for each, and what is below 0 made 0 where that is asked.
+
+    It can be differentiated as often as one likes.
+    """
     if x.device.type == "cpu" and not torch.compiler.is_exporting():
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             return _finished((x * weight.mT).sum(-1, keepdim=True), bias, relu)
