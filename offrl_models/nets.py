@@ -129,7 +129,7 @@ class Box(nn.Module):
         return self.low + self.width * (unit.clamp(-1.0, 1.0) + 1.0) / 2.0
 
 
-TILE = 768  # rows that a processor's caches hold while they go through the layers
+TILE = 768  # rows of a seed that caches hold while they go through the layers
 
 
 class JointMLP(nn.Module):
@@ -157,9 +157,9 @@ class JointMLP(nn.Module):
         first = self.seen.first(encoded)
         if vector.dim() == 3:
             return self.seen.after(affine(vector, self.joined.weight, first))
-        first, tile = first.unsqueeze(2), max(TILE // vector.shape[1], 1)
-        if vector.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            tile = vector.shape[2]
+        first, tile = first.unsqueeze(2), vector.shape[2]
+        if vector.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            tile = max(TILE // max(vector.shape[1], 1), 1)
         return torch.cat([self._of_each(first, part) for part in vector.split(tile, 2)], 2)
 
     def _of_each(self, first: Tensor, vector: Float[Tensor, "seed batch draws inputs"]) -> Tensor:

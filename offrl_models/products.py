@@ -5,7 +5,8 @@ has it on all of them and is as exact: twice as fast on an AMD EPYC with units o
 takes them in two halves (Zen 4). What is small or shallow gains nothing from it.
 
 A product of few columns takes MKL up to five times as long as the transposed one of few rows (on Zen 3: 122 us of 256 x 256 and
-256 x 6, and 25), so that is what is asked for: in the last layer of a policy, and for the gradient of its weights.
+256 x 6, and 25), so that is what is asked for: in the last layer of a policy, for the
+gradient of its weights, and for that of actions with few dimensions.
 """
 
 import re
@@ -52,17 +53,18 @@ def affine(
     if x.device.type == "cpu" and not torch.compiler.is_exporting():
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             return _finished((x * weight.mT).sum(-1, keepdim=True), bias, relu)
+        if torch.compiler.is_compiling():  # bias and ReLU become one pass with what follows
+            return _finished(_by_mkl(x, weight), bias, relu)
         if _suits_onednn(x, weight) or _has_narrow_side(x, weight):
             if not torch.is_grad_enabled():
                 return _multiplied(x, weight, bias, relu)
             return _Product.apply(x, weight, bias, relu)  # pyright: ignore[reportReturnType]
-        if torch.compiler.is_compiling():  # bias and ReLU become one pass with what follows
-            return _finished(torch.bmm(x, weight), bias, relu)
     product = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
     return product.relu_() if relu else product
 
 
 def _finished(product: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """With bias and ReLU, in passes of their own."""
     product = product if bias is None else product + bias
     return torch.relu(product) if relu else product
 
@@ -74,43 +76,42 @@ def _in_single_precision(x: Tensor, weight: Tensor) -> bool:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     _, inputs, outputs = weight.shape
-    return (
-        BY_ONEDNN
-        and not torch.compiler.is_compiling()
-        and inputs > DEEP
-        and x.shape[1] * inputs * outputs > MANY
-        and _in_single_precision(x, weight)
-    )
+    return BY_ONEDNN and inputs > DEEP and x.shape[1] * inputs * outputs > MANY and _in_single_precision(x, weight)
+
+
+def _is_narrow(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape[2] <= NARROW and x.shape[1] * weight.shape[1] * weight.shape[2] > SOME
 
 
 def _has_narrow_side(x: Tensor, weight: Tensor) -> bool:
     """Whether the product, or the gradient of x where one is wanted, has few columns."""
-    _, inputs, outputs = weight.shape
-    return (
-        (min(inputs, outputs) if x.requires_grad else outputs) <= NARROW
-        and x.shape[1] * inputs * outputs > SOME
-        and _in_single_precision(x, weight)
-    )
+    of_x = x.requires_grad and torch.is_grad_enabled() and weight.shape[1] <= NARROW
+    some = x.shape[1] * weight.shape[1] * weight.shape[2] > SOME
+    return (_is_narrow(x, weight) or (of_x and some)) and _in_single_precision(x, weight)
+
+
+def _by_mkl(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(weight.mT, x.mT).mT.contiguous() if _is_narrow(x, weight) else torch.bmm(x, weight)
 
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     if _suits_onednn(x, weight):
         return _by_onednn(x, weight, bias, relu)
-    narrow = weight.shape[2] <= NARROW
-    product = torch.bmm(weight.mT, x.mT).mT.contiguous() if narrow else torch.bmm(x, weight)
-    return _finished(product, bias, relu)
+    return _finished(_by_mkl(x, weight), bias, relu)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    shared = bias is not None and bias.shape[1] == 1
-    biases = bias.squeeze(1) if bias is not None and shared else [None] * len(x)
+    one = bias is not None and bias.shape[1] == 1  # for all rows
+    biases = bias.squeeze(1) if bias is not None and one else [None] * len(x)
     multiply: Any = torch.ops.mkldnn._linear_pointwise.default
     each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
     product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-    return _finished(product, None if shared else bias, relu)  # oneDNN's own ReLU would make NaN 0
+    return _finished(product, None if one else bias, relu)  # oneDNN's own ReLU would make NaN 0
 
 
 class _Product(torch.autograd.Function):
+    """Not for what is compiled: there gradients of its gradients would lack a part."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         product = _multiplied(x, weight, bias, relu)

@@ -11,6 +11,7 @@ from torch._inductor import config
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.ope.worlds import random_world
+from offrl_models.products import affine
 from offrl_models.schema import Feature, InputError
 from offrl_models.training import fit
 
@@ -30,6 +31,20 @@ def largest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
+def slopes_apart(seeds: int, inputs: int, outputs: int) -> float:
+    """Of the gradient of a loss that holds the slope of a layer, as that of EDAC does, relative to the largest one."""
+    x, weight = (torch.randn(size).requires_grad_() for size in [(seeds, 64, inputs), (seeds, inputs, outputs)])
+
+    def of_slopes(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value = torch.tanh(affine(x, weight, torch.zeros(1, 1, outputs), relu=True) / inputs**0.5)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), (x, weight))
+
+    found = torch.compile(of_slopes, fullgraph=True, backend="aot_eager")(x, weight)
+    wanted = of_slopes(x, weight)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
@@ -41,4 +56,5 @@ if __name__ == "__main__":
     plain, compiled = learned(20), learned(20, compile=True)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     found = {"refused": refused, "apart": largest(plain, compiled), "moved": largest(plain, learned(1))}
-    print(json.dumps({**found, "graphs": graphs, "breaks": breaks}))
+    slopes = [slopes_apart(2, 128, 6), slopes_apart(2, 6, 128), slopes_apart(1, 128, 96), slopes_apart(1, 128, 1)]
+    print(json.dumps({**found, "graphs": graphs, "breaks": breaks, "slopes": slopes}))

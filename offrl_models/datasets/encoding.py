@@ -82,7 +82,8 @@ class Encoder(nn.Module):
         return encoder
 
     def forward(self, observation: Float[Tensor, "*batch columns"]) -> Encoded:
-        numbers = observation.index_select(-1, self.numeric_columns) if self.n_categorical else observation
+        all_numbers = not self.n_categorical and observation.shape[-1] == len(self.features)
+        numbers = observation if all_numbers else observation.index_select(-1, self.numeric_columns)
         if self.n_nullable:
             absent = numbers.isnan()
             numbers = torch.where(absent, self.stand_in, numbers)

@@ -194,7 +194,7 @@ class Transitions:
         """The transitions at some rows."""
         following = self.following[row]
         beyond, next_row = following >= self.n_rows, following.clamp(max=self.n_rows - 1)
-        next_observation = _at(self.observation, next_row).contiguous()
+        next_observation = self.observation.index_select(0, next_row.flatten()).unflatten(0, next_row.shape)
         next_observation[beyond] = self.final_observation[following[beyond] - self.n_rows]
         found = TransitionBatch(
             observation=self._encoded(_at(self.observation, row)),

@@ -22,6 +22,7 @@ from offrl_models.schema import Episodes, InputError
 Samples = Real[np.ndarray, "samples episodes"] | Iterable[Real[np.ndarray, "_ episodes"]]
 
 STRETCH = 512  # rows that are added up in single precision
+AGAIN = 32  # samples that are computed again in double precision at once
 FAINT = 1e-30  # of the largest weight: a mean weight below it has lost digits, or all of them, in single precision
 _Key = tuple[int, tuple[int, ...]]  # of a column: where it lies in memory, and its strides
 _Part = Callable[[slice, Float64[np.ndarray, "rows width"]], object]  # writes some rows of columns
@@ -170,9 +171,10 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
         for row, terms, top, bottom in zip(values, candidates, tops, bottoms, strict=True):
             under = np.where(sums[:, bottom] > 0, sums[:, bottom], np.nan)
             row[:] = terms.ratios.sum() + (sums[:, top] / under).sum(1)
-        if faint.any():
-            again = block[faint] / block[faint].sum(1, keepdims=True, dtype=np.float64)
-            values[:, faint] = [terms.resampled(again) for terms in candidates]
+        again = np.flatnonzero(faint)
+        for chosen in np.split(again, range(AGAIN, len(again), AGAIN)):
+            share = block[chosen] / block[chosen].sum(1, keepdims=True, dtype=np.float64)
+            values[:, chosen] = [terms.resampled(share) for terms in candidates]
         found.append(values)
     return np.hstack(found)
 
