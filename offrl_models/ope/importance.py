@@ -172,7 +172,8 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
             under = np.where(sums[:, bottom] > 0, sums[:, bottom], np.nan)
             row[:] = terms.ratios.sum() + (sums[:, top] / under).sum(1)
         again = np.flatnonzero(faint)
-        for chosen in np.split(again, range(AGAIN, len(again), AGAIN)):
+        for start in range(0, len(again), AGAIN):
+            chosen = again[start : start + AGAIN]
             share = block[chosen] / block[chosen].sum(1, keepdims=True, dtype=np.float64)
             values[:, chosen] = [terms.resampled(share) for terms in candidates]
         found.append(values)
