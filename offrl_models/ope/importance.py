@@ -124,7 +124,7 @@ class _Columns:
     def sums(
         self, block: Real[np.ndarray, "samples rows"]
     ) -> tuple[Float64[np.ndarray, "samples width"], Float64[np.ndarray, "width"]]:
-        """The sum of every column in every sample, and the largest number of each column, or 1 where that is 0.
+        """The sum of every column in every sample, and the largest number of each column; stretches of zeros count as 1.
 
         Stretches of rows are added up in double precision: over millions of rows a sum in single precision drifts off.
         """
