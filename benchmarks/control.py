@@ -117,7 +117,7 @@ def train(row: str, seeds: int, folder: Path, steps: int) -> Values:
 
     from offrl_models.algorithms import make_config
     from offrl_models.datasets.encoding import Encoder
-    from offrl_models.exported import write_graph
+    from offrl_models.exporting import traced
     from offrl_models.training import fit
 
     class Acting(torch.nn.Module):
@@ -142,7 +142,8 @@ def train(row: str, seeds: int, folder: Path, steps: int) -> Values:
     algorithm.double()
     numbers = torch.full((2, 1 + TASKS[name].dimensions), 0.5, dtype=torch.float64)
     example = {"observation": torch.zeros(2, episodes.observation.shape[1]), "uniform": numbers}
-    write_graph(Acting(), example, ["greedy", "drawn"], folder / f"{algorithm_name}.onnx", dict.fromkeys(example, ()))
+    graph = traced(Acting(), example, ["greedy", "drawn"], dict.fromkeys(example, ()))
+    (folder / f"{algorithm_name}.onnx").write_bytes(graph.SerializeToString())
     return {name: losses for name, losses in went.history[-1].items() if name != "gradient_steps"}
 
 

@@ -93,7 +93,7 @@ def make_fqe_log(folder: Path, episodes: int) -> None:
     import torch
 
     from offrl_models.datasets.encoding import Encoder
-    from offrl_models.exported import export
+    from offrl_models.exporting import traced
     from offrl_models.nets import MLP, masked_log_softmax
 
     make_log(folder, episodes, STEPS, ACTIONS["fqe"], FQE_GAMMA)
@@ -111,7 +111,9 @@ def make_fqe_log(folder: Path, episodes: int) -> None:
         def forward(self, observation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return masked_log_softmax(self.net(observation[None])[0], mask).exp()
 
-    export(Policy(), OBSERVED, ACTIONS["fqe"], folder / "policy.onnx")
+    example = {"observation": torch.zeros(2, OBSERVED), "mask": torch.ones(2, ACTIONS["fqe"], dtype=torch.bool)}
+    graph = traced(Policy(), example, ["probs"], dict.fromkeys(example, ()))
+    (folder / "policy.onnx").write_bytes(graph.SerializeToString())
 
 
 def make_logs(part: str, sizes: Sizes, folder: Path) -> None:

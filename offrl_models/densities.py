@@ -5,6 +5,7 @@ Such a policy maps raw observations [batch, columns], actions to be judged [batc
 and, for a capped policy, the behavior model are inside it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -127,10 +128,13 @@ class CappedDensity(nn.Module):
     """
 
     points: Tensor
+    level: Tensor  # log(cap - 1): all that the rungs of a ladder differ in
 
     def __init__(self, candidate: MixtureDensity, behavior: MixtureDensity, cap: float):
         super().__init__()
-        self.candidate, self.behavior, self.cap = candidate, behavior, cap
+        self.candidate, self.behavior = candidate, behavior
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+        self.set_cap(cap)
         each = candidate.numbers
         self.parts = [
             each,
@@ -140,6 +144,9 @@ class CappedDensity(nn.Module):
         ]  # a proposal, what is played instead, whether it is, and the shift of the points
         self.numbers = sum(self.parts)
         self.register_buffer("points", torch.as_tensor(spread_points(POINTS, each)), persistent=False)
+
+    def set_cap(self, cap: float) -> None:
+        self.level.fill_(math.log(cap - 1.0))
 
     def forward(
         self,
@@ -154,10 +161,10 @@ class CappedDensity(nn.Module):
         drawn = self.candidate.drawn(pi, torch.cat([points - points.floor(), for_proposal], 1))
         at = torch.cat([drawn, action.double()], 1)
         log_pi, log_mu = self.candidate.log_density(pi.of_each, at), self.behavior.log_density(mu.of_each, at)
-        log_room, last = float(np.log(self.cap - 1.0)), drawn.shape[1]
-        passes = (log_room + log_mu[:, :last] - log_pi[:, :last]).clamp(max=0.0).exp()
+        last = drawn.shape[1]
+        passes = (self.level + log_mu[:, :last] - log_pi[:, :last]).clamp(max=0.0).exp()
         accepted = passes[:, :POINTS].mean(1, keepdim=True)
-        ratio = (log_pi[:, last:] - log_mu[:, last:]).clamp(max=log_room).exp() + (1.0 - accepted)
+        ratio = (log_pi[:, last:] - log_mu[:, last:]).clamp(max=self.level).exp() + (1.0 - accepted)
         plays = for_veto < passes[:, POINTS:, None]
         other = self.behavior.drawn(mu, for_other)
         return log_mu[:, last:] + ratio.log(), torch.where(plays, drawn[:, POINTS:], other)

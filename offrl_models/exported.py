@@ -4,18 +4,13 @@ Over discrete actions a graph maps raw observations and masks to probabilities. 
 actions and random numbers to the logarithm of the density of each action and to an action drawn at each number.
 """
 
-import contextlib
-import io
-import logging
 import os
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from onnxruntime.capi.onnxruntime_pybind11_state import (
     Fail,
@@ -24,121 +19,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     InvalidProtobuf,
     NotImplemented,
 )
-from torch import Tensor, nn
 
-from offrl_models import storage
-from offrl_models.densities import ROWS_AT_A_TIME, CappedDensity, MixtureDensity, uniform_numbers
-from offrl_models.policies import probs_of
+from offrl_models.densities import ROWS_AT_A_TIME, uniform_numbers
 from offrl_models.schema import Episodes, InputError
-from offrl_models.tensors import write_tensors
-
-PARITY_ROWS = 4096  # at which a density is held against its module
-PARITY = 1e-6  # largest difference allowed between an exported policy and the one it was exported from
-
-
-def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "Exported":
-    """Write `policy.onnx` and `policy.safetensors`, and hold the graph against the module on the observations given.
-
-    Raises RuntimeError when a probability differs by more than PARITY; over continuous actions, when the logarithm of a density or
-    a drawn action does.
-    """
-    if isinstance(policy, MixtureDensity | CappedDensity):
-        return export_density_checked(policy, episodes, folder)
-    return export_probs_checked(policy, episodes, folder)
-
-
-def export_probs_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> "OnnxPolicy":
-    """`export_checked` of a policy over discrete actions."""
-    export(policy, episodes.observation.shape[1], episodes.n_actions, folder / "policy.onnx")
-    write_tensors(folder / "policy.safetensors", weights(policy))
-    exported = OnnxPolicy(folder / "policy.onnx")
-    require_parity(exported.path, exported.on(episodes), probs_of(policy, episodes), "probability")
-    return exported
-
-
-def export_density_checked(density: MixtureDensity | CappedDensity, episodes: Episodes, folder: Path) -> "OnnxDensity":
-    """`export_checked` of a policy over continuous actions; differences are relative to what is compared, or to 1."""
-    dimensions = episodes.action.shape[1]
-    middle = torch.as_tensor(np.asarray(episodes.action[:1], np.float32)).expand(2, 3, dimensions).clone()
-    example = {
-        "observation": torch.zeros(2, episodes.observation.shape[1]),
-        "action": middle,
-        "uniform": torch.full((2, 5, density.numbers), 0.5, dtype=torch.float64),
-    }
-    dynamic = {"observation": (), "action": ("actions",), "uniform": ("draws",)}
-    write_graph(density, example, ["log_density", "drawn"], folder / "policy.onnx", dynamic)
-    write_tensors(folder / "policy.safetensors", weights(density))
-    exported = OnnxDensity(folder / "policy.onnx")
-    few = slice(0, PARITY_ROWS)
-    observation, action = (np.array(each[few], np.float32) for each in (episodes.observation, episodes.action))
-    action = action[:, None]
-    uniform = uniform_numbers(len(action), 2, density.numbers, 0)
-    with torch.no_grad():
-        meant = density(*(torch.as_tensor(each) for each in (observation, action, uniform)))
-    for of, one, other in zip(
-        ("density", "drawn action"), exported.run(observation, action, uniform), meant, strict=True
-    ):
-        size = np.maximum(np.abs(other.numpy()), 1.0)
-        require_parity(exported.path, one / size, other.numpy() / size, of)
-    return exported
-
-
-def require_parity(path: Path, found: np.ndarray, meant: np.ndarray, of: str) -> None:
-    """Raises RuntimeError where a graph and its module are further apart than PARITY."""
-    difference = float(np.abs(found - meant).max())
-    if not difference <= PARITY:
-        raise RuntimeError(f"{path} differs from the trained policy by {difference:.2e} in {of}.")
-
-
-def weights(policy: nn.Module) -> dict[str, Tensor]:
-    """The state of a policy; numbers that single precision holds exactly are stored in it."""
-    stored = {}
-    for name, tensor in policy.state_dict().items():
-        single = tensor.float() if tensor.dtype == torch.float64 else tensor
-        stored[name] = (single if torch.equal(single.to(tensor.dtype), tensor) else tensor).clone()
-    return stored
-
-
-def export(policy: nn.Module, columns: int, actions: int, path: Path) -> None:
-    """Write a policy as an ONNX graph with inputs `observation` and `mask` and output `probs`."""
-    example = {"observation": torch.zeros(2, columns), "mask": torch.ones(2, actions, dtype=torch.bool)}
-    write_graph(policy, example, ["probs"], path, {"observation": (), "mask": ()})
-
-
-def write_graph(
-    policy: nn.Module, example: dict[str, Tensor], outputs: list[str], path: Path, dynamic: dict[str, tuple[str, ...]]
-) -> None:
-    """Write a module as an ONNX graph. The file depends on the weights alone: traces of source lines are left out. `dynamic` are
-    the axes of each input, after the batch, whose length is left open."""
-    batch = torch.export.Dim("batch")
-    shapes = {
-        name: {0: batch, **{1 + axis: torch.export.Dim(each) for axis, each in enumerate(axes)}}
-        for name, axes in dynamic.items()
-    }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, in its exporter
-        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used.*", UserWarning)
-        program: Any = torch.onnx.export(
-            policy.eval(),
-            tuple(example.values()),
-            dynamo=True,
-            verbose=False,
-            input_names=list(example),
-            output_names=outputs,
-            dynamic_shapes=shapes,
-        )
-    model = program.model_proto  # made anew whenever it is asked for
-    graph = model.graph
-    for part in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
-        del part.metadata_props[:]
-        part.doc_string = ""
-    del graph.metadata_props[:], model.metadata_props[:]
-    for function in model.functions:
-        del function.metadata_props[:]
-        for node in function.node:
-            del node.metadata_props[:]
-    storage.write_bytes(path, model.SerializeToString(deterministic=True))
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

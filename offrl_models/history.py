@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from offrl_models.datasets.views import windows
 from offrl_models.densities import uniform_numbers
 from offrl_models.distributions import Categorical, Distribution, LogisticMixture
-from offrl_models.exported import open_session, require_parity, weights, write_graph
+from offrl_models.exported import open_session
+from offrl_models.exporting import require_parity, traced, write_policy
 from offrl_models.schema import Episodes
-from offrl_models.tensors import write_tensors
 
 WINDOWS_AT_A_TIME = 1024
 
@@ -137,9 +137,7 @@ def export_history_checked(
         example |= {"action": example["action"].repeat(1, 3, 1), "uniform": example["uniform"].repeat(1, 5, 1)}
         dynamic |= {"action": ("actions",), "uniform": ("draws",)}
     outputs = ["probs"] if isinstance(policy, HistoryMixture) else ["log_density", "drawn"]
-    write_graph(policy, example, outputs, folder / "policy.onnx", dynamic)
-    write_tensors(folder / "policy.safetensors", weights(policy))
-    exported = OnnxHistoryPolicy(folder / "policy.onnx")
+    exported = OnnxHistoryPolicy(write_policy(traced(policy, example, outputs, dynamic), policy, folder))
     for found, meant in zip(exported.outputs(episodes), _outputs(policy, episodes), strict=True):
         for of, one, other in zip(outputs, found, meant, strict=True):
             size = np.maximum(np.abs(other), 1.0)

@@ -74,7 +74,7 @@ class BehaviorTable(nn.Module):
 
 
 def project(
-    probs: Float[Tensor, "batch actions"], behavior: Float[Tensor, "batch actions"], cap: float
+    probs: Float[Tensor, "batch actions"], behavior: Float[Tensor, "batch actions"], cap: float | Float64[Tensor, ""]
 ) -> Float[Tensor, "batch actions"]:
     """The distribution nearest to `probs`, in KL(. | probs), among those with p <= cap * behavior.
 
@@ -95,14 +95,21 @@ def project(
 class CappedPolicy(nn.Module):
     """One rung of the ladder: the candidate projected on {pi <= cap * mu}."""
 
+    level: Tensor  # the cap: all that the rungs of a ladder differ in
+
     def __init__(self, candidate: nn.Module, behavior: nn.Module, cap: float):
         super().__init__()
-        self.candidate, self.behavior, self.cap = candidate, behavior, cap
+        self.candidate, self.behavior = candidate, behavior
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+        self.set_cap(cap)
+
+    def set_cap(self, cap: float) -> None:
+        self.level.fill_(cap)
 
     def forward(
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
     ) -> Float[Tensor, "batch actions"]:
-        return project(self.candidate(observation, mask), self.behavior(observation, mask), self.cap)
+        return project(self.candidate(observation, mask), self.behavior(observation, mask), self.level)
 
 
 ROWS_AT_A_TIME = 65_536

@@ -20,6 +20,7 @@ ROWS = [
     {"policies", "measures"},
     {"densities"},
     {"exported"},
+    {"exporting"},
     {"history"},
     {"algorithms", "ope", "optimizer", "checkpoint", "gradients"},
     {"training_config", "course"},

@@ -14,7 +14,7 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
 from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import LogisticMixture, MixtureHead
-from offrl_models.exported import export_density_checked
+from offrl_models.exporting import export_checked
 from offrl_models.learner import TrainingConfig, train
 from offrl_models.losses import diversity_loss, sampled_conservative_gap, soft_least, squared_error
 from offrl_models.nets import Box, best_of, likely_enough
@@ -92,7 +92,7 @@ def test_the_exported_graph_is_the_density_of_the_policy(name: str, tmp_path: Pa
     with torch.no_grad():
         seen, action = (torch.as_tensor(part).expand(2, -1, -1).double() for part in (log.observation, log.action))
         wanted = algorithm.double().distribution(seen, None).log_prob(action).exp().mean(0)
-    found = export_density_checked(MixtureDensity(algorithm, 2, log.action.shape[1]), log, tmp_path).on(log)
+    found = export_checked(MixtureDensity(algorithm, 2, log.action.shape[1]), log, tmp_path).on(log)
     assert found == pytest.approx(wanted.numpy(), rel=1e-6)
 
 

@@ -17,7 +17,8 @@ from offrl_models.assess.values import Effort
 from offrl_models.choices import BINS, Draws, apart, choices_of, rare_mass, shares
 from offrl_models.config import Pipeline, SelectionConfig, parse_pipeline
 from offrl_models.densities import CappedDensity, MixtureDensity, spread_points, uniform_numbers
-from offrl_models.exported import OnnxDensity, export_checked, open_policy
+from offrl_models.exported import OnnxDensity, open_policy
+from offrl_models.exporting import export_checked, export_ladder_checked
 from offrl_models.ope import density
 from offrl_models.schema import Episodes, InputError
 from tests.test_density import BOUNDS, STEPS, Fixed, logged, pipeline_of, some_mixture
@@ -122,10 +123,31 @@ def test_spread_points_are_uniform_and_even() -> None:
     assert len(np.unique(spread_points(64, 2), axis=0)) == 64
 
 
+def of_one_dimension() -> Episodes:
+    log = logged(100, 4)
+    return Episodes(**{**log.__dict__, "action": log.action[:, :1], "bounds": BOUNDS[:1]})
+
+
+def test_the_rungs_of_a_ladder_are_what_each_is_alone(tmp_path: Path) -> None:
+    """At a cap of 2 the logarithm of what is left of it is 0, which the graph holds elsewhere, too."""
+    one, caps = of_one_dimension(), (2.0, 5.0)
+    export_ladder_checked(CappedDensity(PROPOSING, ACTING, 3.0), {tmp_path / str(cap): cap for cap in caps}, one)
+    for cap in caps:
+        rung, alone = OnnxDensity(tmp_path / str(cap) / "policy.onnx"), CappedDensity(PROPOSING, ACTING, cap)
+        asked = (
+            np.array(one.observation),
+            np.array(one.action[:, None]),
+            uniform_numbers(one.n_rows, 4, rung.numbers, 0),
+        )
+        with torch.no_grad():
+            wanted = alone(*map(torch.as_tensor, asked))
+        for found, meant in zip(rung.run(*asked), wanted, strict=True):
+            assert found == pytest.approx(meant.numpy(), rel=1e-6, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bent", "capped"])
 def test_the_exported_graph_gives_the_same(name: str, tmp_path: Path) -> None:
-    log = logged(100, 4)
-    one = Episodes(**{**log.__dict__, "action": log.action[:, :1], "bounds": BOUNDS[:1]})
+    one = of_one_dimension()
     exported = export_checked(POLICIES[name], one, tmp_path)  # raises where it does not
     assert isinstance(exported, OnnxDensity) and isinstance(open_policy(tmp_path / "policy.onnx"), OnnxDensity)
     exported.require_interface(1, 1)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from offrl_models.exported import OnnxPolicy, export_checked
+from offrl_models.exported import OnnxPolicy
+from offrl_models.exporting import export_checked
 from offrl_models.nets import likely_enough, masked, masked_log_softmax
 from offrl_models.policies import Mixture
 from tests.test_algorithms import EPISODES, WORLD, build

@@ -18,7 +18,7 @@ from offrl_models.config import Pipeline, PipelineConfig, parse_pipeline, read_p
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.episodes import MOMENTS, read_splits, write_splits
 from offrl_models.evaluation import BEHAVIOR, Question, evaluate, measure_rungs
-from offrl_models.exported import export_checked
+from offrl_models.exporting import export_checked
 from offrl_models.gate import GateConfig, judge
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import Log

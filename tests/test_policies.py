@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import ROWS_AT_A_TIME
-from offrl_models.exported import OnnxPolicy, export_checked, weights
+from offrl_models.exported import OnnxPolicy
+from offrl_models.exporting import export_checked, export_ladder_checked, weights
 from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, project
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import read_tensors
@@ -110,6 +111,18 @@ def test_a_capped_policy_exports_with_its_behavior_model_inside(episodes: Episod
     behavior = world.behavior[episodes.observation[:, 0].astype(int)]
     assert float((found / behavior).max()) <= 1.2 + 1e-6
     assert "behavior.known" in read_tensors(tmp_path / "policy.safetensors")
+
+
+def test_the_rungs_of_a_ladder_are_what_each_is_alone(episodes: Episodes, tmp_path: Path) -> None:
+    """Among them one whose cap is a number that the graph holds elsewhere, too."""
+    world, caps = chain_world(), (1.2, 2.0, 1e6)
+    parts = policy_of("cql", Encoder(codes(world.n_states)), 3), BehaviorTable(world.behavior)
+    export_ladder_checked(CappedPolicy(*parts, 3.0), {tmp_path / str(cap): cap for cap in caps}, episodes)
+    for cap in caps:
+        alone = export_checked(CappedPolicy(*parts, cap), episodes, tmp_path / f"alone-{cap}")
+        rung = OnnxPolicy(tmp_path / str(cap) / "policy.onnx")
+        assert np.array_equal(rung.on(episodes), alone.on(episodes))
+        assert float(read_tensors(tmp_path / str(cap) / "policy.safetensors")["level"]) == np.float32(cap)
 
 
 def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Transitions
 from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import Categorical, LogisticMixture, PointHead, Space
-from offrl_models.exported import export_density_checked
+from offrl_models.exporting import export_checked
 from offrl_models.nets import MLP
 from offrl_models.schema import Episodes, InputError
 from offrl_models.training import fit, sampler_of
@@ -270,4 +270,4 @@ def test_a_deterministic_policy_is_exported_as_it_is_trained(tmp_path: Path) -> 
     density = MixtureDensity(algorithm.cpu(), 2, 2)
     mixture = density.mixture(torch.as_tensor(HELD_OUT.observation))
     assert isinstance(mixture, LogisticMixture) and mixture.center.shape == (400, 2, 2)
-    export_density_checked(density, HELD_OUT, tmp_path)
+    export_checked(density, HELD_OUT, tmp_path)

@@ -14,7 +14,7 @@ from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import SPLITS
 from offrl_models.densities import MixtureDensity, log_density_of
-from offrl_models.exported import export_checked, export_density_checked
+from offrl_models.exporting import export_checked
 from offrl_models.mapped import Columns, open_columns
 from offrl_models.ope import behavior, density
 from offrl_models.ope.estimates import Refit
@@ -153,7 +153,7 @@ def _density(
     model = MixtureDensity(_cloned(pipeline, train, CLONE), pipeline.config.seeds, train.action.shape[1])
     if tuned_on is not None:
         model = density.calibrated(model, tuned_on, pipeline.config.behavior.calibration)
-    logged = export_density_checked(model, train, folder).on(held_out)
+    logged = export_checked(model, train, folder).on(held_out)
     found = density.calibration(held_out, model)
     if tuned_on is not None:
         return found

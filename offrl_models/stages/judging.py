@@ -15,7 +15,8 @@ from offrl_models.evaluation import (
     Question,
     measure_rungs,
 )
-from offrl_models.exported import Exported, export_checked, open_policy
+from offrl_models.exported import Exported, open_policy
+from offrl_models.exporting import export_ladder_checked
 from offrl_models.gate import Verdict, decisive_ladder, decisive_rung, ladder
 from offrl_models.ope.units import entities_of, independent
 from offrl_models.reports import checks
@@ -156,20 +157,21 @@ class _Look:
 
     def _export(self, folder: Path, policies: dict[str, Exported]) -> dict[str, Path]:
         """Every rung as the graph that would act; the uncapped one is the candidate's own."""
-        encoder, rungs = encoder_of(self.pipeline), {}
+        encoder = encoder_of(self.pipeline)
         behavior = load_behavior(self.pipeline, encoder)
-        for position, (climbing, cap) in enumerate(self.steps):
-            name, rung = _rung_name(climbing, cap), folder / f"rung-{position + 1}"
-            if cap is None:
+        rungs = {step: folder / f"rung-{position + 1}" for position, step in enumerate(self.steps)}
+        for climbing in dict.fromkeys(climbing for climbing, _ in self.steps):
+            caps = {rungs[climbing, cap]: cap for cap in self.caps if cap is not None}
+            if caps:
+                policy = capped(self.pipeline, climbing, encoder, behavior, min(caps.values()))
+                export_ladder_checked(policy, caps, self.fitted_on)
+            if None in self.caps:
                 for file in (bundle.POLICY, bundle.WEIGHTS):
-                    storage.write_bytes(rung / file, (self.pipeline.candidate(climbing) / file).read_bytes())
-                policies[name] = open_policy(rung / bundle.POLICY)
-            else:
-                policies[name] = export_checked(
-                    capped(self.pipeline, climbing, encoder, behavior, cap), self.fitted_on, rung
-                )
-            rungs[name] = rung
-        return rungs
+                    whole = (self.pipeline.candidate(climbing) / file).read_bytes()
+                    storage.write_bytes(rungs[climbing, None] / file, whole)
+        named = {_rung_name(*step): rung for step, rung in rungs.items()}
+        policies.update((name, open_policy(rung / bundle.POLICY)) for name, rung in named.items())
+        return named
 
     @property
     def ledger_path(self) -> Path:

@@ -18,7 +18,8 @@ from offrl_models.datasets.encoding import Encoder
 from offrl_models.densities import CappedDensity, MixtureDensity
 from offrl_models.dynamics import Dynamics
 from offrl_models.evaluation import Evaluation, evaluate
-from offrl_models.exported import Exported, export_checked
+from offrl_models.exported import Exported
+from offrl_models.exporting import export_checked
 from offrl_models.learner import Trained
 from offrl_models.parallel import place, together
 from offrl_models.policies import CappedPolicy, Mixture
@@ -199,7 +200,9 @@ def _acting(algorithm: Algorithm, pipeline: Pipeline) -> nn.Module:
     return Mixture(algorithm, config.seeds)
 
 
-def capped(pipeline: Pipeline, name: str, encoder: Encoder, behavior: nn.Module, cap: float) -> nn.Module:
+def capped(
+    pipeline: Pipeline, name: str, encoder: Encoder, behavior: nn.Module, cap: float
+) -> CappedPolicy | CappedDensity:
     """One rung of a candidate's ladder."""
     candidate = load_candidate(pipeline, name, encoder)
     if isinstance(candidate, MixtureDensity) and isinstance(behavior, MixtureDensity):
