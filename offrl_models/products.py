@@ -54,7 +54,7 @@ def affine(
         if weight.shape[2] == 1:  # MKL takes five times as long where there are several seeds
             return _finished((x * weight.mT).sum(-1, keepdim=True), bias, relu)
         if torch.compiler.is_compiling():  # bias and ReLU become one pass with what follows
-            return _finished(_by_mkl(x, weight), bias, relu)
+            return _finished(_compiled(x, weight), bias, relu)
         if _suits_onednn(x, weight) or _has_narrow_side(x, weight):
             if not torch.is_grad_enabled():
                 return _multiplied(x, weight, bias, relu)
@@ -107,6 +107,34 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
     each = [multiply(x[seed], weight[seed].t(), biases[seed], "none", [], "") for seed in range(len(x))]
     product = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
     return _finished(product, None if one else bias, relu)  # oneDNN's own ReLU would make NaN 0
+
+
+@torch.library.custom_op("offrl::product", mutates_args=(), device_types="cpu")
+def _as_one_step(x: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's product as one step of what is compiled, which torch's compiler has for constant weights alone."""
+    return _by_onednn(x, weight, None, relu=False)
+
+
+@_as_one_step.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+
+
+def _kept(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    for_x, for_weight = ctx.needs_input_grad
+    return _compiled(gradient, weight.mT) if for_x else None, _compiled(x.mT, gradient) if for_weight else None
+
+
+_as_one_step.register_autograd(_gradients, setup_context=_kept)
+
+
+def _compiled(x: Tensor, weight: Tensor) -> Tensor:
+    return _as_one_step(x, weight) if _suits_onednn(x, weight) else _by_mkl(x, weight)
 
 
 class _Product(torch.autograd.Function):

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
 
+from offrl_models import products
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.ope.worlds import random_world
@@ -36,7 +38,7 @@ def slopes_apart(seeds: int, inputs: int, outputs: int) -> float:
     x, weight = (torch.randn(size).requires_grad_() for size in [(seeds, 64, inputs), (seeds, inputs, outputs)])
 
     def of_slopes(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        value = torch.tanh(affine(x, weight, torch.zeros(1, 1, outputs), relu=True) / inputs**0.5)
+        value = torch.tanh(affine(x, weight, torch.zeros(seeds, 1, outputs), relu=True) / inputs**0.5)
         (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return torch.autograd.grad(slope.square().sum(), (x, weight))
 
@@ -56,5 +58,12 @@ if __name__ == "__main__":
     plain, compiled = learned(20), learned(20, compile=True)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     found = {"refused": refused, "apart": largest(plain, compiled), "moved": largest(plain, learned(1))}
-    slopes = [slopes_apart(2, 128, 6), slopes_apart(2, 6, 128), slopes_apart(1, 128, 96), slopes_apart(1, 128, 1)]
-    print(json.dumps({**found, "graphs": graphs, "breaks": breaks, "slopes": slopes}))
+    slopes, by_onednn = [], []
+    for products.BY_ONEDNN in (False, torch.backends.mkldnn.is_available()):
+        torch.compiler.reset()
+        with patch.object(products, "_by_onednn", wraps=products._by_onednn) as multiply:
+            torch.compile(affine, fullgraph=True, backend="aot_eager")(torch.ones(1, 64, 128), torch.ones(1, 128, 96))
+        by_onednn.append(multiply.call_count)
+        slopes += [slopes_apart(2, 128, 6), slopes_apart(2, 6, 128), slopes_apart(1, 128, 96), slopes_apart(3, 128, 96)]
+        slopes += [slopes_apart(1, 128, 1), slopes_apart(1, 96, 64)]
+    print(json.dumps({**found, "graphs": graphs, "breaks": breaks, "slopes": slopes, "by_onednn": by_onednn}))
