@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.calibration import (
+    cloned,
     confounders,
     coverage,
     elsewhere,
@@ -39,6 +40,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **stress.EXPERIMENTS,
     **confounders.EXPERIMENTS,
     **elsewhere.EXPERIMENTS,
+    **cloned.EXPERIMENTS,
     **rare.EXPERIMENTS,
 }
 

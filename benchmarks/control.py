@@ -30,7 +30,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import harness, ope, ope_works
-from benchmarks.control_peers import PROPOSALS, SAMPLES
+from benchmarks.control_peers import MEMBERS, PROPOSALS, SAMPLES
 from benchmarks.control_tasks import BATCH, GAMMA, HIDDEN, LEARNING_RATE, TASKS, Task
 from benchmarks.harness import Cost, Figure
 from benchmarks.ope_peers import Values, load
@@ -47,6 +47,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "cql": {"actor_learning_rate": LEARNING_RATE, "samples": SAMPLES},
     "bcq": {"samples": PROPOSALS, "vae_hidden": HIDDEN},
     "rebrac": {},
+    "crr": {},
+    "sac_n": {"members": MEMBERS},
+    "bc": {},
 }
 NAMES = [f"{task}/{algorithm}" for task in TASKS for algorithm in ROWS]
 

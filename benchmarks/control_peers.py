@@ -19,6 +19,7 @@ from benchmarks.harness import measure
 from benchmarks.ope_peers import Values, load
 
 PROPOSALS, SAMPLES = 10, 4  # actions per row that BCQ chooses from and CQL estimates its integral with, on both sides
+MEMBERS = 10  # critics of SAC-N, on both sides
 # Settings besides learning rates and sizes that make their work ours: where names are missing here, defaults are the same.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "td3_bc": ("TD3PlusBCConfig", {}),
@@ -30,6 +31,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bcq": ("BCQConfig", {"n_action_samples": PROPOSALS, "imitator_learning_rate": LEARNING_RATE}),
     "rebrac": ("ReBRACConfig", {"actor_beta": 0.01}),
+    "crr": ("CRRConfig", {}),
+    "sac_n": ("SACConfig", {"temp_learning_rate": LEARNING_RATE, "n_critics": MEMBERS}),
+    "bc": ("BCConfig", {}),
 }
 
 
@@ -87,6 +91,9 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
     config, settings = CONFIGS[algorithm]
     plain = library.models.VectorEncoderFactory(list(HIDDEN))
     encoders = {"actor_encoder_factory": plain, "critic_encoder_factory": plain}
+    rates = {"actor_learning_rate": LEARNING_RATE, "critic_learning_rate": LEARNING_RATE}
+    if algorithm == "bc":
+        encoders, rates = {"encoder_factory": plain}, {"learning_rate": LEARNING_RATE}
     if algorithm == "rebrac":
         encoders["critic_encoder_factory"] = library.models.VectorEncoderFactory(list(HIDDEN), use_layer_norm=True)
     if algorithm == "iql":
@@ -99,12 +106,11 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
         learner = getattr(library.algos, config)(
             batch_size=BATCH,
             gamma=GAMMA,
-            actor_learning_rate=LEARNING_RATE,
-            critic_learning_rate=LEARNING_RATE,
             observation_scaler=library.preprocessing.StandardObservationScaler(),
             action_scaler=library.preprocessing.MinMaxActionScaler(
                 [-task.limit] * task.dimensions, [task.limit] * task.dimensions
             ),
+            **rates,
             **encoders,
             **settings,
         ).create()

@@ -24,7 +24,7 @@ from benchmarks.calibration.judging import (
 from benchmarks.calibration.store import Experiment, Found, Lines
 from benchmarks.calibration.tables import cell, cost, count, ever, names, prose, table, verdicts
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.evaluation import BEHAVIOR, evaluate
+from offrl_models.evaluation import BEHAVIOR, Question, evaluate
 from offrl_models.exported import Exported, OnnxDensity
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.nulls import Family
@@ -60,12 +60,17 @@ def pole_nulls() -> tuple[CartPole, dict[str, Policy]]:
     return world, {name: world.no_better(gain, ROLLOUTS, seed=1) for name, gain in RIGHT.items()}
 
 
-def by_networks(policies: Mapping[str, Exported], log: Episodes, seed: int, bounded: bool = True) -> Found:
-    """The pipeline's own evaluation, fitted Q networks included, and the gate's verdict on every policy."""
+def parted(log: Episodes) -> tuple[Episodes, Episodes]:
+    """What nuisances are fitted on, and what is judged on."""
     fitted = np.arange(log.n_episodes) < FITTED_ON
-    train, gate = log.take(fitted), log.take(~fitted)
+    return log.take(fitted), log.take(~fitted)
+
+
+def by_networks(
+    policies: Mapping[str, Exported], train: Episodes, gate: Episodes, seed: int, question: Question
+) -> Found:
+    """The pipeline's own evaluation, fitted Q networks included, and the gate's verdict on every policy."""
     found = evaluate(dict(policies), train, gate, Encoder.fit(train), FQE, samples=50, seed=seed, task="nuisances")
-    question = asked(None) if bounded else replace(asked(None), return_range=None)
     return {name: judged(each) for name, each in measured(found, question).items()}
 
 
@@ -77,13 +82,18 @@ def on_chain(seed: int) -> Found:
 
 def on_bandit(seed: int) -> Found:
     world, nulls = bandit_nulls()
-    log = world.simulate(FITTED_ON + JUDGED_ON, seed)
-    shown = replace(log, features=tuple(Feature(f"x{column}") for column in range(log.observation.shape[1])))
     tables = {**nulls, BEHAVIOR: world.behavior}
-    return by_networks({name: _over_contexts(world, policy) for name, policy in tables.items()}, shown, seed)
+    policies = {name: over_contexts(world, policy) for name, policy in tables.items()}
+    return by_networks(policies, *parted(in_numbers(world, seed)), seed, asked(None))
 
 
-def _over_contexts(world: World, policy: Table) -> KnownPolicy:
+def in_numbers(world: World, seed: int) -> Episodes:
+    """A log that shows contexts as numbers."""
+    log = world.simulate(FITTED_ON + JUDGED_ON, seed)
+    return replace(log, features=tuple(Feature(f"x{column}") for column in range(log.observation.shape[1])))
+
+
+def over_contexts(world: World, policy: Table) -> KnownPolicy:
     """A table over contexts as a policy of their features; after the end, where nothing acts, it is that of context 0."""
     assert world.observed is not None
     place = {row.tobytes(): state for state, row in enumerate(world.observed[~world.terminal])}
@@ -97,15 +107,11 @@ def _over_contexts(world: World, policy: Table) -> KnownPolicy:
 
 def on_pole(seed: int) -> Found:
     world, nulls = pole_nulls()
-    policies = {**nulls, BEHAVIOR: world.behavior}
-    return by_networks(
-        {name: _of_function(policy) for name, policy in policies.items()},
-        world.simulate(FITTED_ON + JUDGED_ON, seed),
-        seed,
-    )
+    policies = {name: of_function(policy) for name, policy in {**nulls, BEHAVIOR: world.behavior}.items()}
+    return by_networks(policies, *parted(world.simulate(FITTED_ON + JUDGED_ON, seed)), seed, asked(None))
 
 
-def _of_function(policy: Policy) -> KnownPolicy:
+def of_function(policy: Policy) -> KnownPolicy:
     def known(observation: np.ndarray) -> tuple[Table, np.ndarray]:
         right = policy(observation)
         return np.stack([1.0 - right, right], 1), np.arange(len(observation))
@@ -153,7 +159,8 @@ def on_mass(seed: int) -> Found:
     log = world.simulate(FITTED_ON + JUDGED_ON, seed)
     shown = replace(log, features=tuple(map(Feature, ("position", "speed", "step"))), bounds=MASS_BOUNDS)
     policies = {**known, BEHAVIOR: world.behavior}
-    return by_networks({name: KnownDensity(policy) for name, policy in policies.items()}, shown, seed, bounded=False)
+    known_densities = {name: KnownDensity(policy) for name, policy in policies.items()}
+    return by_networks(known_densities, *parted(shown), seed, replace(asked(None), return_range=None))
 
 
 def _rows(lines: Lines) -> list[str]:
@@ -164,7 +171,7 @@ def _rows(lines: Lines) -> list[str]:
     return table(*rows)
 
 
-def _section(title: str, intro: str, lines: Lines) -> list[str]:
+def section(title: str, intro: str, lines: Lines) -> list[str]:
     return [f"### {title}", "", *prose(f"{intro} {cost(lines)}"), *_rows(lines)]
 
 
@@ -172,13 +179,13 @@ def chain_report(lines: Lines, path: Path) -> list[str]:
     return [
         "## Other worlds", "",
         f"One look at {JUDGED_ON:,} episodes, nuisances fitted on {FITTED_ON:,} others.", "",
-        *_section("A chain of 50 steps", "The curse of horizon; tabular nuisances.", lines),
+        *section("A chain of 50 steps", "The curse of horizon; tabular nuisances.", lines),
     ]  # fmt: skip
 
 
 def bandit_report(lines: Lines, path: Path) -> list[str]:
     intro = f"200 contexts shown as 5 numbers, 6 actions; fitted Q networks of {FQE.gradient_steps} gradient steps."
-    return _section("A contextual bandit", intro, lines)
+    return section("A contextual bandit", intro, lines)
 
 
 def pole_report(lines: Lines, path: Path) -> list[str]:
@@ -186,7 +193,7 @@ def pole_report(lines: Lines, path: Path) -> list[str]:
         "Four numbers observed, recordings stop after 40 steps, gamma .9; fitted Q networks and fitted visit ratios. No better "
         f"than the behavior by {ROLLOUTS:,} rollouts."
     )
-    return _section("CartPole", intro, lines)
+    return section("CartPole", intro, lines)
 
 
 def mass_report(lines: Lines, path: Path) -> list[str]:
@@ -196,7 +203,7 @@ def mass_report(lines: Lines, path: Path) -> list[str]:
         f"{world.value(world.behavior):.3f}. Fitted Q networks and fitted visit ratios, uncapped policies; exact values in closed "
         "form. The policies that are better show the power."
     )
-    return _section("Continuous actions: a point mass", intro, lines)
+    return section("Continuous actions: a point mass", intro, lines)
 
 
 EXPERIMENTS = {

@@ -1,6 +1,7 @@
 """The behavior policy: fitted on train, held against selection; and propensities for splits where none were logged."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,25 +196,32 @@ def _write_propensities(pipeline: Pipeline, folder: Path) -> None:
 
 
 def _estimated(pipeline: Pipeline, name: str, episodes: Episodes) -> Float64[np.ndarray, "rows"]:
-    """By counting where the observation is one category; else by two behavior clones, each calibrated and used on the half
-    of the episodes that the other one was trained on."""
+    """By counting where the observation is one category; else by behavior clones."""
     states, method = pipeline.config.logs.tabular_states, pipeline.config.behavior.calibration
     if states is not None:
         return behavior.estimate_propensities(episodes, states)
+
+    def clone(fitted_on: Episodes, half: int) -> torch.nn.Module:
+        return _cloned(pipeline, fitted_on, f"propensities of {name}, half {half} of 2")
+
+    return cloned_propensities(episodes, clone, pipeline.config.seeds, method)
+
+
+def cloned_propensities(
+    episodes: Episodes, clone: Callable[[Episodes, int], torch.nn.Module], seeds: int, method: str
+) -> Float64[np.ndarray, "rows"]:
+    """Of the logged actions, by two behavior clones of so many seeds, `clone(episodes, 1)` and `clone(episodes, 2)`: each is
+    calibrated and used on the half of the episodes that it was not trained on."""
     found = np.empty(episodes.n_rows)
     fold = fold_of(episodes, 2)
     for half, mine in enumerate((fold == 0, fold == 1), 1):
-        fitted_on, other = episodes.take(~mine), episodes.take(mine)
-        clone, rows = (
-            _cloned(pipeline, fitted_on, f"propensities of {name}, half {half} of 2"),
-            mine[episodes.episode_of_row],
-        )
+        other, rows = episodes.take(mine), mine[episodes.episode_of_row]
+        cloned = clone(episodes.take(~mine), half)
         if other.bounds is not None:
-            model = MixtureDensity(clone, pipeline.config.seeds, len(other.bounds))
-            model = density.calibrated(model, other, method)
+            model = density.calibrated(MixtureDensity(cloned, seeds, len(other.bounds)), other, method)
             found[rows] = density.floored(np.exp(log_density_of(model, other)))
         else:
-            probs = probs_of(behavior.calibrated(Mixture(clone, pipeline.config.seeds), other, method), other)
+            probs = probs_of(behavior.calibrated(Mixture(cloned, seeds), other, method), other)
             found[rows] = np.maximum(probs[np.arange(other.n_rows), other.action], behavior.FLOOR)
     return found
 
