@@ -1,4 +1,4 @@
-"""ONNX graphs that act and are evaluated, and proof that they equal what was trained.
+"""ONNX graphs that act and are evaluated.
 
 Over discrete actions a graph maps raw observations and masks to probabilities. Over continuous ones it maps raw observations,
 actions and random numbers to the logarithm of the density of each action and to an action drawn at each number.

@@ -36,7 +36,8 @@ def compiled_losses(algorithm: Any, parameters: Sequence[Tensor], device: torch.
 
     def with_gradients(batch: TransitionBatch) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         losses = algorithm.losses(batch)
-        gradients = torch.autograd.grad(torch.cat(list(losses.values())).sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(torch.cat(list(losses.values())).sum(), parameters, allow_unused=True)
+        gradients = tuple(each if each is None else each.contiguous() for each in found)  # as backward() leaves them
         return {name: loss.detach() for name, loss in losses.items()}, gradients
 
     mode = "reduce-overhead" if graphs else "default"

@@ -41,11 +41,12 @@ class FusedAdam(torch.optim.Optimizer):
     def advance(self) -> None:
         """One step, without what torch puts around `step` for hooks and profilers, which a small network feels."""
         for network in self.work:
-            gradients = [each.grad for each in network.parameters]
-            if gradients[0] is not None:
+            if network.parameters[0].grad is not None:
+                # The kernel pairs numbers by their places in memory, and never looks at strides.
+                gradients = [each.grad.contiguous() for each in network.parameters if each.grad is not None]
                 if self.clip_norm is not None:
-                    clip_per_seed(gradients, self.seeds, self.clip_norm)  # pyright: ignore[reportArgumentType]
-                network.update(gradients, self.factor)  # pyright: ignore[reportArgumentType]
+                    clip_per_seed(gradients, self.seeds, self.clip_norm)
+                network.update(gradients, self.factor)
                 for each in network.parameters:
                     each.grad = None
 

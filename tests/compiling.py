@@ -23,9 +23,9 @@ EPISODES = dataclasses.replace(WORLD.simulate(100, seed=1), features=(Feature("s
 
 def learned(steps: int, **how: Any) -> list[torch.Tensor]:
     """Weights of an algorithm that freezes a critic."""
-    settings = make_config("td3_bc", {"hidden": (8,), "learning_rate": 0.01, "policy_interval": 1})
+    settings = make_config("td3_bc", {"hidden": (128, 128), "learning_rate": 0.001, "policy_interval": 1})
     encoder = Encoder(EPISODES.features)
-    algorithm, _ = fit("td3_bc", settings, EPISODES, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=16, **how)
+    algorithm, _ = fit("td3_bc", settings, EPISODES, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=128, **how)
     return [each.detach() for each in algorithm.parameters() if each.numel()]
 
 

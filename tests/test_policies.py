@@ -122,7 +122,7 @@ def test_the_rungs_of_a_ladder_are_what_each_is_alone(episodes: Episodes, tmp_pa
         alone = export_checked(CappedPolicy(*parts, cap), episodes, tmp_path / f"alone-{cap}")
         rung = OnnxPolicy(tmp_path / str(cap) / "policy.onnx")
         assert np.array_equal(rung.on(episodes), alone.on(episodes))
-        assert float(read_tensors(tmp_path / str(cap) / "policy.safetensors")["level"]) == np.float32(cap)
+        assert float(read_tensors(tmp_path / str(cap) / "policy.safetensors")["level"]) == cap
 
 
 def test_numeric_and_categorical_columns_export_together(tmp_path: Path) -> None:
