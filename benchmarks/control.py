@@ -49,7 +49,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "rebrac": {},
     "crr": {},
     "sac_n": {"members": MEMBERS},
-    "bc": {},
 }
 NAMES = [f"{task}/{algorithm}" for task in TASKS for algorithm in ROWS]
 

@@ -33,7 +33,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rebrac": ("ReBRACConfig", {"actor_beta": 0.01}),
     "crr": ("CRRConfig", {}),
     "sac_n": ("SACConfig", {"temp_learning_rate": LEARNING_RATE, "n_critics": MEMBERS}),
-    "bc": ("BCConfig", {}),
 }
 
 
@@ -91,9 +90,6 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
     config, settings = CONFIGS[algorithm]
     plain = library.models.VectorEncoderFactory(list(HIDDEN))
     encoders = {"actor_encoder_factory": plain, "critic_encoder_factory": plain}
-    rates = {"actor_learning_rate": LEARNING_RATE, "critic_learning_rate": LEARNING_RATE}
-    if algorithm == "bc":
-        encoders, rates = {"encoder_factory": plain}, {"learning_rate": LEARNING_RATE}
     if algorithm == "rebrac":
         encoders["critic_encoder_factory"] = library.models.VectorEncoderFactory(list(HIDDEN), use_layer_norm=True)
     if algorithm == "iql":
@@ -110,7 +106,8 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
             action_scaler=library.preprocessing.MinMaxActionScaler(
                 [-task.limit] * task.dimensions, [task.limit] * task.dimensions
             ),
-            **rates,
+            actor_learning_rate=LEARNING_RATE,
+            critic_learning_rate=LEARNING_RATE,
             **encoders,
             **settings,
         ).create()
@@ -121,6 +118,9 @@ def d3rlpy(row: str, seeds: int, folder: Path, steps: int) -> Values:
             logger_adapter=library.logging.NoopAdapterFactory(),
             show_progress=False,
         )
+        if algorithm == "crr":  # it would draw some actions, and one of them by the critic
+            policy = learner.impl.modules.policy
+            learner.impl.inner_predict_best_action = lambda seen, policy=policy: policy(seen).squashed_mu
         found.append(mean_return(task, seed, learner.predict))
     return {"greedy": found}
 

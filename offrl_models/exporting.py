@@ -34,16 +34,19 @@ def export_checked(policy: nn.Module, episodes: Episodes, folder: Path) -> Expor
     return _written(graph_of(policy, episodes), policy, episodes, folder)
 
 
-def export_ladder_checked(rung: CappedPolicy | CappedDensity, caps: Mapping[Path, float], episodes: Episodes) -> None:
+def export_ladder_checked(
+    rung: CappedPolicy | CappedDensity, caps: Mapping[Path, float], episodes: Episodes
+) -> dict[Path, Exported]:
     """`export_checked` of a capped policy at several caps, each in a folder of its own. They are one graph with another number in
     it, and tracing it, which takes most of the time, is done once."""
     rung.level.fill_(UNLIKE_ANY)
-    model = graph_of(rung, episodes)
+    model, exported = graph_of(rung, episodes), {}
     (level,) = (each for each in model.graph.initializer if each.name == "level")
     for folder, cap in caps.items():
         rung.set_cap(cap)
         level.CopyFrom(numpy_helper.from_array(rung.level.numpy(), "level"))
-        _written(model, rung, episodes, folder)
+        exported[folder] = _written(model, rung, episodes, folder)
+    return exported
 
 
 def write_policy(model: ModelProto, policy: nn.Module, folder: Path) -> Path:

@@ -1,11 +1,13 @@
 """Losses of a batch and their gradients: operation by operation, or in machine code that `torch.compile` writes of all of them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offrl_models import products, storage
 from offrl_models.datasets.transitions import TransitionBatch
 from offrl_models.schema import InputError
 
@@ -31,6 +33,7 @@ def compiled_losses(algorithm: Any, parameters: Sequence[Tensor], device: torch.
     from torch._dynamo import config  # importing it takes a second
 
     config.trace_autograd_ops = True  # gradients within what is compiled
+    torch.compiler.config.cache_key_tag = storage.sha256_file(Path(products.__file__))  # its gradients count, too
     torch.compiler.reset()  # what was compiled for another candidate would count against a limit
     graphs = device.type == "cuda"
 

@@ -27,6 +27,7 @@ ROWS = [
     {"learner", "gate", "registry", "variants", "choices"},
     {"config", "ledger", "legs"},
     {"training", "bundle"},
+    {"cloning"},
     {"evaluation", "comparison"},
     {"selection"},
     {"reports"},

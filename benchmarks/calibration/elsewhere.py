@@ -164,7 +164,7 @@ def on_mass(seed: int) -> Found:
 
 
 def _rows(lines: Lines) -> list[str]:
-    rows = [("null policy", "false passes", "verdicts")]
+    rows = [("policy", "passes", "verdicts")]
     for name in names(lines):
         every = [line.found[name] for line in lines.values()]
         rows.append((name, cell(*count(lines, name, ever)), verdicts(every)))

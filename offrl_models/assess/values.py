@@ -15,6 +15,7 @@ from offrl_models.algorithms import BCConfig
 from offrl_models.assess.log import SALT
 from offrl_models.assess.target import FunctionPolicy, Target
 from offrl_models.choices import Choices, Draws, Probabilities, rare_mass
+from offrl_models.cloning import fit_clone
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import buckets
 from offrl_models.densities import MixtureDensity, log_density_of
@@ -33,7 +34,7 @@ from offrl_models.ope.units import entities_of, per_unit
 from offrl_models.policies import Mixture, probs_of
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes
-from offrl_models.training import fit, fit_fqe
+from offrl_models.training import fit_fqe
 
 STEPS, QUICK_STEPS = 5000, 1000  # gradient steps of every fit
 CLONES = 3  # networks of a behavior clone
@@ -135,11 +136,10 @@ def _on(fold: _Fold, choices: Choices) -> Choices:
 def _clone(fold: _Fold, effort: Effort, update: Update) -> Mixture | MixtureDensity:
     """The policy that wrote the log, cloned from the other fold."""
     task, seeds = f"behavior clone, fold {fold.number} of 2", range(effort.seed, effort.seed + CLONES)
-    cloned, went = fit(
-        "bc", BCConfig(hidden=(64, 64)), fold.others, Encoder.fit(fold.others), seeds=seeds, gradient_steps=effort.steps,
-        batch_size=256, report=lambda step, loss: update(task, step, effort.steps, f"loss {loss['policy']:.4f}"),
+    cloned = fit_clone(
+        BCConfig(hidden=(64, 64)), fold.others, Encoder.fit(fold.others), seeds=seeds, gradient_steps=effort.steps,
+        batch_size=256, report=lambda step, of, loss: update(task, step, of, f"loss {loss['policy']:.4f}"),
     )  # fmt: skip
-    went.require_all()
     if fold.others.n_actions:
         return Mixture(cloned, CLONES)
     return MixtureDensity(cloned, CLONES, fold.others.action.shape[1])

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 
 from offrl_models import bundle, storage
 from offrl_models.algorithms import BC, Algorithm, BCConfig
+from offrl_models.cloning import fit_clone
 from offrl_models.config import Pipeline
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.split import SPLITS
@@ -27,7 +28,6 @@ from offrl_models.schema import Episodes
 from offrl_models.stages.data import current_episodes, encoder_of, read_episodes, require_unblocked
 from offrl_models.storage import Stage
 from offrl_models.tensors import read_tensors
-from offrl_models.training import fit
 
 LOGGED, ESTIMATED = "logged", "estimated"
 CLONE = "behavior policy"  # as a person sees that it is being learned
@@ -164,20 +164,16 @@ def _density(
 def _cloned(pipeline: Pipeline, episodes: Episodes, task: str, encoder: Encoder | None = None) -> Algorithm:
     config = pipeline.config
     seeds = range(config.seed, config.seed + config.seeds)
-    how = _clone_training(pipeline)
-    encoder, total = encoder or encoder_of(pipeline), how["gradient_steps"]
     with progress() as update:
-        cloned, went = fit(
-            "bc", _clone_config(pipeline), episodes, encoder, seeds=seeds, **how,
-            report=lambda steps, loss: update(task, steps, total, f"policy {loss['policy']:.4f}"),
+        return fit_clone(
+            _clone_config(pipeline), episodes, encoder or encoder_of(pipeline), seeds=seeds, **_clone_training(pipeline),
+            report=lambda steps, of, loss: update(task, steps, of, f"policy {loss['policy']:.4f}"),
         )  # fmt: skip
-    went.require_all()
-    return cloned
 
 
 def _clone_training(pipeline: Pipeline) -> dict[str, Any]:
-    """As candidates are trained; only the last weights of a clone are wanted."""
-    return pipeline.config.training.model_dump(exclude={"checkpoints"})
+    """As candidates are trained, but in this process, and until nothing is gained; only the best weights of a clone are wanted."""
+    return pipeline.config.training.model_dump(exclude={"checkpoints", "processes"})
 
 
 def _clone_config(pipeline: Pipeline) -> BCConfig:

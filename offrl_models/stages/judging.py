@@ -160,17 +160,19 @@ class _Look:
         encoder = encoder_of(self.pipeline)
         behavior = load_behavior(self.pipeline, encoder)
         rungs = {step: folder / f"rung-{position + 1}" for position, step in enumerate(self.steps)}
+        exported: dict[Path, Exported] = {}
         for climbing in dict.fromkeys(climbing for climbing, _ in self.steps):
             caps = {rungs[climbing, cap]: cap for cap in self.caps if cap is not None}
             if caps:
                 policy = capped(self.pipeline, climbing, encoder, behavior, min(caps.values()))
-                export_ladder_checked(policy, caps, self.fitted_on)
+                exported |= export_ladder_checked(policy, caps, self.fitted_on)
             if None in self.caps:
+                whole = rungs[climbing, None]
                 for file in (bundle.POLICY, bundle.WEIGHTS):
-                    whole = (self.pipeline.candidate(climbing) / file).read_bytes()
-                    storage.write_bytes(rungs[climbing, None] / file, whole)
+                    storage.write_bytes(whole / file, (self.pipeline.candidate(climbing) / file).read_bytes())
+                exported[whole] = open_policy(whole / bundle.POLICY)
         named = {_rung_name(*step): rung for step, rung in rungs.items()}
-        policies.update((name, open_policy(rung / bundle.POLICY)) for name, rung in named.items())
+        policies.update((name, exported[rung]) for name, rung in named.items())
         return named
 
     @property
