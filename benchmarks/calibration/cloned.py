@@ -96,8 +96,8 @@ def bandit_report(lines: Lines, path: Path) -> list[str]:
     intro = (
         "The contextual bandit with a behavior that follows the numbers, and without its propensities, which behavior clones tell: "
         f"two for each part of the log, of {SEEDS} seeds and two layers of 64, each calibrated and used on the half that it was "
-        "not trained on; the whole behavior policy is another one. The error rate is halved and the certificate is AMBER. The policies "
-        "that are better show the power."
+        "not trained on; the whole behavior policy is another one. The error rate is halved and the certificate is AMBER. The "
+        "policies that are better show the power."
     )
     return section("Propensities by behavior clones, the contextual bandit", intro, lines)
 
