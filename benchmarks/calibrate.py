@@ -63,11 +63,10 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "tabular, on three resamples, where the observation is one category. In brackets: Clopper-Pearson intervals of 95%. "
             "Regenerate with `make calibrate`; it can be stopped and started at will. Logs are seeded 1, 2, 3, ... A table is of "
             "the gate at its date. What it has learned since changes nothing here: it counts entities where one has several "
-            "episodes, and refuses equal returns, and none of these logs has any. Before the tables of rare rewards and of the "
-            "point mass its bounds did not know of surprises that did not come: by that they have become wider, on one log of "
-            "5,000 stays by 0.2% to 1.3% within a cap and up to 14% without one. The other tables are by the narrower bounds. "
-            "Of 200 fresh logs of 5,000 stays 178 pass a gain of .004 within cap 1.2, and 197 one "
-            "of .008 within cap 1.5: as many as by the narrower bounds."
+            "episodes, and refuses equal returns, and none of these logs has any. Its bounds know of surprises that did not come "
+            "in the tables of rare rewards, of the point mass, and of December: the others are by narrower ones, on one log of "
+            "5,000 stays by 0.2% to 1.3% within a cap and by up to 14% without one. Of 200 fresh logs of 5,000 stays 178 pass a "
+            "gain of .004 within cap 1.2, and 197 one of .008 within cap 1.5."
         ),
         f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip
