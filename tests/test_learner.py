@@ -175,6 +175,16 @@ def test_a_network_that_a_chunk_did_not_train_has_no_loss_in_it() -> None:
     assert learning._table(history).row(3) == (1, 6, None, 7.0)
 
 
+def test_adam_pairs_gradients_with_weights_wherever_they_lie_in_memory() -> None:
+    gradient, moved = torch.arange(6.0).view(2, 3) - 2.0, []
+    for each in (gradient, gradient.T.contiguous().T):
+        parameter = torch.nn.Parameter(torch.zeros(2, 3))
+        parameter.grad = each
+        FusedAdam([{"params": [parameter], "lr": 0.1, "name": "one"}]).advance()
+        moved.append(parameter.detach())
+    assert torch.equal(moved[0], moved[1]) and torch.equal(moved[0].sign(), -gradient.sign())
+
+
 def test_gradients_are_clipped_per_seed() -> None:
     gradients = [torch.tensor([[3.0, 0.0], [0.3, 0.0]]), torch.tensor([[[4.0]], [[0.4]]])]
     clip_per_seed(gradients, 2, 1.0)
