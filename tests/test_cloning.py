@@ -11,7 +11,7 @@ from offrl_models import cloning
 from offrl_models.algorithms import BC, BCConfig
 from offrl_models.cloning import fit_clone
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.datasets.transitions import TransitionBatch
+from offrl_models.datasets.transitions import TransitionBatch, Transitions
 from offrl_models.ope.units import fold_of
 from offrl_models.policies import Mixture, probs_of
 from offrl_models.schema import Episodes
@@ -94,3 +94,21 @@ def test_four_episodes_hold_nothing_out() -> None:
         report=lambda steps, of, losses: told.append((steps, of, sorted(losses))),
     )  # fmt: skip
     assert told[-1] == (60, 60, ["policy"])
+
+
+def test_a_seed_that_is_done_stays_as_it_was() -> None:
+    """However well it would do later on, while another one trains."""
+    log = noisy(40, 1)
+    clone = BC(CONFIG, Encoder.fit(log), 3, [0, 1])
+    batch = Transitions(log, clone.policy.net.encode, "cpu").take(torch.arange(5).expand(2, -1))
+    stop = cloning.LikeliestWeights(clone, batch)
+    errors = [[1.0, 1.0], *([2.0, 1.0 - 0.01 * step] for step in range(1, cloning.PATIENCE + 1)), [0.5, 0.1]]
+    weight = next(each for each in clone.parameters() if each.numel())
+    for number, error in enumerate(errors):
+        with torch.no_grad():
+            weight.fill_(float(number))
+        with patch.object(BC, "losses", lambda self, batch, error=error: {"policy": torch.tensor(error)}):
+            stop.judge()
+    stop.keep_best()
+    assert weight[0].unique().tolist() == [0.0] and weight[1].unique().tolist() == [len(errors) - 1.0]
+    assert not stop.done
