@@ -43,7 +43,7 @@ class FusedAdam(torch.optim.Optimizer):
         for network in self.work:
             if network.parameters[0].grad is not None:
                 # The kernel pairs numbers by their places in memory, and never looks at strides.
-                gradients = [each.grad.contiguous() for each in network.parameters if each.grad is not None]
+                gradients = [each.grad.contiguous() for each in network.parameters]  # pyright: ignore[reportOptionalMemberAccess]
                 if self.clip_norm is not None:
                     clip_per_seed(gradients, self.seeds, self.clip_norm)
                 network.update(gradients, self.factor)
