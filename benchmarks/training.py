@@ -24,7 +24,10 @@ from benchmarks.checkouts import CHECKOUTS
 from benchmarks.harness import Cost, Costs, Figure
 from benchmarks.training_works import COMPILED, MEMORY, MEMORY_ROWS, OURS, ROWS, SEEDS, STEPS, make_log
 
-SAME_LOSS, AGREED_STEPS = 0.05, 500  # relative difference allowed between mean losses, from so many gradient steps on
+SAME_LOSS, AGREED_STEPS = (
+    0.1,
+    500,
+)  # relative difference allowed between mean losses, from so many gradient steps on; first weights differ
 OVERHEAD = 0.03  # of the trainer beside a bare loop: target
 FULL, FULL_STEPS = 50_000, 100  # episodes and gradient steps of runs whose memory is measured
 MOST_GIB = 3.0

@@ -12,10 +12,12 @@ from torch._inductor import config
 from offrl_models import products
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.worlds import random_world
 from offrl_models.products import affine
 from offrl_models.schema import Feature, InputError
-from offrl_models.training import fit
+from offrl_models.training import fit, fit_fqe
+from tests.test_covered_world import Tabled
 
 WORLD = random_world(3, 3, 3, 0.9, seed=7)
 EPISODES = dataclasses.replace(WORLD.simulate(100, seed=1), features=(Feature("state", WORLD.n_states),))
@@ -27,6 +29,14 @@ def learned(steps: int, **how: Any) -> list[torch.Tensor]:
     encoder = Encoder(EPISODES.features)
     algorithm, _ = fit("td3_bc", settings, EPISODES, encoder, seeds=[0, 1], gradient_steps=steps, batch_size=128, **how)
     return [each.detach() for each in algorithm.parameters() if each.numel()]
+
+
+def valued(steps: int, compiled: bool = False) -> list[torch.Tensor]:
+    """What fitted Q evaluation makes of a policy, from first observations on."""
+    config = FQEConfig(hidden=(128, 128), batch_size=128, gradient_steps=steps, members=2, compile=compiled)
+    policy = Tabled(WORLD.optimal())
+    found = fit_fqe(config, Encoder(EPISODES.features), [policy], EPISODES, EPISODES, seed=0)
+    return [torch.as_tensor(found.initial)]
 
 
 def largest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
@@ -58,8 +68,11 @@ if __name__ == "__main__":
     plain, compiled = learned(20), learned(20, compile=True)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     found = {"refused": refused, "apart": largest(plain, compiled), "moved": largest(plain, learned(1))}
+    values = valued(20)
+    found |= {"values_apart": largest(values, valued(20, True)), "values_moved": largest(values, valued(1))}
     slopes, by_onednn = [], []
-    for products.BY_ONEDNN in (False, torch.backends.mkldnn.is_available()):
+    onednn = torch.backends.mkldnn.is_available()
+    for products.BY_ONEDNN, products.NARROW_TRANSPOSED in ((False, True), (onednn, True), (False, False)):
         torch.compiler.reset()
         with patch.object(products, "_by_onednn", wraps=products._by_onednn) as multiply:
             torch.compile(affine, fullgraph=True, backend="aot_eager")(torch.ones(1, 64, 128), torch.ones(1, 128, 96))

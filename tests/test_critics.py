@@ -1,7 +1,6 @@
 """What the algorithms with critics of continuous actions find, and the parts they are made of."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,7 @@ from offrl_models.actors import Critic, Temperature, frozen, soft_actor_losses
 from offrl_models.algorithms import make_config
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.datasets.transitions import Sampler, Transitions
-from offrl_models.densities import MixtureDensity
 from offrl_models.distributions import LogisticMixture, MixtureHead
-from offrl_models.exporting import export_checked
 from offrl_models.learner import TrainingConfig, train
 from offrl_models.losses import diversity_loss, sampled_conservative_gap, soft_least, squared_error
 from offrl_models.nets import Box, best_of, likely_enough
@@ -83,17 +80,6 @@ def test_a_plain_critic_believes_in_what_the_log_does_not_show() -> None:
     for name, settings in (("cql", {"alpha": 0.0}), ("sac_n", {"members": 2})):
         found = greedy(name, narrow(300, 1), {**SETTINGS[name], **settings})
         assert np.abs(found - found.clip(0.4, 0.6)).mean() > 0.2
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_exported_graph_is_the_density_of_the_policy(name: str, tmp_path: Path) -> None:
-    log = reaching(50, 3)
-    algorithm = trained(build(name, [0, 1], "continuous"), [0, 1], 5, log)
-    with torch.no_grad():
-        seen, action = (torch.as_tensor(part).expand(2, -1, -1).double() for part in (log.observation, log.action))
-        wanted = algorithm.double().distribution(seen, None).log_prob(action).exp().mean(0)
-    found = export_checked(MixtureDensity(algorithm, 2, log.action.shape[1]), log, tmp_path).on(log)
-    assert found == pytest.approx(wanted.numpy(), rel=1e-6)
 
 
 def test_edac_without_diversity_is_sac_n() -> None:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from offrl_models.algorithms import ALGORITHMS, make_config
 from offrl_models.datasets.encoding import Encoder
-from offrl_models.densities import ROWS_AT_A_TIME
+from offrl_models.densities import ROWS_AT_A_TIME, MixtureDensity
 from offrl_models.exported import OnnxPolicy
 from offrl_models.exporting import export_checked, export_ladder_checked, weights
 from offrl_models.policies import BehaviorTable, CappedPolicy, Mixture, project
 from offrl_models.schema import Episodes, InputError
 from offrl_models.tensors import read_tensors
 from tests.conftest import chain_world, codes
+from tests.test_algorithms import SPACES, build, reaching, trained
 
 
 def distributions(seed: int, rows: int, actions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,13 +82,11 @@ def policy_of(name: str, encoder: Encoder, actions: int) -> Mixture:
 
 
 SEEING = [  # the present observation and nothing before it; others are in tests/test_history.py
-    name
-    for name, (_, kind) in ALGORITHMS.items()
-    if "discrete" in kind.spaces and not getattr(kind, "needs_history", False)
+    (name, space) for name, space in SPACES if not getattr(ALGORITHMS[name][1], "needs_history", False)
 ]
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", [name for name, space in SEEING if space == "discrete"])
 def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Episodes, tmp_path: Path) -> None:
     world = chain_world()
     policy = policy_of(name, Encoder(codes(world.n_states)), 3)
@@ -102,6 +101,17 @@ def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Epi
     assert np.abs(found - wanted).max() <= 1e-6
     assert found.sum(1) == pytest.approx(np.ones(world.n_states), abs=1e-9)
     assert float(found[~mask].max()) == 0.0
+
+
+@pytest.mark.parametrize("name", [name for name, space in SEEING if space == "continuous"])
+def test_an_exported_graph_is_the_density_of_the_policy(name: str, tmp_path: Path) -> None:
+    log = reaching(50, 3)
+    algorithm = trained(build(name, [0, 1], "continuous"), [0, 1], 5, log)
+    with torch.no_grad():
+        seen, action = (torch.as_tensor(part).expand(2, -1, -1).double() for part in (log.observation, log.action))
+        wanted = algorithm.double().distribution(seen, None).log_prob(action).exp().mean(0)
+    found = export_checked(MixtureDensity(algorithm, 2, log.action.shape[1]), log, tmp_path).on(log)
+    assert found == pytest.approx(wanted.numpy(), rel=1e-6)
 
 
 def test_a_capped_policy_exports_with_its_behavior_model_inside(episodes: Episodes, tmp_path: Path) -> None:

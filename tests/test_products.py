@@ -29,14 +29,21 @@ def everything(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> li
     return [y, *first, *second]
 
 
+@pytest.mark.parametrize("narrow_transposed", [True, False])
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("biases", [0, 1, 64])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_and_all_their_gradients(
-    shape: tuple[int, ...], relu: bool, biases: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    relu: bool,
+    biases: int,
+    onednn: bool,
+    narrow_transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(products, "BY_ONEDNN", onednn and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(products, "NARROW_TRANSPOSED", narrow_transposed)
     seeds, rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(1)
     sizes = [(seeds, rows, inputs), (seeds, inputs, outputs), (seeds, min(biases, rows), outputs)]
@@ -53,18 +60,28 @@ def test_products_and_all_their_gradients(
 
 
 @pytest.mark.parametrize(
-    ("maker", "family", "half"), [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False)]
+    ("maker", "family", "found"), [("AuthenticAMD", 26, 26), ("AuthenticAMD", 25, 25), ("GenuineIntel", 6, 0)]
 )
-def test_mkl_leaves_half_of_the_units_of_some_processors(maker: str, family: int, half: bool) -> None:
+def test_the_family_of_processors_of_the_maker_to_whom_mkl_leaves_half(maker: str, family: int, found: int) -> None:
     one = f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: 17\n\n"
-    assert products._mkl_leaves_half(one * 2) is half
-    assert not products._mkl_leaves_half("processor\t: 0\nBogoMIPS\t: 243.75\n")  # as on ARM
+    assert products._amd_family(one * 2) == found
+    assert not products._amd_family("processor\t: 0\nBogoMIPS\t: 243.75\n")  # as on ARM
+
+
+@pytest.mark.parametrize("inputs", [1, 6])
+def test_narrow_products_are_transposed_only_where_that_pays(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that on Intel's processors they are left to torch: all else is the same to rounding."""
+    monkeypatch.setattr(products, "BY_ONEDNN", False)
+    x, weight = torch.randn(2, 64, 128), torch.randn(2, 128, inputs).requires_grad_()
+    for transposed in (True, False):
+        monkeypatch.setattr(products, "NARROW_TRANSPOSED", transposed)
+        assert ("BmmBackward" in str(affine(x, weight).grad_fn)) is not transposed
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_only_large_single_precision_products_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "BY_ONEDNN", True)
-    monkeypatch.setattr(products, "NARROW", 0)
+    monkeypatch.setattr(products, "NARROW_TRANSPOSED", False)
     x, weight = torch.randn(2, 64, 128), torch.randn(2, 128, 96)
     assert "_Product" in str(affine(x, weight.requires_grad_()).grad_fn)
     assert "_Product" not in str(affine(x.double(), weight.double()).grad_fn)

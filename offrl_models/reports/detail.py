@@ -29,7 +29,7 @@ from offrl_models.ope.diagnostics import (
 from offrl_models.ope.importance import Terms, trajectory_weights
 from offrl_models.ope.intervals import ROUNDING, confidence_sequence_width
 from offrl_models.ope.units import per_unit, planned_units
-from offrl_models.reports.plots import BLUE, GRAY, ORANGE, save
+from offrl_models.reports.plots import BLUE, GRAY, ORANGE, draw_reliability, save
 from offrl_models.reports.where import where_apart
 
 MOST_EPISODES = 10_000_000  # beyond which more of the same data is no plan
@@ -217,10 +217,7 @@ def _draw_clipped(axes: Axes, clipped: list[float] | None) -> None:
 
 def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], continuous: bool) -> None:
     """Probability by the behavior model against frequency, on episodes that it was not fitted on."""
-    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
-    sizes = np.array([row["pairs"] for row in bins], float)
-    place = [[row[name] for row in bins] for name in ("predicted", "frequency")]
-    axes.scatter(*place, s=10 + 80 * sizes / sizes.max(initial=1.0), color=BLUE)
+    draw_reliability(axes, bins)
     event = "an action lies below a value" if continuous else "an action is taken"
     axes.set_xlabel("probability", fontsize=7)
     axes.set_ylabel("share", fontsize=7)

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offrl_models import storage
@@ -68,17 +69,18 @@ def reliability(
 ) -> None:
     """Probability of an event against its frequency; that of an action, unless the axes are named otherwise."""
     figure, axes = _axes(title, 6.4, 3.4)
-    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
-    sizes = np.array([row["pairs"] for row in bins], float)
-    axes.scatter(
-        [row["predicted"] for row in bins],
-        [row["frequency"] for row in bins],
-        s=15 + 120 * sizes / sizes.max(),
-        color=BLUE,
-    )
+    draw_reliability(axes, bins)
     axes.set_xlabel(predicted)
     axes.set_ylabel(happened)
     save(figure, path)
+
+
+def draw_reliability(axes: Axes, bins: list[dict[str, Any]]) -> None:
+    """A dot per bin, the larger the more pairs are in it, beside the line on which all would lie."""
+    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
+    sizes = np.array([row["pairs"] for row in bins], float)
+    place = [[row[name] for row in bins] for name in ("predicted", "frequency")]
+    axes.scatter(*place, s=12 + 100 * sizes / sizes.max(initial=1.0), color=BLUE)
 
 
 def histogram(values: Sequence[float] | np.ndarray, title: str, label: str, path: Path, *, log: bool = False) -> None:
