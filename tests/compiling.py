@@ -59,6 +59,7 @@ def slopes_apart(seeds: int, inputs: int, outputs: int) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    products.NARROW_TRANSPOSED = True  # by which a compiler leaves gradients transposed in memory
     try:
         with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
             refused = learned(1, compile=True) and "nothing"

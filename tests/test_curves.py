@@ -1,4 +1,4 @@
-"""Event files of TensorBoard tell a history of losses, each step once. Those of a whole candidate are in test_learner."""
+"""Event files of TensorBoard tell a history of losses, each step once. Those of a whole candidate are in test_resume."""
 
 import struct
 from collections.abc import Iterator
