@@ -68,7 +68,7 @@ def write_report(results: Mapping[str, Lines], path: Path, about: Mapping[str, A
             "5,000 stays by 0.2% to 1.3% within a cap and by up to 14% without one. Of 200 fresh logs of 5,000 stays 178 pass a "
             "gain of .004 within cap 1.2, and 197 one of .008 within cap 1.5."
         ),
-        f"Machine: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
+        f"Machine of the newest: {about['cpu']}, {about['cores']} cores, numpy {about['numpy']}.", "",
     ]  # fmt: skip
     for name, found in results.items():
         if found:
