@@ -6,7 +6,8 @@ takes them in two halves (Zen 4). What is small or shallow gains nothing from it
 
 On AMD's a product of few columns takes MKL up to five times as long as the transposed one of few rows (on Zen 3: 122 us of
 256 x 256 and 256 x 6, and 25), so that is what is asked for there: in the last layer of a policy, for the gradient of its weights,
-and for that of actions with few dimensions. On Intel's own it is the other way round (18 us and 139 on one with AVX-512).
+and for that of actions with few dimensions. On an Intel with AVX-512 it was the other way round (18 us and 139), and processors of
+no other maker were tried: there it is left to torch.
 """
 
 import re
@@ -30,14 +31,14 @@ def _amd_family(processors: str) -> int:
     return int(family[1]) if family else 0
 
 
+def _ways(family: int, units: str) -> tuple[bool, bool]:
+    """Whether large products go to oneDNN, for MKL leaves half of the units unused, and whether narrow ones are transposed."""
+    return torch.backends.mkldnn.is_available() and units == "AVX512" and family >= ZEN_5, family > 0
+
+
 _PROCESSORS = Path("/proc/cpuinfo")  # of Linux; elsewhere it is left to torch
 _FAMILY = _amd_family(_PROCESSORS.read_text()) if _PROCESSORS.exists() else 0
-BY_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and _FAMILY >= ZEN_5  # whose units of 512 bits MKL does not use
-)
-NARROW_TRANSPOSED = _FAMILY > 0
+BY_ONEDNN, NARROW_TRANSPOSED = _ways(_FAMILY, torch.backends.cpu.get_cpu_capability())
 
 
 def affine(
@@ -52,7 +53,8 @@ def affine(
     It can be differentiated as often as one likes.
     """
     if x.device.type == "cpu" and not torch.compiler.is_exporting():
-        if weight.shape[2] == 1 and NARROW_TRANSPOSED:  # MKL takes five times as long where there are several seeds
+        # MKL may take five times as long where there are several seeds, and half precision would round values.
+        if weight.shape[2] == 1 and (NARROW_TRANSPOSED or torch.is_autocast_enabled("cpu")):
             return _finished((x * weight.mT).sum(-1, keepdim=True), bias, relu)
         if torch.compiler.is_compiling():  # bias and ReLU become one pass with what follows
             return _finished(_compiled(x, weight), bias, relu)

@@ -69,6 +69,7 @@ if __name__ == "__main__":
     plain, compiled = learned(20), learned(20, compile=True)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     found = {"refused": refused, "apart": largest(plain, compiled), "moved": largest(plain, learned(1))}
+    products.NARROW_TRANSPOSED = False
     values = valued(20)
     found |= {"values_apart": largest(values, valued(20, True)), "values_moved": largest(values, valued(1))}
     slopes, by_onednn = [], []

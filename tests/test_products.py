@@ -62,20 +62,35 @@ def test_products_and_all_their_gradients(
 @pytest.mark.parametrize(
     ("maker", "family", "found"), [("AuthenticAMD", 26, 26), ("AuthenticAMD", 25, 25), ("GenuineIntel", 6, 0)]
 )
-def test_the_family_of_processors_of_the_maker_to_whom_mkl_leaves_half(maker: str, family: int, found: int) -> None:
+def test_the_family_of_processors_of_amd(maker: str, family: int, found: int) -> None:
     one = f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: 17\n\n"
     assert products._amd_family(one * 2) == found
     assert not products._amd_family("processor\t: 0\nBogoMIPS\t: 243.75\n")  # as on ARM
 
 
-@pytest.mark.parametrize("inputs", [1, 6])
-def test_narrow_products_are_transposed_only_where_that_pays(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that on Intel's processors they are left to torch: all else is the same to rounding."""
+def test_products_go_other_ways_only_where_that_pays() -> None:
+    onednn = torch.backends.mkldnn.is_available()
+    assert products._ways(26, "AVX512") == (onednn, True)
+    assert products._ways(26, "AVX2") == products._ways(25, "AVX512") == (False, True)
+    assert products._ways(0, "AVX512") == (False, False)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "slope"), [(128, 1, False), (128, 6, False), (6, 128, True)])
+def test_where_it_does_not_pay_a_narrow_product_is_left_to_torch(
+    inputs: int, outputs: int, slope: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "BY_ONEDNN", False)
-    x, weight = torch.randn(2, 64, 128), torch.randn(2, 128, inputs).requires_grad_()
+    x, weight = torch.randn(2, 64, inputs, requires_grad=slope), torch.randn(2, inputs, outputs).requires_grad_()
     for transposed in (True, False):
         monkeypatch.setattr(products, "NARROW_TRANSPOSED", transposed)
         assert ("BmmBackward" in str(affine(x, weight).grad_fn)) is not transposed
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_values_are_not_rounded_in_half_precision(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "NARROW_TRANSPOSED", transposed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert affine(torch.randn(2, 64, 128), torch.randn(2, 128, 1), torch.ones(2, 1, 1)).dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
