@@ -7,12 +7,12 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64
 
-from offrl_models import course, legs
+from offrl_models import constraints, course, legs
 from offrl_models.choices import Choices, choices_of, rare_mass
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
-from offrl_models.measures import Contrast, Measures
+from offrl_models.measures import Measures, enough_effective
 from offrl_models.ope.bandit import smoothed_gain
 from offrl_models.ope.diagnostics import effective_sample_size, largest_share, mean_ratio_z
 from offrl_models.ope.estimates import Estimates, Refit, estimate
@@ -28,7 +28,7 @@ from offrl_models.progress import progress
 from offrl_models.schema import Episodes
 from offrl_models.training import fit_fqe
 
-BEHAVIOR, CHAMPION = "behavior", "champion"  # who wrote the log, and what was released last
+BEHAVIOR, CHAMPION = legs.BEHAVIOR, "champion"  # who wrote the log, and what was released last
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ def _measure(
         and not gate.truncated.any()
         and unit is None  # the proof is for episodes that are independent
     )
+    effective = effective_sample_size(summed(trajectory_weights(gate, side.ratio), unit))
+    believed = {
+        "markov": markov is None or markov < thresholds.markov_z,
+        "informs": trajectories and effective >= enough_effective(len(each)),
+    }
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
     one_step = gate.n_rows == gate.n_episodes
@@ -236,7 +241,7 @@ def _measure(
         trajectory_upper=trajectory.upper_bound if trajectory else None,
         fqe_differences=found.fqe_gains(name, asked.champion),
         effective_transitions=effective_sample_size(mine.weight),
-        effective_episodes=effective_sample_size(summed(trajectory_weights(gate, side.ratio), unit)),
+        effective_episodes=effective,
         mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
         worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
         unsupported_mass=legs.visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
@@ -255,42 +260,9 @@ def _measure(
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
-        costs=_costs(name, found, thresholds, asked, paired, mine),
-        subgroups=legs.by_subgroup(mine, gate, thresholds.subgroups, asked.alpha, planned, unit),
+        costs=constraints.costs(name, found, thresholds, asked, paired, mine, **believed),
+        subgroups=constraints.groups(found, thresholds, asked, mine, leg_c, **believed),
         equal_returns=bool(np.ptp(gate.return_) <= ROUNDING * np.abs(gate.return_).max()),
         entities=None if unit is None else len(each),
     )
     return Measured(measures, mine, own)
-
-
-def _costs(
-    name: str,
-    found: Evaluation,
-    thresholds: GateConfig,
-    asked: Question,
-    paired: Mapping[str, legs.Paired | str],
-    leg: legs.Paired,
-) -> list[Contrast]:
-    """The rise of every cost; one whose weights overflow is not measured."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rises = {column: _cost_rise(column, name, found, asked, paired) for column in thresholds.constraints}
-    planned, unit = thresholds.planned_episodes, found.unit
-    paid = found.episodes.costs
-    return [
-        legs.contrast(cost, rise, asked.alpha, planned, unit, legs.unseen(leg, paid[cost], found.episodes))
-        for cost, rise in rises.items()
-        if legs.has_spread(rise)
-    ]
-
-
-def _cost_rise(
-    column: str, name: str, found: Evaluation, asked: Question, paired: Mapping[str, legs.Paired | str]
-) -> Float64[np.ndarray, "episodes"]:
-    """Per episode a number whose mean is the rise in the expected total of a cost over the champion's."""
-
-    def rise(policy: str) -> np.ndarray:
-        return legs.cost_outcome(
-            column, found.side(policy), paired[policy], found.fitted_on, found.episodes, asked.states
-        )
-
-    return rise(name) if asked.champion == BEHAVIOR else rise(name) - rise(asked.champion)

@@ -113,6 +113,11 @@ def level(
     }
     tightest = min(budgets, key=lambda name: budgets[name])
     if budgets[tightest] < LEAST:
+        if tightest != "this year":
+            raise InputError(
+                f"the budget of {tightest} leaves an error rate of {budgets[tightest]:.1g} for hypothesis {number}, and no look is "
+                f"taken at less than {LEAST:g}; the champion stays."
+            )
         first = min((date.fromisoformat(look.date) for look in recent if look.spent), default=today)
         raise InputError(
             f"the looks of the last 365 days have spent the error rate of {config.yearly_alpha:g} (gate.yearly_alpha); the next "

@@ -29,6 +29,7 @@ from offrl_models.schema import Episodes
 
 Rows = Bool[np.ndarray, "rows"] | slice
 
+BEHAVIOR = "behavior"  # the policy that wrote the log
 FEWEST_BOUNDED = 30  # episodes of a group, or entities where one has several
 CERTAIN = 0.999  # a propensity above it leaves nothing to compare with
 GATE_PER_FITTED = 2.0  # with more to judge on the interval shrinks below the error of the nuisances

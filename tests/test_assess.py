@@ -135,7 +135,7 @@ def test_past_a_truncation_both_sides_count_a_fitted_value(tmp_path: Path) -> No
     assert covers(found["estimates"]["MDR"], world.value(table)) and covers(
         found["estimates"]["WDR"], world.value(table)
     )
-    assert "the fitted value past that point" in " ".join(found["method"])
+    assert "the fitted value past that point" in " ".join(found["method"]) and found["answer"] == "better"
 
 
 def test_numbers_without_propensities_that_stop_early_need_clones_and_networks(tmp_path: Path) -> None:
@@ -155,6 +155,9 @@ def test_numbers_without_propensities_that_stop_early_need_clones_and_networks(t
     for name in ("WIS", "WPDIS", "DR", "WDR"):
         assert found["estimates"][name]["estimate"] == pytest.approx(world.value(table), abs=0.06)
     assert list(found["left_out"]) == ["MDR"] and found["difference"]["estimator"] == "WDR"
+    broken = {check["name"]: check["sentence"] for check in found["checks"] if not check["holds"]}
+    assert "of the episodes were recorded until before their task ended" in broken["recorded to the end"]
+    assert found["answer"] == "unsettled"  # however far apart they are: what was cut off is in no bound
 
 
 def test_propensities_of_someone_else_leave_nothing_to_say(tmp_path: Path) -> None:
@@ -274,3 +277,19 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path, monkeypatch: pytes
     weight = (frame["pi"] / frame["p"]).to_numpy()
     expected = float((weight * frame["r"].to_numpy()).mean())
     assert found["estimates"]["IPW"]["estimate"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_numbers_in_single_precision_are_what_they_stand_for(tmp_path: Path) -> None:
+    """A policy that is the one that wrote the log, each probability a third just off; and one that is sure, just above 1."""
+    rng, rows = np.random.default_rng(0), 3000
+    frame = pl.DataFrame({"x": rng.integers(0, 3, rows), "a": rng.integers(0, 3, rows), "r": rng.random(rows)})
+    third = pl.lit(1 / 3).cast(pl.Float32)
+    frame = frame.with_columns(p=third, same=pl.concat_list([third] * 3), sure=(pl.col("a") == 0) * (1 + 1.2e-7))
+    frame.write_parquet(tmp_path / "log.parquet")
+    given = {"log": [tmp_path / "log.parquet"], "horizon": 1, "observation": "x:3", "action": "a", "actions": "3"}
+    given |= {"action_prob": "p", "reward": "r", "reward_range": (0.0, 1.0)}
+    for column, effective in (("same", rows), ("sure", (frame["a"] == 0).sum())):
+        way = assess.target_of({"policy_column": column})
+        found = assess.assess(given["log"], assess.contract_of(given), way, FEW_STEPS)
+        assert found["answer"] == "unsettled" and found["weights"]["effective_episodes"] == pytest.approx(effective)
+        assert ("DR" in found["estimates"]) == (column == "same") and "MDR" not in " ".join(assessment.lines(found))

@@ -270,6 +270,8 @@ MISTAKES = {
     "another graph": (["clicks.csv", *COLUMNS, "--policy", "other.onnx"], "takes 1 observed columns and the log has 2"),
     "no function": (["clicks.csv", *COLUMNS, "--policy-callable", "numpy"], "names no function"),
     "no such module": (["clicks.csv", *COLUMNS, "--policy-callable", "absent:f"], "absent cannot be imported"),
+    "a module that breaks": (
+        ["clicks.csv", *COLUMNS, "--policy-callable", "outdated:f"], "outdated cannot be imported (AttributeError: `np.float_`"),
     "no such function": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:absent"], "has no absent"),
     "not callable": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:a_number"], "is a int, not a function"),
     "wrong shape": (["clicks.csv", *COLUMNS, "--policy-callable", "MODULE:wrong_shape"], "an array of shape [12]"),
@@ -307,6 +309,7 @@ def mistaken(clicks: tuple[Path, World, np.ndarray], functions: str, here: Path)
         storage.write_bytes(here / name, text.encode())
     storage.write_bytes(here / "again/clicks.csv", text.replace("\n0", "\n-0", 1).encode())
     os.mkfifo(here / "fifo")
+    storage.write_bytes(here / "outdated.py", b"import numpy\n\nnumpy.float_\n")
     (here / "again" / "empty").mkdir()
     (here / "few.csv").write_text("".join(text.splitlines(keepends=True)[:61]))
     pl.read_csv(here / "clicks.csv").with_columns(click=1.0).write_csv(here / "equal.csv")

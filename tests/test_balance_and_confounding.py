@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from offrl_models.ope.diagnostics import balance_z, confounded_bounds, gamma_star, gamma_star_of_bound, imbalance
 from offrl_models.ope.importance import wis
+from offrl_models.ope.units import per_unit
 from offrl_models.ope.worlds import World, random_world
 from offrl_models.schema import Episodes, InputError
 from tests.conftest import cut_after_one_step
@@ -211,6 +212,19 @@ def test_no_vertex_of_a_smaller_box_takes_the_bound_down(seed: int, width: float
     assert whole == pytest.approx(gamma_star_of_bound(episodes, outcome, correction, 0.0))
     if width == 0.0:
         assert bounds.min() == pytest.approx(0.0, abs=1e-7)
+
+
+@given(st.integers(0, 10_000), st.booleans())
+def test_without_confounding_it_is_the_bound_that_decides(seed: int, above: bool) -> None:
+    """By entities of unequal size, whose deviations are those of `per_unit`: above 0 it takes some confounding, below none."""
+    rng, width = np.random.default_rng(seed), 0.3
+    episodes, unit = bandit([0.0] * 60, [0.5] * 60), rng.integers(0, 12, 60)
+    unit = np.unique(unit, return_inverse=True)[1]
+    outcome = rng.normal(size=60) + 0.3 * np.bincount(unit)[unit]
+    each = per_unit(outcome, unit)
+    outcome += width * each.std() - each.mean() + (1e-6 if above else -1e-6)
+    odds = gamma_star_of_bound(episodes, outcome, outcome, width, unit)
+    assert 1.0 < odds < 1.01 if above else odds == 1.0
 
 
 def test_outliers_among_gains_do_not_hide_what_confounding_can_do() -> None:

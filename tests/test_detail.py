@@ -51,9 +51,11 @@ def test_gamma_star_is_that_of_the_bound_that_passed(judged: tuple[Evaluation, M
     found, rung, config = judged
     assert rung.measures.lower_bound > 0
     told = detail(found, "better", BEHAVIOR, rung, config, Status.PASS)
-    width = confidence_sequence_width(rung.measures.episodes, alpha=0.05, planned=2500)
+    width = confidence_sequence_width(rung.measures.episodes, alpha=0.05, planned=2500) * rung.measures.widened
     odds = told["gamma_star"]
     assert odds == gamma_star_of_bound(found.episodes, rung.leg.outcome, rung.leg.correction, width) and odds > 1.0
+    wider = dataclasses.replace(rung, measures=dataclasses.replace(rung.measures, widened=1.01 * rung.measures.widened))
+    assert 1.0 < detail(found, "better", BEHAVIOR, wider, config, Status.PASS)["gamma_star"] < odds
     stricter = config.model_copy(update={"margin": rung.measures.lower_bound / 2})
     assert detail(found, "better", BEHAVIOR, rung, stricter, Status.PASS)["gamma_star"] < odds
     assert detail(found, "better", BEHAVIOR, rung, config, Status.INCONCLUSIVE)["gamma_star"] is None

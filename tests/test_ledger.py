@@ -80,6 +80,11 @@ def test_a_release_earns_error_rate_and_the_year_bounds_it() -> None:
     with pytest.raises(InputError, match="possible on 2027-03-01, and the champion stays"):
         level([look("a", spent=0.1)], "b", "d", CONFIG, DAY)
     assert level([look("a", spent=0.1)], "b", "d", CONFIG, DAY + timedelta(days=365)).alpha > 0
+    many = [look(str(place), spent=0.0) for place in range(1000)]
+    with pytest.raises(
+        InputError, match=r"budget of the long run leaves an error rate of .* for hypothesis 1001, and no look"
+    ):
+        level(many, "b", "d", CONFIG, DAY)
 
 
 def test_no_look_gets_more_than_one_release_may_cost() -> None:

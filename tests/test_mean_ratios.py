@@ -12,6 +12,7 @@ from scipy import stats
 from offrl_models.config import parse_pipeline
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.tally import Sums, Tally
+from offrl_models.ope.diagnostics import mean_ratio_z, worst_action_z
 from tests.conftest import as_table, attributes, chain_world, check_log
 
 WORLD = chain_world()
@@ -114,3 +115,23 @@ def test_mean_ratios_do_not_depend_on_how_a_log_is_cut() -> None:
     for column in ("mean_error", "z"):
         assert cut[column].to_numpy() == pytest.approx(whole[column].to_numpy(), rel=1e-6)
     assert np.abs(whole["z"].to_numpy()).max() < 4
+
+
+@pytest.mark.parametrize("digits", [None, 4])
+def test_rounded_propensities_are_no_proof_of_wrong_ones(digits: int | None) -> None:
+    """Uniform ones in single precision, or in four digits: the ratio of uniform choice is the same number just off 1 everywhere."""
+    actions, rows = 25, 4000
+    prob = np.full(rows, np.float32(1 / actions) if digits is None else round(1 / 3, digits) * 3 / actions, np.float64)
+    action = np.random.default_rng(0).integers(0, actions, rows)
+    ratio, probs = (1 / actions) / prob, np.full((rows, actions), 1 / actions)
+    assert 1e-9 < abs(ratio.mean() - 1) < 2e-4
+    assert abs(mean_ratio_z(ratio)) < 2 and abs(worst_action_z(action, ratio, probs)) < 4
+    sums = Sums()
+    sums.add(rows, float((ratio - 1).sum()), float(np.square(ratio - 1).sum()))
+    assert abs(sums.z()) < 2
+    assert mean_ratio_z(np.full(rows, 1.01)) > 50  # a constant beyond rounding is wrong for sure
+
+
+def test_a_log_of_one_action_is_as_sure_as_a_policy_that_takes_no_other() -> None:
+    always, prob = np.zeros(1000, int), np.float64(np.float32(0.1) * 10)
+    assert abs(worst_action_z(always, np.full(1000, 1 / prob), np.ones((1000, 1)))) < 1

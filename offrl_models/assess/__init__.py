@@ -132,6 +132,7 @@ def _found(
     if np.isfinite(gain.estimate):
         said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
         said += [answers.loss_check(gain)] if name == "WPDIS" else []
+        said += [answers.recorded_check(episodes, gain)] if episodes.truncated.any() else []
     direct = intervals.get("DM", intervals.get("FQE"))
     if direct is not None:
         said.append(answers.direct_check(direct, logged.estimate, gain))

@@ -38,6 +38,7 @@ BANDIT = {"TIS": "IPW", "WIS": "SNIPW", "DR": "DR", "WDR": "SNDR"}  # what estim
 MODELLED = ("MDR", "DM")  # estimators that no propensity of a single row enters, once their model is fitted
 UNITS = "entities, or groups of them where there are many"  # that are resampled
 ROUNDING = 1e-12  # of the largest return: a difference that is smaller is 0
+CUT = 0.05  # share of episodes that are truncated beyond which what lies past their end may decide
 LEAST_SHOWN = 1e-4  # weight of an episode; smaller ones are drawn there
 
 
@@ -190,6 +191,17 @@ def direct_check(direct: Interval, logged: float, found: Gain) -> Check:
     settled = 1.0 if found.lower_bound > 0 else -1.0 if found.upper_bound < 0 else 0.0
     return check("direct method", settled * apart >= 0, apart, "no other sign",
                  f"the direct method puts the difference at {apart:+.3g}")  # fmt: skip
+
+
+def recorded_check(episodes: Episodes, found: Gain) -> Check:
+    """What lies past the end of recordings is known by fitted values alone, or not at all, and no bound knows their error.
+
+    MDR, whose weights are those of the infinite horizon, makes up for what was cut off.
+    """
+    cut = float(episodes.truncated.mean() * episodes.n_rows / episodes.n_episodes)
+    return check("recorded to the end", found.estimator == "MDR" or cut <= CUT, cut, f"at most {CUT:g}",
+                 f"{cut:.1%} of the episodes were recorded until before their task ended, and what either policy earns past that "
+                 "is in no bound; mark them as ended if it is of no account")  # fmt: skip
 
 
 def loss_check(found: Gain) -> Check:

@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 from jaxtyping import Bool, Float, Float64, Shaped
 
+from offrl_models.assess.graphs import TOLERANCE
 from offrl_models.assess.log import Assessed
 from offrl_models.assess.target import ALIKE, Function, FunctionPolicy, Target, require_distributions
 from offrl_models.choices import Probabilities
@@ -67,7 +68,8 @@ def _column(log: Log, number: int, name: str, keys: list[str]) -> pl.DataFrame:
     elif column.dtype.is_numeric():
         column = column.cast(pl.Float64)
         highest = 1.0 if actions else float("inf")
-        wrong = ~(column.is_finite() & column.is_between(0.0, highest)).fill_null(False)
+        wrong = ~(column.is_finite() & column.is_between(0.0, highest + TOLERANCE)).fill_null(False)
+        column = column.clip(upper_bound=highest)
         asked = "a probability from 0 to 1" if actions else "a density of 0 or more"
     else:
         raise InputError(

@@ -170,13 +170,14 @@ def of_function(name: str, given: Assessed) -> Target:
         raise InputError(f"--policy-callable {name!r} names no function; write package.module:function.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except AttributeError as error:
-        raise InputError(f"module {module} has no {attribute}; write package.module:function.") from error
+        imported = importlib.import_module(module)
     except Exception as error:  # whatever another's module raises
         raise InputError(f"{module} cannot be imported ({type(error).__name__}: {_first_line(error)}).") from error
     finally:
         sys.path.remove(str(Path.cwd()))
+    function = getattr(imported, attribute, None)
+    if function is None:
+        raise InputError(f"module {module} has no {attribute}; write package.module:function.")
     if not callable(function):
         raise InputError(f"{name} is a {type(function).__name__}, not a function of observations and masks.")
     policy, few = FunctionPolicy(function, name), min(ASKED, given.episodes.n_rows)

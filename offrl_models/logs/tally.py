@@ -15,6 +15,9 @@ SURE = 0.999  # a propensity above it means that nothing was tried out (C18)
 BINS = 50
 DISTINCT = 1000  # distinct rewards that are told apart
 FEWEST_TAKEN = 10  # rows of an action under which its mean ratio says nothing
+ROUNDED = (
+    1e-4  # by how much a mean ratio may be off where propensities are written in few digits; no verdict hangs on it
+)
 ALL, UNIFORM, ALWAYS = "all", "uniform", "always "
 
 
@@ -32,12 +35,12 @@ class Sums:
         self.n, self.total, self.squares = self.n + n, self.total + total, self.squares + squares
         self.moments = before + moments
 
-    @property
-    def z(self) -> float:
-        """z-score of the mean. A constant that is not 0 gets a huge score, not none."""
+    def z(self, rounding: float = ROUNDED) -> float:
+        """z-score of the mean, which `rounding` may have moved: its standard error is no less. A constant beyond that gets a huge
+        score, not none."""
         mean = self.total / self.n
         spread = np.sqrt(max(self.squares / self.n - mean * mean, 0.0))
-        return 0.0 if abs(mean) <= 1e-12 else float(mean / (max(spread, 1e-12) / np.sqrt(self.n)))
+        return 0.0 if abs(mean) <= 1e-12 else float(mean / max(max(spread, 1e-12) / np.sqrt(self.n), rounding))
 
     @property
     def lower_z(self) -> float:
@@ -50,9 +53,9 @@ class Sums:
         return float(-stats.norm.isf(np.exp(-(bound**2) / 2) / 2) if bound > -35 else bound)
 
 
-def zero_mean_z(error: Float64[np.ndarray, "rows"]) -> float:
-    """z-score of a mean whose expectation is 0."""
-    return Sums(float(len(error)), float(error.sum()), float(error @ error)).z
+def zero_mean_z(error: Float64[np.ndarray, "rows"], rounding: float = 0.0) -> float:
+    """z-score of a mean whose expectation is 0, but for `rounding`."""
+    return Sums(float(len(error)), float(error.sum()), float(error @ error)).z(rounding)
 
 
 def holm_z(z: Float64[np.ndarray, "tests"]) -> Float64[np.ndarray, "tests"]:
@@ -198,7 +201,7 @@ class Tally:
             "lower_z": pl.Float64,
         }
         tests = [
-            (version, policy, int(sums.n), sums.total / sums.n, sums.z, sums.lower_z)
+            (version, policy, int(sums.n), sums.total / sums.n, sums.z(), sums.lower_z)
             for (version, policy), sums in sorted(self.ratios.items())
             if policy == UNIFORM or self._taken(version, policy) >= FEWEST_TAKEN
         ]

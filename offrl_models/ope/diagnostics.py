@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 from scipy import optimize, special, stats
 
-from offrl_models.logs.tally import zero_mean_z
+from offrl_models.logs.tally import ROUNDED, zero_mean_z
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval
 from offrl_models.ope.sequences import finite, weights_by_step
@@ -147,11 +147,11 @@ def balance_z(left: Float64[np.ndarray, "episodes features"]) -> Float64[np.ndar
 
 
 def mean_ratio_z(ratio: Float64[np.ndarray, "rows"]) -> float:
-    """z-score of the mean ratio against 1, its expectation when the logged propensities are right.
+    """z-score of the mean ratio against 1, its expectation when the logged propensities are right, but for their rounding.
 
     The errors are martingale differences, so their variances add over rows.
     """
-    return zero_mean_z(ratio - 1.0)
+    return zero_mean_z(ratio - 1.0, ROUNDED)
 
 
 def without_most_influential(minuend: Terms, subtrahend: Terms, share: float = 0.005) -> float:
@@ -191,7 +191,8 @@ def worst_action_z(
         usual = (np.square(seen).sum() + typical) / (seen.sum() + 1.0)  # as if seen once more, with the typical ratio
         variance = max(len(error) * error.var(), usual * expected.sum() - np.square(expected).sum())
         variance += (expected.sum() * draws + 1.0) / draws**2 if draws else 0.0
-        scores.append(0.0 if abs(error.mean()) <= 1e-12 else error.sum() / np.sqrt(max(variance, 1e-24)))
+        spread = max(np.sqrt(variance), ROUNDED * max(seen.sum(), expected.sum()))
+        scores.append(0.0 if abs(error.mean()) <= 1e-12 else error.sum() / spread)
     return float(max(scores, key=abs))
 
 
@@ -243,8 +244,8 @@ def gamma_star_of_bound(
     gamma^t omega rho [r + gamma V(s') - Q]. By the model of `confounded_bounds` it may have been anything from
     mu + (1 - mu) / Gamma to mu + (1 - mu) Gamma times that. The bound is taken at the least mean and the greatest spread that
     any choice in every row leaves, which no single choice has at once: what confounding it takes may be more, never less. Values
-    and visits are taken as they were fitted. `unit` is the entity of each episode, where entities have several. inf beyond
-    LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
+    and visits are taken as they were fitted. `unit` is the entity of each episode, where entities have several: deviations are
+    those of `per_unit`. inf beyond LARGEST_ODDS, and 1 where the bound is not above 0 to begin with.
 
     Raises InputError for continuous actions, whose densities have no odds.
     """
@@ -252,14 +253,15 @@ def gamma_star_of_bound(
         raise InputError("hidden confounding is bounded by odds, which densities of continuous actions do not have.")
     hidden = (1.0 - episodes.action_prob) * finite("the correction", correction)
     gained, lost = (episodes.sum_per_episode(np.maximum(sign * hidden, 0.0)) for sign in (1.0, -1.0))
-    outcome, gained, lost = (summed(each, unit) for each in (outcome, gained, lost))  # their scale is of no account
+    episodes_of = summed(np.ones(episodes.n_episodes), unit)
+    outcome, gained, lost = (summed(each, unit) for each in (outcome, gained, lost))
 
     def left(log_odds: float) -> float:
         less, more = -math.expm1(-log_odds), math.expm1(log_odds)
         low, high = outcome - less * gained - more * lost, outcome + more * gained + less * lost
-        middle = (low.mean() + high.mean()) / 2
-        spread = math.sqrt(np.square(np.maximum(high - middle, middle - low)).mean())
-        return float(low.mean() - width * spread)
+        middle = (low.sum() + high.sum()) / (2 * episodes.n_episodes) * episodes_of
+        spread = math.sqrt(np.square(np.maximum(high - middle, middle - low)).mean()) / episodes_of.mean()
+        return float(low.sum() / episodes.n_episodes - width * spread)
 
     if not left(0.0) > 0.0:
         return 1.0

@@ -192,7 +192,7 @@ def _tail(found: dict[str, Any]) -> str:
         limit, shape = weights["pareto_k_limit"], weights["pareto_k"]
         said += f" Their tail has Pareto k = {shape:.2f}, {'above' if shape > limit else 'within'} the limit of {limit:.2f}."
     transitions = next((check for check in found["checks"] if check["name"] == "effective transitions"), None)
-    if transitions:
+    if transitions and "MDR" in found["estimates"]:
         said += (
             f" MDR weighs single transitions instead, worth {transitions['value']:,.0f} of {found['log']['rows']:,}."
         )

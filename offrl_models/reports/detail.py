@@ -83,7 +83,7 @@ def _gamma_star(found: Evaluation, rung: Measured, config: GateConfig) -> float 
     """Of the bound that passed."""
     measures = rung.measures
     planned = planned_units(config.planned_episodes, measures.episodes, measures.independent)
-    width = confidence_sequence_width(measures.independent, alpha=measures.alpha, planned=planned)
+    width = confidence_sequence_width(measures.independent, alpha=measures.alpha, planned=planned) * measures.widened
     outcome, unit = rung.leg.outcome - config.margin, found.unit
     return _plain(gamma_star_of_bound(found.episodes, outcome, rung.leg.correction, width, unit))
 

@@ -1,0 +1,81 @@
+"""Costs and groups where the state is no Markov state for them: what leg A says of them is not believed."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offrl_models import constraints, legs
+from offrl_models.choices import Probabilities
+from offrl_models.evaluation import Question
+from offrl_models.gate import GateConfig
+from offrl_models.ope.tabular import TabularModel
+from offrl_models.schema import Episodes, Feature
+
+STEPS, STATES = 4, 2
+ASKED = Question(alpha=0.05, states=STATES, propensities="logged", return_range=None)
+THRESHOLDS = GateConfig(constraints={"now": 1.0, "later": 1.0}, subgroups=("ward",))
+
+
+def logged(episodes: int, seed: int) -> Episodes:
+    """States and actions are coins. A cost is paid for an action at once, and another one a step later."""
+    rng, rows = np.random.default_rng(seed), episodes * STEPS
+    state, action = rng.integers(0, STATES, rows), rng.integers(0, 2, rows)
+    step = np.tile(np.arange(STEPS), episodes)
+    later = np.where(step > 0, np.append(0, action[:-1]), 0).astype(float)
+    return Episodes(
+        episode_id=np.arange(episodes), offsets=np.arange(episodes + 1) * STEPS,
+        observation=state[:, None].astype(np.float32), final_observation=np.zeros((episodes, 1), np.float32),
+        action=action, mask=np.ones((rows, 2), bool), reward=0.2 * action + 0.1 * rng.normal(size=rows),
+        terminated=step == STEPS - 1, truncated=np.zeros(rows, bool), action_prob=np.full(rows, 0.5), gamma=1.0,
+        features=(Feature("s", STATES),), costs={"now": action.astype(float), "later": later},
+        labels={"ward": np.arange(episodes) % 2},
+    )  # fmt: skip
+
+
+FITTED_ON, GATE = logged(4000, 1), logged(4000, 2)
+OFTEN = 0.8  # how often the policy acts, where the log does so half of the time
+
+
+def everything() -> tuple[Any, dict[str, legs.Paired | str], legs.Paired]:
+    table = np.array([[1 - OFTEN, OFTEN]] * STATES)
+    fitted, judged = (Probabilities(log, table[log.observation[:, 0].astype(int)]) for log in (FITTED_ON, GATE))
+    nothing = np.zeros(GATE.n_rows)
+    side = legs.Side(fitted, judged, judged.ratio(), nothing, nothing, nothing)
+    leg = legs.paired(side, side, FITTED_ON, GATE, TabularModel.fit(FITTED_ON, STATES))
+    assert isinstance(leg, legs.Paired)
+    found = SimpleNamespace(fitted_on=FITTED_ON, episodes=GATE, unit=None, side=lambda name: side)
+    return found, {"policy": leg}, leg
+
+
+@pytest.mark.parametrize(("markov", "informs"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_cost_that_the_state_does_not_tell_is_measured_by_weights_or_not_at_all(markov: bool, informs: bool) -> None:
+    found, paired, leg = everything()
+    now, later = constraints.costs("policy", found, THRESHOLDS, ASKED, paired, leg, markov=markov, informs=informs)
+    for cost, rise, believed in ((now, STEPS * (OFTEN - 0.5), markov), (later, (STEPS - 1) * (OFTEN - 0.5), False)):
+        assert cost.difference == pytest.approx(rise, abs=0.1), cost.name
+        if believed or informs:
+            assert cost.lower_bound < rise < cost.upper_bound < rise + 0.4
+        else:
+            assert (cost.lower_bound, cost.upper_bound) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("markov", "informs"), [(True, False), (False, True), (False, False)])
+def test_groups_are_measured_by_what_is_believed(markov: bool, informs: bool) -> None:
+    found, _, leg = everything()
+    by_weights = leg.outcome + 5.0  # of another mean, to be told apart
+    wards = constraints.groups(found, THRESHOLDS, ASKED, leg, by_weights, markov=markov, informs=informs)
+    assert [ward.name for ward in wards] == ["ward 0", "ward 1"]
+    for ward in wards:
+        assert ward.difference == pytest.approx(STEPS * 0.2 * (OFTEN - 0.5) + 5.0 * (not markov and informs), abs=0.05)
+        assert math.isfinite(ward.lower_bound) == math.isfinite(ward.upper_bound) == (markov or informs)
+
+
+def test_without_a_table_of_states_there_is_nothing_to_hold_against_it() -> None:
+    found, paired, leg = everything()
+    asked = replace(ASKED, states=None)
+    now, _ = constraints.costs("policy", found, THRESHOLDS, asked, paired, leg, markov=True, informs=False)
+    assert math.isfinite(now.upper_bound)
