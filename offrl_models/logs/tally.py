@@ -15,9 +15,7 @@ SURE = 0.999  # a propensity above it means that nothing was tried out (C18)
 BINS = 50
 DISTINCT = 1000  # distinct rewards that are told apart
 FEWEST_TAKEN = 10  # rows of an action under which its mean ratio says nothing
-ROUNDED = (
-    1e-4  # by how much a mean ratio may be off where propensities are written in few digits; no verdict hangs on it
-)
+ROUNDED = 1e-4  # what a mean ratio may be off by where propensities are rounded; no verdict hangs on it
 ALL, UNIFORM, ALWAYS = "all", "uniform", "always "
 
 
