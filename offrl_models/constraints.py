@@ -6,9 +6,8 @@ among groups of too few episodes, there are no bounds.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64
@@ -18,11 +17,24 @@ from offrl_models.gate import GateConfig
 from offrl_models.measures import Contrast
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.tabular import TabularModel
-
-if TYPE_CHECKING:
-    from offrl_models.evaluation import Evaluation, Question
+from offrl_models.ope.units import Units
+from offrl_models.schema import Episodes
 
 NOT_MARKOV = "what happens next depends on more than the state"
+
+
+@dataclass(frozen=True)
+class Held:
+    """The logs, and how they are asked."""
+
+    fitted_on: Episodes
+    episodes: Episodes
+    unit: Units | None
+    alpha: float
+    states: int | None
+    thresholds: GateConfig
+    markov: bool  # nothing speaks against the state for the reward
+    informs: bool  # enough episodes stand behind weights of whole ones
 
 
 def unbounded(found: Contrast) -> Contrast:
@@ -30,67 +42,43 @@ def unbounded(found: Contrast) -> Contrast:
 
 
 def costs(
-    name: str,
-    found: "Evaluation",
-    thresholds: GateConfig,
-    asked: "Question",
-    paired: Mapping[str, legs.Paired | str],
-    leg: legs.Paired,
-    *,
-    markov: bool,
-    informs: bool,
+    held: Held, sides: Sequence[legs.Side], paired: Sequence[legs.Paired | str], leg: legs.Paired
 ) -> list[Contrast]:
-    """The rise of every cost; one whose weights overflow is not measured.
+    """The rise of every cost over the champion's; one whose weights overflow is not measured.
 
-    `markov`: nothing speaks against the state for the reward. `informs`: enough episodes stand behind weights of whole ones.
+    `sides` and `paired` are of the policy and, where that is not who wrote the log, of the champion; `leg` is of both.
     """
-    planned, unit, paid = thresholds.planned_episodes, found.unit, found.episodes.costs
-    measured = []
-    for cost in thresholds.constraints:
-        believed = markov and _is_markov(cost, found, asked.states, thresholds.markov_z)
+    measured, planned = [], held.thresholds.planned_episodes
+    for cost in held.thresholds.constraints:
+        believed = held.markov and _is_markov(cost, held)
         with np.errstate(over="ignore", invalid="ignore"):
-            rise = _rise(cost, name, found, asked, paired if believed else dict.fromkeys(paired, NOT_MARKOV))
+            rise, *base = [
+                legs.cost_outcome(
+                    cost, side, each if believed else NOT_MARKOV, held.fitted_on, held.episodes, held.states
+                )
+                for side, each in zip(sides, paired, strict=True)
+            ]
+            rise = rise - base[0] if base else rise
         if legs.has_spread(rise):
-            unseen = legs.unseen(leg, paid[cost], found.episodes)
-            contrast = legs.contrast(cost, rise, asked.alpha, planned, unit, unseen)
-            measured.append(contrast if believed or informs else unbounded(contrast))
+            unseen = legs.unseen(leg, held.episodes.costs[cost], held.episodes)
+            contrast = legs.contrast(cost, rise, held.alpha, planned, held.unit, unseen)
+            measured.append(contrast if believed or held.informs else unbounded(contrast))
     return measured
 
 
-def _is_markov(cost: str, found: "Evaluation", states: int | None, limit: float) -> bool:
+def _is_markov(cost: str, held: Held) -> bool:
     """Whether nothing speaks against the state for a cost, as it is asked of the reward."""
-    if states is None:
+    if held.states is None:
         return True
-    fitted_on, gate = (replace(log, reward=log.costs[cost]) for log in (found.fitted_on, found.episodes))
-    model = TabularModel.fit(fitted_on, states)
-    return model is None or markov_z(model, fitted_on, gate) < limit
+    fitted_on, gate = (replace(log, reward=log.costs[cost]) for log in (held.fitted_on, held.episodes))
+    model = TabularModel.fit(fitted_on, held.states)
+    return model is None or markov_z(model, fitted_on, gate) < held.thresholds.markov_z
 
 
-def _rise(
-    cost: str, name: str, found: "Evaluation", asked: "Question", paired: Mapping[str, legs.Paired | str]
-) -> Float64[np.ndarray, "episodes"]:
-    """Per episode a number whose mean is the rise in the expected total of a cost over the champion's."""
-
-    def rise(policy: str) -> np.ndarray:
-        leg = paired[policy]
-        return legs.cost_outcome(cost, found.side(policy), leg, found.fitted_on, found.episodes, asked.states)
-
-    return rise(name) if asked.champion == legs.BEHAVIOR else rise(name) - rise(asked.champion)
-
-
-def groups(
-    found: "Evaluation",
-    thresholds: GateConfig,
-    asked: "Question",
-    leg: legs.Paired,
-    trajectory: Float64[np.ndarray, "episodes"],
-    *,
-    markov: bool,
-    informs: bool,
-) -> list[Contrast]:
+def groups(held: Held, leg: legs.Paired, trajectory: Float64[np.ndarray, "episodes"]) -> list[Contrast]:
     """The difference among the episodes of each group of each label column. `trajectory` is leg C."""
-    log, columns, planned = found.episodes, thresholds.subgroups, thresholds.planned_episodes
-    by_weights = not markov and informs
+    by_weights = not held.markov and held.informs
     leg = replace(leg, outcome=trajectory) if by_weights else leg
-    measured = legs.by_subgroup(leg, log, columns, asked.alpha, planned, found.unit)
-    return measured if markov or by_weights else [unbounded(group) for group in measured]
+    planned = held.thresholds.planned_episodes
+    measured = legs.by_subgroup(leg, held.episodes, held.thresholds.subgroups, held.alpha, planned, held.unit)
+    return measured if held.markov or by_weights else [unbounded(group) for group in measured]

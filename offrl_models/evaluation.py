@@ -211,12 +211,14 @@ def _measure(
         and unit is None  # the proof is for episodes that are independent
     )
     effective = effective_sample_size(summed(trajectory_weights(gate, side.ratio), unit))
-    believed = {
-        "markov": markov is None or markov < thresholds.markov_z,
-        "informs": trajectories and effective >= enough_effective(len(each)),
-    }
     choices = found.choices[name]
     weighed = [name] if asked.champion == BEHAVIOR else [name, asked.champion]
+    held = constraints.Held(
+        found.fitted_on, gate, unit, asked.alpha, asked.states, thresholds,
+        markov=markov is None or markov < thresholds.markov_z,
+        informs=trajectories and effective >= enough_effective(len(each)),
+    )  # fmt: skip
+    sides, parts = [found.side(policy) for policy in weighed], [paired[policy] for policy in weighed]
     one_step = gate.n_rows == gate.n_episodes
     rare = legs.few_visits_mass(choices, found.fitted_on, gate, asked.states, thresholds.few_visits)
     measures = Measures(
@@ -260,8 +262,8 @@ def _measure(
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
-        costs=constraints.costs(name, found, thresholds, asked, paired, mine, **believed),
-        subgroups=constraints.groups(found, thresholds, asked, mine, leg_c, **believed),
+        costs=constraints.costs(held, sides, parts, mine),
+        subgroups=constraints.groups(held, mine, leg_c),
         equal_returns=bool(np.ptp(gate.return_) <= ROUNDING * np.abs(gate.return_).max()),
         entities=None if unit is None else len(each),
     )

@@ -28,6 +28,7 @@ ROWS = [
     {"config", "ledger", "legs"},
     {"training", "bundle"},
     {"cloning"},
+    {"constraints"},
     {"evaluation", "comparison"},
     {"selection"},
     {"reports"},

@@ -81,6 +81,7 @@ def test_estimates_cover_the_exact_value_of_a_tabular_world(tmp_path: Path) -> N
     assert covers(found["logged"], base)
     assert found["difference"]["lower_bound"] < exact - base < found["difference"]["upper_bound"]
     assert found["difference"]["estimator"] == "MDR" and found["answer"] == "better"
+    assert "of the other one, but DM, which is of the whole log." in " ".join(found["method"])
     assert found["left_out"] == {} and all(check["holds"] for check in found["checks"])
 
 

@@ -1,22 +1,18 @@
 """Costs and groups where the state is no Markov state for them: what leg A says of them is not believed."""
 
 import math
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from offrl_models import constraints, legs
+from offrl_models import legs
 from offrl_models.choices import Probabilities
-from offrl_models.evaluation import Question
+from offrl_models.constraints import Held, costs, groups
 from offrl_models.gate import GateConfig
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes, Feature
 
 STEPS, STATES = 4, 2
-ASKED = Question(alpha=0.05, states=STATES, propensities="logged", return_range=None)
 THRESHOLDS = GateConfig(constraints={"now": 1.0, "later": 1.0}, subgroups=("ward",))
 
 
@@ -40,21 +36,20 @@ FITTED_ON, GATE = logged(4000, 1), logged(4000, 2)
 OFTEN = 0.8  # how often the policy acts, where the log does so half of the time
 
 
-def everything() -> tuple[Any, dict[str, legs.Paired | str], legs.Paired]:
+def everything(markov: bool, informs: bool, states: int | None = STATES) -> tuple[Held, legs.Side, legs.Paired]:
     table = np.array([[1 - OFTEN, OFTEN]] * STATES)
     fitted, judged = (Probabilities(log, table[log.observation[:, 0].astype(int)]) for log in (FITTED_ON, GATE))
     nothing = np.zeros(GATE.n_rows)
     side = legs.Side(fitted, judged, judged.ratio(), nothing, nothing, nothing)
     leg = legs.paired(side, side, FITTED_ON, GATE, TabularModel.fit(FITTED_ON, STATES))
     assert isinstance(leg, legs.Paired)
-    found = SimpleNamespace(fitted_on=FITTED_ON, episodes=GATE, unit=None, side=lambda name: side)
-    return found, {"policy": leg}, leg
+    return Held(FITTED_ON, GATE, None, 0.05, states, THRESHOLDS, markov=markov, informs=informs), side, leg
 
 
 @pytest.mark.parametrize(("markov", "informs"), [(True, True), (True, False), (False, True), (False, False)])
 def test_a_cost_that_the_state_does_not_tell_is_measured_by_weights_or_not_at_all(markov: bool, informs: bool) -> None:
-    found, paired, leg = everything()
-    now, later = constraints.costs("policy", found, THRESHOLDS, ASKED, paired, leg, markov=markov, informs=informs)
+    held, side, leg = everything(markov, informs)
+    now, later = costs(held, [side], [leg], leg)
     for cost, rise, believed in ((now, STEPS * (OFTEN - 0.5), markov), (later, (STEPS - 1) * (OFTEN - 0.5), False)):
         assert cost.difference == pytest.approx(rise, abs=0.1), cost.name
         if believed or informs:
@@ -65,9 +60,9 @@ def test_a_cost_that_the_state_does_not_tell_is_measured_by_weights_or_not_at_al
 
 @pytest.mark.parametrize(("markov", "informs"), [(True, False), (False, True), (False, False)])
 def test_groups_are_measured_by_what_is_believed(markov: bool, informs: bool) -> None:
-    found, _, leg = everything()
+    held, _, leg = everything(markov, informs)
     by_weights = leg.outcome + 5.0  # of another mean, to be told apart
-    wards = constraints.groups(found, THRESHOLDS, ASKED, leg, by_weights, markov=markov, informs=informs)
+    wards = groups(held, leg, by_weights)
     assert [ward.name for ward in wards] == ["ward 0", "ward 1"]
     for ward in wards:
         assert ward.difference == pytest.approx(STEPS * 0.2 * (OFTEN - 0.5) + 5.0 * (not markov and informs), abs=0.05)
@@ -75,7 +70,12 @@ def test_groups_are_measured_by_what_is_believed(markov: bool, informs: bool) ->
 
 
 def test_without_a_table_of_states_there_is_nothing_to_hold_against_it() -> None:
-    found, paired, leg = everything()
-    asked = replace(ASKED, states=None)
-    now, _ = constraints.costs("policy", found, THRESHOLDS, asked, paired, leg, markov=True, informs=False)
+    held, side, leg = everything(True, False, None)
+    now, _ = costs(held, [side], [leg], leg)
     assert math.isfinite(now.upper_bound)
+
+
+def test_a_rise_over_a_champion_who_does_the_same_is_none() -> None:
+    held, side, leg = everything(True, True)
+    for cost in costs(held, [side] * 2, [leg] * 2, leg):
+        assert cost.difference == 0.0

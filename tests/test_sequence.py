@@ -133,10 +133,10 @@ def choosing(episodes: int, space: Space) -> Episodes:
 @pytest.mark.parametrize("space", SPACES)
 def test_the_return_that_is_wanted_is_the_one_that_is_sought(space: Space) -> None:
     log = choosing(200, space)
-    rate = 0.003 if space == "discrete" else 0.01
+    rate, steps = (0.003, 200) if space == "discrete" else (0.01, 400)
     config = make_config(NAME, {"embedding": 16, "layers": 1, "context": 3, "learning_rate": rate}, space)
     algorithm, _ = fit(
-        NAME, config, log, Encoder(log.features), seeds=[2, 3], gradient_steps=200, batch_size=32, clip_norm=0.25,
+        NAME, config, log, Encoder(log.features), seeds=[2, 3], gradient_steps=steps, batch_size=32, clip_norm=0.25,
         warmup_steps=10,
     )  # fmt: skip
     assert float(algorithm.target_return) == 3.0  # the greatest in the log

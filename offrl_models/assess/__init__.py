@@ -185,7 +185,8 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
     if values is not None:
         said.append(
             "The log is all there is, so its entities were cut into two folds by a hash of their id. Values were fitted by "
-            f"{values.how}; each fold is evaluated with the values of the other one."
+            f"{values.how}; each fold is evaluated with the values of the other one"
+            + (", but DM, which is of the whole log." if isinstance(values.direct, Terms) else ".")
         )
     cut = int(episodes.truncated.sum())
     if cut:
