@@ -1,8 +1,8 @@
 """What a policy does to costs and to groups, beside the value: contrasts to the champion that the gate holds to limits.
 
 They are those of leg A as long as nothing speaks against a Markov state. Where something does, in what follows a decision or in the
-cost that is asked about, per-decision importance sampling takes its place, and leg C for groups; without enough episodes behind it, and
-among groups of too few episodes, there are no bounds.
+cost that is asked about, per-decision importance sampling takes its place, and leg C for groups; without enough episodes behind
+it, and among groups of too few episodes, there are no bounds.
 """
 
 import math
