@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Float64, Shaped
 
 from offrl_models.assess.graphs import TOLERANCE
 from offrl_models.assess.log import Assessed
+from offrl_models.assess.named import names_of, order_of
 from offrl_models.assess.target import ALIKE, Function, FunctionPolicy, Target, require_distributions
 from offrl_models.choices import Probabilities
 from offrl_models.logs import formats
+from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import CHUNK, Log
 from offrl_models.schema import Episodes, InputError
 
@@ -20,7 +22,7 @@ NUMBER, LIST = pa.float64(), pa.list_(pa.float64())
 
 
 def of_column(name: str, given: Assessed) -> Target:
-    """A column of the log: a list of the probabilities of all actions, or the probability of the logged action.
+    """A column of the log: the probabilities of all actions, a list or by their names, or that of the logged action.
 
     Raises InputError naming file, column and number of rows where it holds anything else.
     """
@@ -39,10 +41,6 @@ def of_column(name: str, given: Assessed) -> Target:
     found = wanted.join(known, on=keys, how="left", maintain_order="left")["_policy"]
     card = {"name": f"column {name}", "kind": "column of probabilities"}
     if isinstance(found.dtype, pl.List):
-        if not episodes.n_actions:
-            raise InputError(
-                f"column {name!r} holds lists, but the action is continuous; give its density at the action."
-            )
         probs = found.cast(pl.Array(pl.Float64, episodes.n_actions)).to_numpy()
         require_distributions(probs, np.array(episodes.mask), f"column {name!r}", "decisions")
         function, why = _looked_up(episodes, probs)
@@ -56,12 +54,13 @@ def of_column(name: str, given: Assessed) -> Target:
 def _column(log: Log, number: int, name: str, keys: list[str]) -> pl.DataFrame:
     """The column of one batch beside the keys of its rows, as `_policy`."""
     path, contract = log.batches[number].path, log.contract
-    types = {name: _asked_as(path, contract.format, name)}
+    types = {name: _asked_as(path, contract, name)}
     tables = [pl.DataFrame(table) for table in formats.chunks(path, contract.format, [name], types, CHUNK)]
     rows = pl.concat([frame.select(keys) for _, frame in log.chunks_of(number, keys)], how="vertical_relaxed")
     column = pl.concat(tables, how="vertical_relaxed")[name]
     actions = contract.action.n_actions
-    if isinstance(column.dtype, (pl.List, pl.Array)):
+    if isinstance(column.dtype, (pl.List, pl.Array, pl.Struct)):
+        column = _listed(column, contract, f"{path}: column {name!r}")
         column = column.cast(pl.List(pl.Float64))
         wrong = column.is_null() | (column.list.len() != actions) | column.list.eval(pl.element().is_null()).list.any()
         asked = f"a list of {actions} probabilities"
@@ -83,15 +82,28 @@ def _column(log: Log, number: int, name: str, keys: list[str]) -> pl.DataFrame:
     return rows.with_columns(column.alias("_policy"))
 
 
-def _asked_as(path: Path, format: str, name: str) -> pa.DataType:
-    """What a column is parsed as where the format leaves it open: JSON lines can hold lists, CSV cannot."""
-    if format == "jsonl":
-        with_lists = formats.chunks(path, format, [name], {name: LIST}, CHUNK)
-        try:
-            next(with_lists, None)
-        except InputError:
-            return NUMBER
-        return LIST
+def _listed(column: pl.Series, contract: Contract, whose: str) -> pl.Series:
+    """Lists in the order of the log's actions."""
+    fields = [field.name for field in column.dtype.fields] if isinstance(column.dtype, pl.Struct) else None
+    if contract.action.continuous:
+        raise InputError(f"{whose} has probabilities, but the action is continuous; give its density at the action.")
+    order = order_of(fields, contract, whose, "write a struct (in JSON an object) with the fields")
+    if order is None:
+        return column
+    named = column.struct.unnest()
+    return named.select(pl.concat_list([named.columns[place] for place in order]).alias(column.name)).to_series()
+
+
+def _asked_as(path: Path, contract: Contract, name: str) -> pa.DataType:
+    """What a column is parsed as where the format leaves it open: JSON lines can hold lists and objects, CSV cannot."""
+    if contract.format == "jsonl":
+        named = pa.struct([(action, pa.float64()) for action in names_of(contract)])
+        for asked in (LIST, named):
+            try:
+                next(formats.chunks(path, contract.format, [name], {name: asked}, CHUNK), None)
+            except InputError:
+                continue
+            return asked
     return NUMBER
 
 

@@ -1,6 +1,7 @@
 """The policy that is assessed, where it can be asked: an exported graph, or a Python function."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 from offrl_models import bundle, registry, storage
 from offrl_models.assess.graphs import TOLERANCE, require_density, require_interface
 from offrl_models.assess.log import Assessed, make_contract
+from offrl_models.assess.named import order_of
 from offrl_models.choices import Choices, Draws, Probabilities
 from offrl_models.exported import Exported, OnnxPolicy, open_policy
 from offrl_models.logs.contract import Contract
@@ -135,6 +137,8 @@ def of_graph(path: Path, given: Assessed) -> Target:
         )
     policy = open_policy(graph)
     require_interface(policy, given)
+    if trained_under is None and not given.contract.action.continuous:
+        _require_order(policy, given.contract)
     card = {"name": str(path), "kind": "exported graph", "sha256": storage.sha256_file(graph)}
     try:
         if isinstance(policy, OnnxPolicy):
@@ -144,6 +148,24 @@ def of_graph(path: Path, given: Assessed) -> Target:
     except (Fail, InvalidArgument, RuntimeException) as error:
         raise InputError(f"{graph} cannot be run on the log ({_first_line(error)}); export it again.") from error
     return Target(card, choices.taken, choices, policy)
+
+
+def _require_order(policy: Exported, contract: Contract) -> None:
+    """Raises InputError for a graph that has the actions in another order than the log, or does not say in which."""
+    said = policy.session.get_modelmeta().custom_metadata_map.get("actions")
+    try:
+        given = None if said is None else json.loads(said)
+    except ValueError:
+        given = said
+    if given is not None and not isinstance(given, list):
+        raise InputError(f"{policy.path} has metadata `actions` that are no list of names in JSON; export it again.")
+    order = order_of(
+        given, contract, str(policy.path), "export it with metadata `actions`, a list of their names in JSON:"
+    )
+    if order is not None and order != sorted(order):
+        raise InputError(
+            f"{policy.path} has the actions in the order {said}; name them in that one: --actions or `values`."
+        )
 
 
 def _require_discrete(given: Assessed) -> None:
@@ -180,7 +202,13 @@ def of_function(name: str, given: Assessed) -> Target:
         raise InputError(f"module {module} has no {attribute}; write package.module:function.")
     if not callable(function):
         raise InputError(f"{name} is a {type(function).__name__}, not a function of observations and masks.")
-    policy, few = FunctionPolicy(function, name), min(ASKED, given.episodes.n_rows)
+
+    def in_order(observation: np.ndarray, mask: np.ndarray) -> Any:
+        found = function(observation, mask)
+        order = order_of(getattr(found, "columns", None), given.contract, name, "return a DataFrame with columns")
+        return found if order is None else np.asarray(found)[:, order]
+
+    policy, few = FunctionPolicy(in_order, name), min(ASKED, given.episodes.n_rows)
     observation, mask = given.episodes.observation[:few], np.array(given.episodes.mask[:few])
     together = policy.probs(observation, mask)[:ASKED_ALONE]
     alone = [policy.probs(observation[i : i + 1], mask[i : i + 1]) for i in range(len(together))]

@@ -181,6 +181,10 @@ def _fits(value: Any, dtype: pa.DataType) -> bool:
     """Whether Arrow takes a JSON value for one of this type."""
     if pa.types.is_list(dtype):
         return value is None or (isinstance(value, list) and all(_fits(item, dtype.value_type) for item in value))
+    if pa.types.is_struct(dtype):
+        return value is None or (
+            isinstance(value, dict) and all(_fits(value.get(each.name), each.type) for each in dtype)
+        )
     if pa.types.is_boolean(dtype) or isinstance(value, bool):
         return value is None or (pa.types.is_boolean(dtype) and isinstance(value, bool))
     if pa.types.is_integer(dtype):
