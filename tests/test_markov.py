@@ -63,6 +63,30 @@ def test_a_trait_that_nobody_logged_is_noticed() -> None:
     assert markov_z(fitted(fitted_on, WORLD), fitted_on, gate) > 6
 
 
+@pytest.mark.parametrize("steps", [2, 10])
+def test_an_end_that_the_state_does_not_tell_is_noticed(steps: int) -> None:
+    """Every recording that goes on for so many steps ends there, wherever it is; rewards and transitions are those of the state."""
+    fitted_on, gate = (ended_after(log, steps) for log in logs(circling_world(0.9), 4))
+    assert markov_z(fitted(fitted_on, circling_world(0.9)), fitted_on, gate) > 6
+
+
+def ended_after(log: Episodes, steps: int) -> Episodes:
+    kept = log.step < steps
+    last = np.flatnonzero(kept & (np.append(log.step[1:], 0) % steps == 0))
+    return dataclasses.replace(
+        log,
+        offsets=np.append(0, last + 1 - np.cumsum(~kept)[last]),
+        observation=log.observation[kept],
+        final_observation=log.next_observation[last],
+        action=log.action[kept],
+        mask=np.asarray(log.mask)[kept],
+        reward=log.reward[kept],
+        terminated=np.isin(np.flatnonzero(kept), last),
+        truncated=np.zeros(int(kept.sum()), bool),
+        action_prob=log.action_prob[kept],
+    )
+
+
 def test_nothing_is_said_of_single_decisions() -> None:
     world = random_world(4, 3, 1, 0.9, seed=2)
     fitted_on, gate = logs(world, 0)

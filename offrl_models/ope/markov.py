@@ -28,26 +28,43 @@ def _within(values: Float64[np.ndarray, "rows"], cell: Int64[np.ndarray, "rows"]
     return values - (np.bincount(place, values) / np.bincount(place))[place]
 
 
-def markov_z(model: TabularModel, fitted_on: Episodes, episodes: Episodes) -> float:
-    """The largest z-score of "the past tells what comes next, beyond state and action", over LAGS. Small for a Markov state.
+def _learned(
+    place: Int64[np.ndarray, "rows"], came: Float64[np.ndarray, "rows"], asked: Int64[np.ndarray, "asked"]
+) -> Float64[np.ndarray, "asked"]:
+    """The mean of what came in each place, drawn towards 0 by the rows it is lent, at the places asked for; 0 at unknown ones."""
+    known, inverse = np.unique(place, return_inverse=True)
+    mean = np.bincount(inverse, came) / (np.bincount(inverse) + LENT)
+    found = np.searchsorted(known, asked).clip(max=len(known) - 1)
+    return np.where(known[found] == asked, mean[found], 0.0)
 
-    What comes next is the reward and the behavior's value of what follows. The past is, some steps before, the state and action,
-    each with what was learned to come after it from `fitted_on`; and what came next then. z is that of the covariance over
-    `episodes`, which are independent, within each present state and action, so that errors of the model cancel. 0 where episodes
-    are too short to tell. The idea of testing by conditional covariances is that of Shi et al. (2020),
-    https://arxiv.org/abs/2002.01751.
+
+def markov_z(model: TabularModel, fitted_on: Episodes, episodes: Episodes) -> float:
+    """The largest z-score of "the past tells what comes next, beyond state and action". Small for a Markov state.
+
+    What comes next is the reward and the behavior's value of what follows. The past is, so many steps before as LAGS say, the state
+    and action, each with what was learned to come after it from `fitted_on`; what came next then; and how many steps there were,
+    with what was learned to come after so many, in each state and action, and in all, where it is also asked whether the episode
+    ends. z is that of the covariance over `episodes`, which are independent, within each present state and action, so that errors
+    of the model cancel. 0 where episodes are too short to tell. The idea of testing by conditional covariances is that of Shi et al.
+    (2020), https://arxiv.org/abs/2002.01751.
     """
-    cells = [_cells(log) for log in (fitted_on, episodes)]
-    came = [_within(_next_values(model, log), cell) for log, cell in zip((fitted_on, episodes), cells, strict=True)]
-    size, found = model.visits.size, [0.0]
+    logs = (fitted_on, episodes)
+    cells = [_cells(log) for log in logs]
+    came = [_within(_next_values(model, log), cell) for log, cell in zip(logs, cells, strict=True)]
+    ended = [_within(log.terminated.astype(float), cell) for log, cell in zip(logs, cells, strict=True)]
+    steps = [log.step for log in logs]
+    both = [cell * max(int(log.length.max()) for log in logs) + log.step for cell, log in zip(cells, logs, strict=True)]
+    found = [0.0]
+    for place, outcome in ((both, came), (steps, came), (steps, ended)):
+        expected = _within(_learned(place[0], outcome[0], place[1]), cells[1])
+        found.append(zero_mean_z(episodes.sum_per_episode(expected * outcome[1])))
     for lag in LAGS:
-        learned_from, late = (np.flatnonzero(log.step >= lag) for log in (fitted_on, episodes))
+        learned_from, late = (np.flatnonzero(log.step >= lag) for log in logs)
         if not len(learned_from) or not len(late):
             break
-        before = cells[0][learned_from - lag]
-        learned = np.bincount(before, came[0][learned_from], size) / (np.bincount(before, minlength=size) + LENT)
+        learned = _learned(cells[0][learned_from - lag], came[0][learned_from], cells[1][late - lag])
         now = cells[1][late]
-        for past, sides in ((learned[cells[1][late - lag]], 1), (came[1][late - lag], 2)):
+        for past, sides in ((learned, 1), (came[1][late - lag], 2)):
             product = np.zeros(episodes.n_rows)
             product[late] = _within(past, now) * _within(came[1][late], now)
             z = zero_mean_z(episodes.sum_per_episode(product))
