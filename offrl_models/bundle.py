@@ -63,7 +63,8 @@ def release(
     """Write the bundle of a rung that passed and make it the champion.
 
     `rung` holds `policy.onnx` and `policy.safetensors`. The manifest holds no time and no path, so the same inputs give the
-    same digest. Raises ReleaseRefusedError, and changes nothing, unless the verdict is a PASS of this policy.
+    same digest. Raises ReleaseRefusedError, and changes nothing, unless the verdict is a PASS of this policy; InputError where the
+    champion is another than the `champion_version` of the lineage, which it was judged against.
     """
     passed = require_pass(rung / POLICY, verdict, thresholds)
     draft = policies / f".draft-{passed.policy[:16]}"
@@ -89,7 +90,9 @@ def release(
         raise ReleaseRefusedError(f"{rung / POLICY} changed while it was released; run the gate again.")
     digest = storage.sha256_file(draft / registry.MANIFEST)
     facts = {"verdict": passed.status, "lower_bound": passed.measures.lower_bound, "policy": passed.policy}
-    version = registry.publish(draft, policies, facts)
-    if draft.exists():
-        shutil.rmtree(draft)
+    try:
+        version = registry.publish(draft, policies, facts, lineage["champion_version"])
+    finally:
+        if draft.exists():
+            shutil.rmtree(draft)
     return Release(version, policies / str(version), digest, passed.measures.lower_bound, passed.measures.rows)

@@ -260,6 +260,11 @@ class Pipeline:
         return Folders(self.root, self.raw, self.folder)
 
     @property
+    def ledger(self) -> Path:
+        """Of all looks at these logs. It lies beside them: who asks them under the name of another dataset pays as well."""
+        return self.raw.with_name("policies") / "ledger.jsonl"
+
+    @property
     def reports(self) -> Path:
         """Pages for people."""
         return self.folder / "reports"

@@ -76,9 +76,24 @@ def _is_markov(cost: str, held: Held) -> bool:
 
 
 def groups(held: Held, leg: legs.Paired, trajectory: Float64[np.ndarray, "episodes"]) -> list[Contrast]:
-    """The difference among the episodes of each group of each label column. `trajectory` is leg C."""
+    """The difference among the episodes of each group of each label column. `trajectory` is leg C.
+
+    A group that the gate split has no episode of has no bounds.
+    """
     by_weights = not held.markov and held.informs
     leg = replace(leg, outcome=trajectory) if by_weights else leg
     planned = held.thresholds.planned_episodes
     measured = legs.by_subgroup(leg, held.episodes, held.thresholds.subgroups, held.alpha, planned, held.unit)
-    return measured if held.markov or by_weights else [unbounded(group) for group in measured]
+    known = measured if held.markov or by_weights else [unbounded(group) for group in measured]
+    return [*known, *_without_episodes(held, {group.name for group in measured})]
+
+
+def _without_episodes(held: Held, measured: set[str]) -> list[Contrast]:
+    """The groups of which all episodes fell into other splits."""
+    none = None if held.unit is None else 0
+    logged = {
+        f"{column} {group}"
+        for column in held.thresholds.subgroups
+        for group in np.unique(held.fitted_on.labels[column])
+    }
+    return [Contrast(name, 0, 0.0, -math.inf, math.inf, none) for name in sorted(logged - measured)]

@@ -12,7 +12,7 @@ releases stays below it is proven for looks whose data are new; looks share gate
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from offrl_models.gate import GateConfig, Status
 from offrl_models.ope.eprocess import elond_level
 from offrl_models.schema import InputError
 
-LEDGER = "ledger.jsonl"
 YEAR = timedelta(days=365)
 LEAST = 1e-6  # error rate below which a look could not end in a release
 
@@ -91,9 +90,10 @@ def level(
 ) -> Level:
     """What a hypothesis may be tested at on some data; what it was tested at, where that look was taken before.
 
+    Today is not before the last look: of a clock that was set back nothing would be spent.
     Raises InputError when this year's budget is spent.
     """
-    today = today or datetime.now(UTC).date()
+    today = max([today or datetime.now(UTC).date(), *(date.fromisoformat(look.date) for look in looks)])
     for place, look in enumerate(looks):
         if (look.hypothesis, look.gate_data) == (hypothesis, gate_data):
             looks, today = looks[:place], date.fromisoformat(look.date)
@@ -127,10 +127,11 @@ def level(
     return Level(alpha, alpha, number, 0, f"hypothesis {number}, bounded by the budget of {tightest}")
 
 
-def enter(path: Path, look: Look) -> bool:
+def enter(path: Path, look: Look, known: int | None = None) -> bool:
     """Append a look, unless the same hypothesis was judged on the same data before. Returns whether it was new.
 
-    Raises InputError where it was, with another verdict.
+    Its date is not before that of the last entry, though the clock may be. Raises InputError where it was judged before, with
+    another verdict, and where there are other than the `known` entries by which it was given its error rate.
     """
     with storage.exclusive(path.with_name(f".{path.name}.lock")):
         looks = read(path)
@@ -142,8 +143,13 @@ def enter(path: Path, look: Look) -> bool:
                     f"{path}: these policies were judged on these logs on {old.date}, by the same settings, and the verdict was "
                     f"{old.verdict}; now it would be {look.verdict}. The first look counts: judge them again on more logs."
                 )
+        if known is not None and len(looks) != known:
+            raise InputError(
+                f"{path}: another look was entered while this one was taken, so its error rate may be spent; judge again."
+            )
         lines = path.read_text().splitlines() if looks else []
         before = json.loads(lines[-1])["hash"] if lines else ""
+        look = replace(look, date=max([look.date, *(old.date for old in looks)]))
         entry = {**asdict(look), "hash": _hash(before, asdict(look))}
         storage.write_bytes(path, "".join(f"{line}\n" for line in [*lines, json.dumps(entry)]).encode())
     return True

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
+from offrl_models.datasets.encoding import known_codes
 from offrl_models.distributions import Categorical, Distribution
 from offrl_models.schema import Episodes, InputError
 
@@ -66,7 +67,7 @@ class BehaviorTable(nn.Module):
     def forward(
         self, observation: Float[Tensor, "batch columns"], mask: Bool[Tensor, "batch actions"]
     ) -> Float[Tensor, "batch actions"]:
-        known = self.known[observation[:, 0].long()] * mask
+        known = self.known[known_codes(observation[:, 0], len(self.known))] * mask
         unseen = (mask & (known == 0)).double()
         left = (1.0 - known.sum(-1, keepdim=True)).clamp(min=0.0)
         probs = known + unseen * left / unseen.sum(-1, keepdim=True).clamp(min=1.0)

@@ -41,14 +41,22 @@ def champion(policies: Path) -> dict[str, Any] | None:
     return pointer
 
 
-def publish(draft: Path, policies: Path, facts: dict[str, Any]) -> int:
-    """Give a complete, verified draft bundle a version and point the champion at it.
+def publish(draft: Path, policies: Path, facts: dict[str, Any], beaten: int | None) -> int:
+    """Give a complete, verified draft bundle a version and point the champion at it, which has to be the version `beaten`.
 
-    A bundle that was published before keeps its version. `facts` go into the pointer. The draft folder is consumed.
+    A bundle that was published before keeps its version. `facts` go into the pointer. The draft folder is consumed. Raises
+    InputError, and changes nothing, where another version is the champion, unless it is this very bundle.
     """
     verify(draft)
     digest = storage.sha256_file(draft / MANIFEST)
     with storage.exclusive(policies / ".lock"):
+        now = champion(policies)
+        if now and now["version"] != beaten and now["manifest_sha256"] != digest:
+            against = "the behavior policy" if beaten is None else f"version {beaten}"
+            raise InputError(
+                f"{draft} was judged against {against}, and the champion is version {now['version']}, which it never had to beat; "
+                "the champion stays. Where both are of one candidate, train another, which is held against the champion."
+            )
         known = [v for v in versions(policies) if storage.sha256_file(policies / str(v) / MANIFEST) == digest]
         if known:
             version = known[0]

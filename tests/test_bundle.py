@@ -36,7 +36,7 @@ def release(rung: Path, verdict: dict[str, Any], policies: Path, **more: Any) ->
         thresholds=more.pop("thresholds", CONFIG),
         evidence={"estimates": 1},
         config=more.pop("config", {"gamma": 1.0}),
-        lineage={"dataset": "toy", "raw_logs": "abc.dir"},
+        lineage={"dataset": "toy", "raw_logs": "abc.dir", "champion_version": more.pop("beaten", None)},
         policies=policies,
     )
 
@@ -64,9 +64,25 @@ def test_the_same_inputs_give_the_same_digest_and_no_second_version(rung: Path, 
     again = release(rung, passing(rung), tmp_path / "a")
     assert first.manifest_sha256 == second.manifest_sha256 == again.manifest_sha256
     assert again.version == 1 and registry.versions(tmp_path / "a") == [1]
-    other = release(rung, passing(rung), tmp_path / "a", config={"gamma": 0.9})
+    other = release(rung, passing(rung), tmp_path / "a", config={"gamma": 0.9}, beaten=1)
     assert other.version == 2 and other.manifest_sha256 != first.manifest_sha256
     assert not list((tmp_path / "a").glob(".draft*"))
+
+
+def test_only_what_beat_the_champion_takes_its_place(rung: Path, tmp_path: Path) -> None:
+    """Another rung of a candidate that was released is judged against what that one replaced: it may be worse than it."""
+    policies = tmp_path / "policies"
+    release(rung, passing(rung), policies)
+    before = registry.champion(policies)
+    with pytest.raises(
+        InputError, match="judged against the behavior policy, and the champion is version 1, which it never had"
+    ):
+        release(rung, passing(rung), policies, config={"gamma": 0.9})
+    assert registry.champion(policies) == before and registry.versions(policies) == [1]
+    assert not list(policies.glob(".draft*"))
+    assert release(rung, passing(rung), policies, config={"gamma": 0.9}, beaten=1).version == 2
+    with pytest.raises(InputError, match="the champion is version 2"):
+        release(rung, passing(rung), policies)
 
 
 def unchanged(policies: Path) -> bool:
@@ -121,10 +137,10 @@ def test_a_crash_before_the_pointer_leaves_the_old_champion(
 
     monkeypatch.setattr(storage, "write_json", crash)
     with pytest.raises(OSError, match="power cut"):
-        release(rung, passing(rung), policies, config={"gamma": 0.5})
+        release(rung, passing(rung), policies, config={"gamma": 0.5}, beaten=1)
     monkeypatch.undo()
     assert registry.champion(policies) == before
-    assert release(rung, passing(rung), policies, config={"gamma": 0.5}).version == 2
+    assert release(rung, passing(rung), policies, config={"gamma": 0.5}, beaten=1).version == 2
     pointer = registry.champion(policies)
     assert pointer is not None and pointer["version"] == 2
 

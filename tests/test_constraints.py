@@ -1,6 +1,7 @@
 """Costs and groups where the state is no Markov state for them: what leg A says of them is not believed."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,16 @@ from offrl_models.gate import GateConfig
 from offrl_models.ope.tabular import TabularModel
 from offrl_models.schema import Episodes, Feature
 
-STEPS, STATES = 4, 2
+STEPS = 4
+STATES = 2 * STEPS
 THRESHOLDS = GateConfig(constraints={"now": 1.0, "later": 1.0}, subgroups=("ward",))
 
 
 def logged(episodes: int, seed: int) -> Episodes:
-    """States and actions are coins. A cost is paid for an action at once, and another one a step later."""
+    """States are coins beside the step, and actions are coins. A cost is paid for an action at once, another one a step later."""
     rng, rows = np.random.default_rng(seed), episodes * STEPS
-    state, action = rng.integers(0, STATES, rows), rng.integers(0, 2, rows)
-    step = np.tile(np.arange(STEPS), episodes)
+    step, action = np.tile(np.arange(STEPS), episodes), rng.integers(0, 2, rows)
+    state = 2 * step + rng.integers(0, 2, rows)
     later = np.where(step > 0, np.append(0, action[:-1]), 0).astype(float)
     return Episodes(
         episode_id=np.arange(episodes), offsets=np.arange(episodes + 1) * STEPS,
@@ -67,6 +69,14 @@ def test_groups_are_measured_by_what_is_believed(markov: bool, informs: bool) ->
     for ward in wards:
         assert ward.difference == pytest.approx(STEPS * 0.2 * (OFTEN - 0.5) + 5.0 * (not markov and informs), abs=0.05)
         assert math.isfinite(ward.lower_bound) == math.isfinite(ward.upper_bound) == (markov or informs)
+
+
+def test_a_group_without_gate_episodes_has_no_bounds() -> None:
+    held, _, leg = everything(True, True)
+    labels = {"ward": np.where(np.arange(FITTED_ON.n_episodes) < 9, 7, FITTED_ON.labels["ward"])}
+    wards = groups(replace(held, fitted_on=replace(FITTED_ON, labels=labels)), leg, leg.outcome)
+    assert [(ward.name, ward.episodes > 0) for ward in wards] == [("ward 0", True), ("ward 1", True), ("ward 7", False)]
+    assert (wards[2].lower_bound, wards[2].upper_bound) == (-math.inf, math.inf)
 
 
 def test_without_a_table_of_states_there_is_nothing_to_hold_against_it() -> None:

@@ -115,6 +115,16 @@ def test_the_order_of_rows_and_batches_never_matters(tmp_path: Path, random: Ran
         assert tables[0].drop_columns("recorded").equals(tables[1].drop_columns("recorded")), name
 
 
+def test_ids_as_text_were_recorded_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    table = pl.DataFrame(as_table(WORLD.simulate(120, seed=3))).with_columns(
+        episode="stay " + pl.col("episode").cast(pl.String)
+    )
+    log = log_of(tmp_path / "log", table.to_arrow())
+    write_splits(log, "offrl", tmp_path / "episodes")
+    whole = read_splits(tmp_path / "episodes", *SPLITS, salt="offrl", contract=log.contract)
+    assert whole.episode_id[whole.oldest_first].tolist() == [f"stay {number}" for number in range(120)]
+
+
 @given(st.randoms(use_true_random=False), st.booleans())
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_recorded_first_is_told_by_time_else_by_batch(tmp_path: Path, random: Random, timed: bool) -> None:

@@ -273,6 +273,11 @@ def test_batches_come_in_order_of_their_names(tmp_path: Path) -> None:
     assert [path.name for path in formats.batches(tmp_path, "parquet")] == ["a.parquet", "b.parquet"]
     assert [path.name for path in formats.batches(tmp_path, "csv")] == ["e.csv", "f.csv.gz"]
     assert [path.name for path in formats.batches(tmp_path, "minari")] == ["folder.parquet"]
+    for number in (10, 9, 100):
+        (tmp_path / f"week-{number}.jsonl").touch()
+    assert [path.name for path in formats.batches(tmp_path, "jsonl")] == [
+        f"week-{number}.jsonl" for number in (9, 10, 100)
+    ]
     with pytest.raises(InputError, match=r"unknown format 'parket' \(did you mean 'parquet'\?\)"):
         formats.batches(tmp_path, "parket")
 

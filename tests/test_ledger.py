@@ -72,6 +72,30 @@ def test_the_same_look_cannot_say_something_else(tmp_path: Path) -> None:
     assert path.read_bytes() == written and ledger.enter(path, look("a", "more", verdict=Status.PASS))
 
 
+def test_a_clock_that_was_set_back_gives_nothing_back(tmp_path: Path) -> None:
+    spent = [look("a", spent=0.1)]
+    early = date(1970, 1, 1)
+    with pytest.raises(InputError, match="possible on 2027-03-01"):
+        level(spent, "b", "d", CONFIG, early)
+    path = tmp_path / "ledger.jsonl"
+    for entry in (*spent, replace(look("b"), date=early.isoformat())):
+        ledger.enter(path, entry)
+    assert [entry.date for entry in ledger.read(path)] == ["2026-03-01"] * 2
+
+
+def test_a_look_that_another_one_overtook_is_not_entered(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert ledger.enter(path, look("a"), 0)
+    with pytest.raises(InputError, match="another look was entered while this one was taken"):
+        ledger.enter(path, look("b"), 0)
+    assert ledger.enter(path, look("b"), 1) and not ledger.enter(path, look("b"), 0)
+
+
+def test_who_asks_the_same_logs_by_another_name_pays_as_well(toy: Pipeline) -> None:
+    other = Pipeline(toy.config.model_copy(update={"dataset": "copy"}), toy.root)
+    assert other.ledger == toy.ledger and other.folder != toy.folder
+
+
 def test_a_release_earns_error_rate_and_the_year_bounds_it() -> None:
     passed = [look("a", spent=0.02, verdict=Status.PASS)]
     assert level(passed, "b", "d", CONFIG, DAY).alpha == elond_level(0.05, 2, 1)
@@ -153,7 +177,7 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
     assert {share["action"] for share in evidence["detail"]["actions"]} <= {"action 0", "action 1", "action 2"}
     caps = [math.inf if rung["cap"] is None else rung["cap"] for rung in evidence["ladder"]]
     assert min(caps) >= (math.inf if first.summary["cap"] is None else first.summary["cap"])
-    looks = ledger.read(pipeline.folder / "policies" / ledger.LEDGER)
+    looks = ledger.read(pipeline.ledger)
     assert [look.verdict for look in looks] == [first.summary["status"], second.summary["status"]]
     assert looks[0].hypothesis != looks[1].hypothesis and looks[1].alpha == elond_level(0.05, 2, 1)
     assert looks[1].champion == released_policy(pipeline, 1)
@@ -163,7 +187,7 @@ def test_a_retrained_candidate_has_to_beat_the_policy_that_was_released(tmp_path
 
 def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else episodes of the gate would be trained on. Entries of before the salt was entered name none."""
-    path = toy.folder / "policies" / ledger.LEDGER
+    path = toy.ledger
     ledger.enter(path, look("old"))
     ledger.enter(path, replace(look("new"), split_by=toy.config.split_by))
     monkeypatch.chdir(toy.root)
@@ -185,9 +209,9 @@ def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline, monkeypatch
 def test_an_entry_of_before_the_salt_is_still_what_was_written(tmp_path: Path) -> None:
     entry = {name: value for name, value in asdict(look("a")).items() if name not in ("split_by", "rungs")}
     entry["hash"] = storage.sha256_bytes(b"\n" + storage.canonical_json(entry))
-    (tmp_path / ledger.LEDGER).write_text(json.dumps(entry) + "\n")
-    assert ledger.read(tmp_path / ledger.LEDGER) == [look("a")]
-    assert ledger.enter(tmp_path / ledger.LEDGER, look("b")) and len(ledger.read(tmp_path / ledger.LEDGER)) == 2
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(entry) + "\n")
+    assert ledger.read(tmp_path / "ledger.jsonl") == [look("a")]
+    assert ledger.enter(tmp_path / "ledger.jsonl", look("b")) and len(ledger.read(tmp_path / "ledger.jsonl")) == 2
 
 
 def test_another_way_to_test_is_another_hypothesis() -> None:

@@ -14,6 +14,7 @@ from offrl_models.logs.ingest import ingest
 from offrl_models.logs.read import batch_files
 from offrl_models.logs.versions import log_version
 from offrl_models.schema import InputError
+from offrl_models.stages.data import _files
 from tests.conftest import as_table, attributes, chain_world, write_batches
 
 WORLD = chain_world()
@@ -232,6 +233,15 @@ def test_an_accepted_batch_that_changed_is_neither_used_nor_moved(pipeline: Pipe
     lock = {"stages": {"toy": {"outs": [{"path": "data/toy/raw", "md5": log_version(pipeline.raw)}]}}}
     (pipeline.root / "dvc.lock").write_text(json.dumps(lock))
     ingest(pipeline.folders, pipeline.config.logs).require_clean()
+
+
+def test_an_accepted_batch_that_is_gone_is_missed(pipeline: Pipeline) -> None:
+    ingest(pipeline.folders, pipeline.config.logs)
+    batch_files(pipeline.raw)[1].unlink()
+    with pytest.raises(InputError, match=r"data/toy/raw/batch-2.parquet has changed .* \(C02\) or is gone"):
+        ingest(pipeline.folders, pipeline.config.logs)
+    files = _files(pipeline)
+    assert files.filter(pl.col("unchanged") == 0)["file"].to_list() == ["data/toy/raw/batch-2.parquet"]
 
 
 def test_the_reason_names_everything_that_is_wrong_with_a_batch(pipeline: Pipeline) -> None:

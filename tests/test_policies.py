@@ -103,6 +103,28 @@ def test_an_exported_graph_is_the_policy_on_every_state(name: str, episodes: Epi
     assert float(found[~mask].max()) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["network", "table"])
+def test_a_graph_refuses_codes_that_are_no_category(kind: str, tmp_path: Path) -> None:
+    """They would read the rows of another column, or count from the end; no gate has seen what comes of that."""
+    columns = 2 if kind == "network" else 1
+    one = chain_world().simulate(20, seed=1)
+    one = dataclasses.replace(
+        one, observation=np.zeros((one.n_rows, columns), np.float32), features=tuple(codes(*[3] * columns)),
+        final_observation=np.zeros((one.n_episodes, columns), np.float32),
+    )  # fmt: skip
+    policy = policy_of("bc", Encoder(one.features), 3) if kind == "network" else BehaviorTable(np.full((3, 3), 1 / 3))
+    exported = export_checked(policy, one, tmp_path)
+    assert isinstance(exported, OnnxPolicy)
+    mask = np.ones((1, 3), bool)
+    assert exported.probs(np.full((1, columns), 2.0), mask).sum() == pytest.approx(1.0)
+    for column in range(columns):
+        for code in (-1.0, 3.0, 0.9, np.nan):
+            observation = np.zeros((1, columns))
+            observation[0, column] = code
+            with pytest.raises(Exception, match="out of data bounds"):
+                exported.probs(observation, mask)
+
+
 @pytest.mark.parametrize("name", [name for name, space in SEEING if space == "continuous"])
 def test_an_exported_graph_is_the_density_of_the_policy(name: str, tmp_path: Path) -> None:
     log = reaching(50, 3)

@@ -124,10 +124,10 @@ def contract_of_bundle(path: Path) -> Contract | None:
 def of_graph(path: Path, given: Assessed) -> Target:
     """Raises InputError for a graph that takes other observations or actions than the log's, and one that cannot be run."""
     trained_under, graph = contract_of_bundle(path), graph_of(path)
-    if trained_under is not None and _meaning(trained_under) != _meaning(given.contract):
+    if trained_under is not None and not _alike(trained_under, given.contract):
         raise InputError(
-            f"{path} was trained under a contract whose observations or actions are coded otherwise; leave --contract out to "
-            "use its own, or correct the categories."
+            f"{path} was trained under a contract whose observations or actions are coded or ordered otherwise; leave "
+            "--contract out to use its own, or correct them."
         )
     held_out, asked = given.card["held_out_of"] is not None, given.contract.entity_column
     if trained_under is not None and held_out and trained_under.entity_column != asked:
@@ -174,6 +174,12 @@ def _require_discrete(given: Assessed) -> None:
             f"the action {given.contract.action.name!r} is continuous; give --policy-column with the policy's density at it, or "
             "--policy with an exported graph."
         )
+
+
+def _alike(one: Contract, other: Contract) -> bool:
+    """Whether policies of one contract can be asked under the other; columns may have other names, but not each other's."""
+    names, others = ([each.name for each in contract.features] for contract in (one, other))
+    return _meaning(one) == _meaning(other) and (names == others or sorted(names) != sorted(others))
 
 
 def _meaning(contract: Contract) -> dict[str, Any]:

@@ -24,6 +24,15 @@ Observation = (
 )  # what networks take: [seed, batch, columns] as logged, or encoded already, as in training
 
 
+NOWHERE = 2**31  # beyond every table, so that a code that is no category is refused where rows are looked up
+
+
+def known_codes(logged: Float[Tensor, "*batch"], categories: int | Tensor) -> Int64[Tensor, "*batch"]:
+    """Categories as row indices; NOWHERE for numbers that are none of 0 to `categories` - 1, which would read other rows."""
+    codes = logged.long()
+    return torch.where((codes == logged) & (codes >= 0) & (codes < categories), codes, NOWHERE)
+
+
 class Encoder(nn.Module):
     """Standardises numbers and turns the codes of categories into rows of a shared embedding table.
 
@@ -35,6 +44,7 @@ class Encoder(nn.Module):
     nullable: Tensor
     stand_in: Tensor
     offset: Tensor
+    counts: Tensor
     mean: Tensor
     scale: Tensor
 
@@ -56,6 +66,7 @@ class Encoder(nn.Module):
         self.register_buffer("nullable", torch.tensor(nullable, dtype=torch.long))
         self.register_buffer("stand_in", torch.tensor(stand_in, dtype=torch.float32))  # NaN: the mean
         self.register_buffer("offset", torch.as_tensor(np.asarray(offset, np.int64)))
+        self.register_buffer("counts", torch.tensor(counts, dtype=torch.long), persistent=False)
         self.register_buffer("mean", torch.zeros(len(numeric)))
         self.register_buffer("scale", torch.ones(len(numeric)))
 
@@ -91,5 +102,5 @@ class Encoder(nn.Module):
             numeric = torch.cat([(numbers - self.mean) / self.scale, told], -1)
         else:
             numeric = (numbers - self.mean) / self.scale
-        codes = observation.index_select(-1, self.categorical_columns).long() + self.offset
+        codes = known_codes(observation.index_select(-1, self.categorical_columns), self.counts) + self.offset
         return Encoded(numeric, codes)

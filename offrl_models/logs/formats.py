@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,6 +25,7 @@ from offrl_models.schema import InputError
 AT_A_TIME = 6  # columns of a row group that are decoded together: the reader keeps pages of every one it was asked for
 PAGE_BUFFER = 2**20  # bytes of a column chunk in memory, of which there is one per column
 MANY = 64  # tables that are copied into one, for short episodes make one each and every table costs time
+DIGITS = 20  # of a number in a name, by which names are sorted
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow columnar format 1.5, IPC streaming format
 
 
@@ -39,15 +41,22 @@ class Format:
 
 
 def batches(folder: Path, format: str) -> list[Path]:
-    """The batches of a folder in order of their names, hidden ones left out. Raises InputError for an unknown format."""
+    """The batches of a folder by name, 9 before 10, hidden ones left out. Raises InputError for an unknown format."""
     suffixes, other = _known(format).suffixes, _known(format).not_batches
-    return sorted(
+    found = [
         path
         for path in folder.iterdir()
         if not path.name.startswith(".")
         and path.name not in other
         and (path.is_file() and path.name.endswith(suffixes) if suffixes else path.is_dir())
-    )
+    ]
+    order = natural(pl.Series([path.name for path in found], dtype=pl.String))
+    return [path for _, path in sorted(zip(order, found, strict=True))]
+
+
+def natural(names: pl.Series) -> pl.Series:
+    """Text that sorts as the names do where whole numbers in them count as numbers: batch-9 before batch-10."""
+    return names.str.replace_all("([0-9]+)", "0" * DIGITS + "$1").str.replace_all(f"0*([0-9]{{{DIGITS}}})", "$1")
 
 
 def schema(path: Path, format: str, types: Types) -> pa.Schema:

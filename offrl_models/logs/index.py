@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int64
 
-from offrl_models.logs import values
+from offrl_models.logs import formats, values
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.read import BATCH, DamagedBatchError, Log
 from offrl_models.logs.rules import LAST_STEP
@@ -290,8 +290,10 @@ def _episodes(ordered: pl.DataFrame, contract: Contract, clock: datetime | None)
 
 
 def _recorded(first: pl.DataFrame) -> Int64[np.ndarray, "episodes"]:
-    """The place of each episode in the order in which they began: by time where it is known, else by batch; the rest by id."""
+    """The place of each episode in the order in which they began: by time where it is known, else by batch, and then by id."""
     key = first["began" if "began" in first.columns else "batch"].to_physical().to_numpy()
     place = np.empty(first.height, np.int64)
-    place[np.argsort(key, kind="stable")] = np.arange(first.height)
+    ids = first["episode"]
+    of_id = formats.natural(ids).rank("ordinal").to_numpy() if ids.dtype == pl.String else np.arange(first.height)
+    place[np.lexsort((of_id, key))] = np.arange(first.height)
     return place

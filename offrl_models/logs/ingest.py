@@ -93,7 +93,10 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         ledger = storage.read_json(folders.ledger) if folders.ledger.exists() else {}
         batches = _Batches.found(folders, contract)
         digest, raw = batches.digest, batches.raw
-        _require_unchanged(folders, [path for path in raw if ledger.get(path.name, digest[path]) != digest[path]])
+        gone = [folders.raw / name for name in ledger if not (folders.raw / name).exists()]
+        _require_unchanged(
+            folders, [*gone, *(path for path in raw if ledger.get(path.name, digest[path]) != digest[path])]
+        )
         screened, refused = _screened([*raw, *batches.new], contract, now)
         _require_contract_fits(folders, raw, [p for p in raw if ledger.get(p.name) == digest[p]], refused)
         for path in batches.namesakes:
@@ -240,7 +243,7 @@ def _require_unchanged(folders: Folders, changed: list[Path]) -> None:
     """
     if changed and recorded(folders.root, folders.raw)[0] != log_version(folders.raw):
         raise InputError(
-            f"{folders.shown(changed[0])} has changed since it was accepted (C02), and so have {len(changed) - 1} other batches; "
+            f"{folders.shown(changed[0])} has changed since it was accepted (C02) or is gone, as have {len(changed) - 1} others; "
             "bring them back with `dvc checkout`, or put what is new into the landing folder under a name of its own."
         )
 

@@ -45,8 +45,8 @@ def markov_z(model: TabularModel, fitted_on: Episodes, episodes: Episodes) -> fl
     and action, each with what was learned to come after it from `fitted_on`; what came next then; and how many steps there were,
     with what was learned to come after so many, in each state and action, and in all, where it is also asked whether the episode
     ends. z is that of the covariance over `episodes`, which are independent, within each present state and action, so that errors
-    of the model cancel. 0 where episodes are too short to tell. The idea of testing by conditional covariances is that of Shi et al.
-    (2020), https://arxiv.org/abs/2002.01751.
+    of the model cancel. 0 where episodes are too short to tell. The idea of testing by conditional covariances is that of Shi et
+    al. (2020), https://arxiv.org/abs/2002.01751.
     """
     logs = (fitted_on, episodes)
     cells = [_cells(log) for log in logs]

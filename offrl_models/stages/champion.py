@@ -8,6 +8,7 @@ from offrl_models import bundle, registry, storage
 from offrl_models.config import Pipeline
 from offrl_models.evaluation import BEHAVIOR, CHAMPION
 from offrl_models.exported import OnnxDensity, open_policy
+from offrl_models.logs.contract import Contract
 from offrl_models.schema import InputError
 from offrl_models.stages.ranking import current_leaderboard
 
@@ -64,4 +65,19 @@ def current_champion(pipeline: Pipeline) -> Champion:
             "start a dataset of its own."
         )
     released.require_interface(columns, action.dimensions if action.continuous else action.n_actions)
+    _require_alike(policies / str(version), contract)
     return champion
+
+
+def _require_alike(released: Path, contract: Contract) -> None:
+    """Raises InputError where a bundle was made for other observations or actions, in other places or called otherwise."""
+    made_for = Contract.model_validate(storage.read_json(released / "config.json")["logs"])
+    for part, (was, now) in {
+        "observations": [(logs.features, logs.category_names) for logs in (made_for, contract)],
+        "actions": [(logs.action.action_names, logs.action.dimension_names) for logs in (made_for, contract)],
+    }.items():
+        if was != now:
+            raise InputError(
+                f"{released} was made for other {part} than the contract has now, or in another order; a candidate cannot be held "
+                f"against it: put the {part} back, or start a dataset of its own."
+            )

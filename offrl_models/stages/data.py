@@ -76,13 +76,18 @@ def require_unblocked(stage: Stage, of: str) -> None:
 
 
 def _files(pipeline: Pipeline) -> pl.DataFrame:
-    """Every batch, and whether it is the file that was accepted (C02)."""
+    """Every batch, and whether it is the file that was accepted (C02); of those that are gone, that they are not."""
     ledger = storage.read_json(pipeline.folders.ledger) if pipeline.folders.ledger.exists() else {}
     batches = batch_files(pipeline.raw, pipeline.config.logs.format)
     return pl.DataFrame(
         [
             {"file": pipeline.folders.shown(path), "unchanged": int(ledger.get(path.name) == storage.sha256_tree(path))}
             for path in batches
+        ]
+        + [
+            {"file": pipeline.folders.shown(pipeline.raw / name), "unchanged": 0}
+            for name in ledger
+            if not (pipeline.raw / name).exists()
         ]
     )
 
@@ -96,18 +101,27 @@ def _quarantined(pipeline: Pipeline) -> list[dict[str, str]]:
 
 
 def _episodes_key(pipeline: Pipeline, version: str) -> dict[str, Any]:
-    return {"raw": version, "contract": pipeline.config.logs.model_dump(mode="json"), "salt": pipeline.config.salt}
+    contract, thresholds = (part.model_dump(mode="json") for part in (pipeline.config.logs, pipeline.config.coverage))
+    return {"raw": version, "contract": contract, "salt": pipeline.config.salt, "thresholds": thresholds}
 
 
 def current_episodes(pipeline: Pipeline) -> Stage:
-    """The episodes of the accepted log under the present contract. Raises InputError when they are of another one."""
-    return storage.load_stage(pipeline.folder / "episodes", _episodes_key(pipeline, log_version(pipeline.raw)))
+    """The episodes of the accepted log under the present contract.
+
+    Raises InputError when they are of another one, and unless the checks of the log and of its splits hold at the present
+    thresholds.
+    """
+    covered = _coverage_key(pipeline)
+    require_unblocked(storage.load_stage(pipeline.folder / "coverage", covered), "log")
+    stage = storage.load_stage(pipeline.folder / "episodes", _episodes_key(pipeline, covered["raw"]))
+    require_unblocked(stage, "log")
+    return stage
 
 
 def episodes(pipeline: Pipeline) -> Stage:
     """Split the accepted log by entity into train, selection and gate. Raises InputError unless its coverage checks hold."""
     config, contract, version = pipeline.config, pipeline.config.logs, log_version(pipeline.raw)
-    ledger.require_split(pipeline.folder / "policies" / ledger.LEDGER, config.split_by)
+    ledger.require_split(pipeline.ledger, config.split_by)
     require_unblocked(storage.load_stage(pipeline.folder / "coverage", _coverage_key(pipeline)), "log")
 
     def build(folder: Path) -> dict[str, Any]:

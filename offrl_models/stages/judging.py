@@ -176,10 +176,6 @@ class _Look:
         return named
 
     @property
-    def ledger_path(self) -> Path:
-        return self.pipeline.folder / "policies" / ledger.LEDGER
-
-    @property
     def hypothesis(self) -> str:
         return hypothesis(self.config, self.digests, self.champion.digest)
 
@@ -190,7 +186,9 @@ class _Look:
     def judged(self) -> tuple[list[Verdict], int, ledger.Level]:
         """The verdict on every rung, which of them decides, and the error rate that the ledger has left for all ladders."""
         gate, logs, propensities = self.config.gate, self.config.logs, propensities_are(self.pipeline)
-        level = ledger.level(ledger.read(self.ledger_path), self.hypothesis, self.gate_data, gate)
+        looks = ledger.read(self.pipeline.ledger)
+        self.looks_before = len(looks)
+        level = ledger.level(looks, self.hypothesis, self.gate_data, gate)
         ladders = len(self.steps) // len(self.caps)
         alpha = level.alpha * (1.0 if propensities == LOGGED else 0.5) / ladders
         asked = Question(
@@ -213,11 +211,12 @@ class _Look:
         """Write the look into the ledger; a second time changes nothing, and is refused where it would say something else."""
         today = datetime.now(UTC).date().isoformat()
         ledger.enter(
-            self.ledger_path,
+            self.pipeline.ledger,
             ledger.Look(
                 self.hypothesis, self.champion.digest, self.gate_data, today, level.alpha, level.spends, verdict.status,
                 verdict.measures.e_value, self.config.split_by, self.digests,
             ),
+            self.looks_before,
         )  # fmt: skip
 
     def facts(self, verdicts: list[Verdict], final: int, level: ledger.Level) -> dict[str, Any]:
