@@ -220,7 +220,7 @@ def _measure(
     )  # fmt: skip
     sides, parts = [found.side(policy) for policy in weighed], [paired[policy] for policy in weighed]
     one_step = gate.n_rows == gate.n_episodes
-    rare = legs.few_visits_mass(choices, found.fitted_on, gate, asked.states, thresholds.few_visits)
+    rare = legs.few_visits_mass(choices, (found.fitted_on, gate), asked.states, thresholds.few_visits)
     measures = Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,

@@ -6,6 +6,7 @@ Leg D, the ensemble of fitted Q evaluations, is read off the fit itself.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -216,14 +217,15 @@ def visited(leg: Paired, mass: Float64[np.ndarray, "rows"]) -> float:
 
 
 def few_visits_mass(
-    choices: Choices, fitted_on: Episodes, gate: Episodes, states: int | None, few: int
+    choices: Choices, logs: Sequence[Episodes], states: int | None, few: int
 ) -> Float64[np.ndarray, "rows"] | None:
-    """The share of a policy's mass in each row where fewer rows than `few` in all the log show state and action; None without such
-    cells."""
+    """The share of a policy's mass in each row of the last log where fewer rows than `few` in all logs show state and action; None
+    without such cells."""
     if states is None or not isinstance(choices, Probabilities):
         return None
+    gate = logs[-1]
     visits = np.zeros((states, gate.n_actions))
-    for episodes in (fitted_on, gate):
+    for episodes in logs:
         np.add.at(visits, (episodes.observation[:, 0].astype(np.int64), episodes.action), 1.0)
     rare = visits[gate.observation[:, 0].astype(np.int64)] < few
     return (choices.probs * rare).sum(1)

@@ -262,7 +262,7 @@ MISTAKES = {
     "wrong range": (
         ["clicks.csv", *COLUMNS[:-1], "0.5", "--policy-column", "pi"], "outside the reward range [0, 0.5] (C12)"),
     "no propensity": (
-        ["clicks.csv", *(c.replace("p", "x0") if c == "p" else c for c in COLUMNS), "--policy-column", "pi"],
+        ["clicks.csv", *("click" if c == "p" else c for c in COLUMNS), "--policy-column", "pi"],
         "with a propensity outside (0, 1] (C14)"),
     "no graph": (["clicks.csv", *COLUMNS, "--policy", "clicks.csv"], "cannot be loaded as an ONNX policy"),
     "no such graph": (["clicks.csv", *COLUMNS, "--policy", "absent"], "absent does not exist"),

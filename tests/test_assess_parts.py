@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offrl_models import course, storage
-from offrl_models.assess import _found, answer, options, target, values
+from offrl_models.assess import _found, answer, checks, options, target, values
 from offrl_models.assess.units import MOST_UNITS, units_of
 from offrl_models.choices import Probabilities
 from offrl_models.ope.behavior import estimate_propensities
@@ -108,7 +108,7 @@ def test_where_the_state_is_not_markov_nothing_is_marginalised() -> None:
         assert found is not None and found.markov_z is not None and (found.markov_z < 4) is markov
         terms = answer.every_terms(episodes, ratio, found)
         assert answer.headline(terms) == ("MDR" if markov else "WDR")
-        said = {check.name for check in answer.checks(episodes, known, ratio, found, SETTLED, 0.1)}
+        said = {check.name for check in checks.checks(episodes, known, ratio, found, SETTLED, 0.1)}
         assert ("effective transitions" in said, "effective episodes" in said) == (markov, not markov)
 
 
@@ -157,7 +157,7 @@ def failing(episodes: Episodes, ratio: np.ndarray) -> set[str]:
     known, returns = target.Target({}, ratio * episodes.action_prob, None, None), Terms(episodes.return_[:, None])
     terms = answer.every_terms(episodes, ratio, None)["SNIPW"]
     gain = answer.gain("SNIPW", terms, returns, units_of(episodes, 0), 0.05)
-    said = answer.checks(episodes, known, ratio, None, gain, answer.influence(terms, returns))
+    said = checks.checks(episodes, known, ratio, None, gain, answer.influence(terms, returns))
     assert all(check.sentence for check in said if not check.holds)
     return {check.name for check in said if not check.holds}
 
@@ -179,7 +179,7 @@ def test_the_direct_method_may_not_contradict_what_is_settled() -> None:
     direct = Interval(0.4, 0.3, 0.5, 0.95, "")
     up, down = answer.Gain("DR", 0.2, 0.1, 0.3, 0.95, 0.0), answer.Gain("DR", -0.2, -0.3, -0.1, 0.95, 0.0)
     open_ = answer.Gain("DR", 0.0, -0.1, 0.1, 0.95, 0.0)
-    held = [answer.direct_check(direct, logged, gain).holds for gain in (up, down, open_) for logged in (0.3, 0.5)]
+    held = [checks.direct_check(direct, logged, gain).holds for gain in (up, down, open_) for logged in (0.3, 0.5)]
     assert held == [True, False, False, True, True, True]
 
 
@@ -194,12 +194,12 @@ def test_a_settled_gain_has_to_show_in_the_newer_half() -> None:
         noise[order] = np.tile([0.5, -0.5, -0.5, 0.5], n // 4)  # of mean 0 in either half
         better = Terms(base.numerator + (gained + noise)[:, None])
         gain = answer.gain("DR", better, base, unit, 0.05)
-        found = answer.newer_check(better, base, unit, order, gain)
+        found = checks.newer_check(better, base, unit, order, gain)
         assert found.holds is holds and bool(found.sentence) is not holds, (older, newer)
         mine = (better.numerator - base.numerator)[:, 0]
         width = confidence_sequence_width(n, alpha=0.05, planned=n) * np.sqrt(n)
         assert found.value == pytest.approx(course.kept(mine, order, alpha=0.05, width=width).lower_bound)
-        pairs = answer.newer_check(better, base, unit // 2, order, gain)  # two episodes of each entity
+        pairs = checks.newer_check(better, base, unit // 2, order, gain)  # two episodes of each entity
         assert pairs.holds is holds and pairs.value != found.value
 
 

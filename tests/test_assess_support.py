@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from offrl_models import assess
-from offrl_models.assess import _found, answer, log, overlap, target, values
+from offrl_models.assess import _found, answer, checks, log, overlap, target, values
 from offrl_models.assess.log import make_contract
 from offrl_models.choices import Choices, Draws, Probabilities
 from offrl_models.densities import MixtureDensity
@@ -43,7 +43,7 @@ def playing(pi: tuple[float, ...], episodes: Episodes) -> target.Target:
 
 
 def failing(episodes: Episodes, known: target.Target, found: values.Values | None = None) -> set[str]:
-    said = answer.checks(episodes, known, known.ratio(episodes), found, SETTLED, 0.1)
+    said = checks.checks(episodes, known, known.ratio(episodes), found, SETTLED, 0.1)
     assert all(check.sentence for check in said if not check.holds)
     return {check.name for check in said if not check.holds}
 
@@ -146,7 +146,7 @@ def test_an_estimated_behavior_says_where_it_is_rare(tmp_path: Path, monkeypatch
         assert rare is not None and rare.mean() == pytest.approx(mass)
     known = playing(BEYOND, episodes)
     rare = np.full(700, 0.2)  # more than the ratios show
-    said = answer.checks(episodes, known, known.ratio(episodes), None, SETTLED, 0.1, rare)
+    said = checks.checks(episodes, known, known.ratio(episodes), None, SETTLED, 0.1, rare)
     assert [check.sentence[:5] for check in said if check.grave and not check.holds] == ["20.0%"]
     number = dataclasses.replace(known, choices=None)
     assert values.with_propensities(episodes, number, 1, FEW_STEPS, lambda *_: None)[2] is None
@@ -218,7 +218,7 @@ def test_a_bundle_whose_actions_are_in_another_order_is_refused(tmp_path: Path) 
     same = release(tmp_path / "same", world, better(world), action=coded)
     assert target.of_graph(same, given).choices is not None
     other = release(tmp_path / "other", world, better(world), action=coded | {"values": ["less", "hold", "more"]})
-    with pytest.raises(InputError, match="observations or actions are coded otherwise"):
+    with pytest.raises(InputError, match="coded or ordered otherwise"):
         target.of_graph(other, given)
 
 
@@ -236,7 +236,7 @@ def test_too_few_effective_transitions_leave_it_open() -> None:
     for number, fails in ((499, {"effective transitions"}), (501, set())):
         few = dataclasses.replace(found, weight=(np.arange(episodes.n_rows) < number).astype(float))
         assert failing(episodes, known, few) == fails
-        said = answer.checks(episodes, known, known.ratio(episodes), few, SETTLED, 0.1)
+        said = checks.checks(episodes, known, known.ratio(episodes), few, SETTLED, 0.1)
         assert answer.answer(SETTLED, said)[0] == ("unsettled" if fails else "better")
 
 

@@ -21,7 +21,7 @@ from benchmarks.calibration.judging import (
 from benchmarks.calibration.store import Line
 from benchmarks.calibration.stress import ALL, GAIN, WIDE, drifted, verdict_of
 from offrl_models import course
-from offrl_models.assess import _found, answer
+from offrl_models.assess import _found, overlap
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, tabular_values
 from offrl_models.choices import Probabilities
@@ -214,7 +214,7 @@ def test_coverage_is_measured_of_two_folds_as_evaluate_cuts_them() -> None:
     target = Target({}, ratio * gate.action_prob, Probabilities(gate, policy[gate.observation[:, 0].astype(int)]), None)
     fitted = tabular_values(gate, target, ratio, world.n_states)
     wanted = _found(gate, target, ratio, fitted, "logged", world.n_states, Effort(1, 0))["difference"]
-    mine = bounds(answer.THRESHOLDS.alpha)
+    mine = bounds(overlap.THRESHOLDS.alpha)
     assert wanted.estimator == mine.estimator == "MDR"
     assert (mine.lower_bound, mine.estimate, mine.upper_bound) == pytest.approx(
         (wanted.lower_bound, wanted.estimate, wanted.upper_bound)

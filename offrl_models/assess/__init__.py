@@ -11,8 +11,8 @@ import numpy as np
 
 from offrl_models import storage
 from offrl_models.assess import answer as answers
-from offrl_models.assess import overlap, units
-from offrl_models.assess.log import Assessed, read
+from offrl_models.assess import checks, overlap, units
+from offrl_models.assess.log import UNCUT, Assessed, Cut, read
 from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
@@ -57,7 +57,8 @@ def assess(
         ratio = finite("the ratio", policy.ratio(episodes))
         with np.errstate(over="ignore", invalid="ignore"):  # weights of long episodes may overflow
             values, why = _values(given, episodes, policy, ratio, effort, update)
-            found = _found(episodes, policy, ratio, values, propensities, given.contract.tabular_states, effort, rare)
+            states = given.contract.tabular_states
+            found = _found(episodes, policy, ratio, values, propensities, states, effort, rare, given.cut)
     return storage.plain(
         {
             "policy": policy.card,
@@ -111,6 +112,7 @@ def _found(
     states: int | None,
     effort: Effort,
     rare: np.ndarray | None = None,
+    cut: Cut = UNCUT,
 ) -> dict[str, Any]:
     unit = units.units_of(episodes, effort.seed)
     samples = units.samples_of(unit, effort.seed)
@@ -122,20 +124,21 @@ def _found(
         intervals |= answers.refitted_intervals(episodes, ratio, values, states, samples, unit)
     if values is not None and isinstance(values.direct, Interval):
         intervals["FQE"] = values.direct
-    alpha = answers.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
+    alpha = overlap.THRESHOLDS.alpha * (1.0 if propensities == LOGGED else 0.5)
     name = answers.headline(terms)
     entity = entities_of(episodes)
     missing = overlap.unseen(name, episodes, ratio, values)
     gain = answers.gain(name, terms[name], returns, unit, alpha, entity, missing)
     without_top = answers.influence(terms[name], returns, entity)
-    said = answers.checks(episodes, target, ratio, values, gain, without_top, rare)
+    said = checks.checks(episodes, target, ratio, values, gain, without_top, rare)
     if np.isfinite(gain.estimate):
-        said.append(answers.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
-        said += [answers.loss_check(gain)] if name == "WPDIS" else []
-        said += [answers.recorded_check(episodes, gain)] if episodes.truncated.any() else []
+        said.append(checks.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
+        said += [checks.loss_check(gain)] if name == "WPDIS" else []
+        if episodes.truncated.any() or cut.rows:
+            said += checks.recorded_checks(episodes, ratio, cut, gain)
     direct = intervals.get("DM", intervals.get("FQE"))
     if direct is not None:
-        said.append(answers.direct_check(direct, logged.estimate, gain))
+        said.append(checks.direct_check(direct, logged.estimate, gain))
     word, sentence = answers.answer(gain, said)
     return {
         "answer": word,
@@ -193,6 +196,11 @@ def _method(given: Assessed, values: Values | None, propensities: str) -> list[s
         past = "the fitted value past that point" if values else "nothing past that point, for either policy"
         said.append(
             f"{cut:,} of {episodes.n_episodes:,} recordings stopped before the task ended; estimates count {past}."
+        )
+    if given.cut.rows:
+        said.append(
+            f"Of {given.cut.rows:,} recordings that stopped, the last decision is left out with its reward, for nothing was "
+            f"observed after it; of {given.cut.episodes:,} of them that is all there is."
         )
     networks = values is not None and isinstance(values.direct, Interval)
     said.append(

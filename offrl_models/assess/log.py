@@ -1,30 +1,50 @@
 """The log that is assessed: its contract, its rows, checked; its episodes."""
 
+import contextlib
+import gzip
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import yaml
 from jaxtyping import Shaped
 from pydantic import ValidationError
 
 from offrl_models import storage
+from offrl_models.config import CoverageConfig
 from offrl_models.datasets.episodes import read_splits, write_splits
+from offrl_models.datasets.leakage import SAMPLE_ROWS, sample_of
 from offrl_models.datasets.split import SPLITS, buckets
-from offrl_models.logs import formats
+from offrl_models.logs import formats, independence
 from offrl_models.logs.contract import Contract, one_sentence
 from offrl_models.logs.read import Log
-from offrl_models.logs.screen import screen
+from offrl_models.logs.screen import Screened, screen
+from offrl_models.logs.values import rewards
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes, InputError
 
 SALT = "assess"
 ROUNDING = 1e-9  # share of a return by which sums of the same rewards may differ
+DIFFERENT = 20  # rows at least, all there several times, that cannot be so by chance
 FEWEST = 100  # entities; below, two folds and an interval mean nothing
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Last decisions of recordings that stopped, which are left out where what was observed after them is not known."""
+
+    rows: int = 0
+    episodes: int = 0  # of which nothing is left
+    reward: float = 0.0  # the size of theirs, summed, over the number of all episodes
+
+
+UNCUT = Cut()
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class Assessed:
     log: Log
     contract: Contract
     episodes: Episodes
+    cut: Cut
     card: dict[str, Any]  # what was read and what was left out, as plain JSON
 
 
@@ -98,7 +119,9 @@ def batches_of(paths: Sequence[Path], contract: Contract) -> list[Path]:
 def _refuse_copies(batches: Sequence[Path]) -> None:
     first: dict[str, Path] = {}
     for path in batches:
-        same = first.setdefault(storage.sha256_tree(path), path)
+        with gzip.open(path) if path.suffix == ".gz" else contextlib.nullcontext() as inside:
+            digest = hashlib.file_digest(inside, "sha256").hexdigest() if inside else storage.sha256_tree(path)
+        same = first.setdefault(digest, path)
         if same is not path:
             raise InputError(
                 f"{path} is a copy of {same}, and without an episode id its rows would count twice; give one of them."
@@ -117,6 +140,49 @@ def _require_enough(entities: int, log: Log, which: str) -> None:
         raise InputError(
             f"{log.batches[0].path}: {f'it has {entities} decisions{which}' if alone else told}, and an estimate needs {FEWEST} at "
             "least; collect more."
+        )
+
+
+def _cut_off(log: Log, found: Screened, salt: str | None) -> Cut:
+    """With `salt`, of the entities that a pipeline of that salt never trains on."""
+    contract, whole = log.contract, found.index.episodes.filter(~pl.col("gap") & ~pl.col("pending"))
+    if salt is not None:
+        held_out = np.isin(buckets(whole["entity"].to_numpy(), salt), SPLITS["gate"])
+        whole = whole.filter(pl.Series(held_out))
+    stopped = whole.filter(~pl.col("terminated"))
+    if contract.horizon == 1 or contract.next_observation is not None or not stopped.height:
+        return UNCUT
+    keys, reward = [contract.episode_column, contract.step_column], contract.reward
+    named = [*keys, *reward.terms, *filter(None, (contract.decided_at, reward.arrived_at))]
+    last = stopped.select("episode", step=pl.col("length") - 1)
+    rows = (
+        log.frame(dict.fromkeys(named)).join(last, left_on=keys, right_on=["episode", "step"], how="semi").unique(keys)
+    )
+    size = np.abs(rewards(rows, contract, found.index.clock)).sum()
+    return Cut(stopped.height, stopped.filter(pl.col("length") == 1).height, float(size) / whole.height)
+
+
+def _require_no_leak(episodes: Episodes, log: Log) -> None:
+    """C09. Raises InputError where an observed column by itself predicts the last reward."""
+    found = independence.leakage(sample_of(episodes, SAMPLE_ROWS, 0), seed=0)
+    told = found.filter(pl.col("auc") > CoverageConfig().leakage_auc)
+    if told.height:
+        raise InputError(
+            f"{log.batches[0].path}: column {told['column'][0]!r} alone predicts the last reward (AUC {told['auc'][0]:.3f}, C09), "
+            "so it is not known at the decision; leave it out of the observation."
+        )
+
+
+def _require_single(episodes: Episodes, log: Log) -> None:
+    """Raises InputError where every row without an id is there several times over, as a join on a key of several rows leaves it."""
+    told = {"action": episodes.action, "prob": episodes.action_prob, "reward": episodes.reward}
+    seen = {f"observed {column}": episodes.observation[:, column] for column in range(episodes.observation.shape[1])}
+    alike = pl.DataFrame({**told, **seen}).group_by(pl.all()).len()["len"].to_numpy()
+    times = int(np.gcd.reduce(alike))
+    if times > 1 and len(alike) >= DIFFERENT:
+        raise InputError(
+            f"{log.batches[0].path}: every row is there {times} times, or a multiple of that, as after a join on a key that is not "
+            "unique; keep one of each, or name an id."
         )
 
 
@@ -146,7 +212,11 @@ def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | 
             f"{log.batches[0].path}: column {contract.reward.name!r} gives all {episodes.n_episodes:,} episodes the same return, "
             f"{best:g}, so that no policy can be told from another; give a reward that varies."
         )
+    _require_no_leak(episodes, log)
+    if contract.episode_id is None and contract.entity is None:
+        _require_single(episodes, log)
     update("reading the log", 3, 3, f"{episodes.n_rows:,} decisions in {episodes.n_episodes:,} episodes")
+    cut = _cut_off(log, found, salt)
     card = {
         "files": [str(batch.path) for batch in log.batches],
         "format": contract.format,
@@ -159,9 +229,10 @@ def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | 
         "entities": entities,
         "longest": int(episodes.length.max()),
         "truncated": int(episodes.truncated.sum()),
+        "cut_off": asdict(cut),
         "actions": episodes.n_actions,
         "observed": [feature.name for feature in episodes.features],
         "gamma": contract.gamma,
         "reward": {"column": contract.reward.name, "range": list(contract.reward.range)},
     }
-    return Assessed(log, contract, episodes, card)
+    return Assessed(log, contract, episodes, cut, card)

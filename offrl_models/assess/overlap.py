@@ -10,6 +10,8 @@ from offrl_models.assess.target import Target
 from offrl_models.assess.values import Values
 from offrl_models.choices import Probabilities
 from offrl_models.gate import GateConfig
+from offrl_models.legs import few_visits_mass
+from offrl_models.logs.tally import ROUNDED, zero_mean_z
 from offrl_models.measures import enough_effective
 from offrl_models.ope.diagnostics import effective_sample_size, mean_ratio_z
 from offrl_models.ope.importance import trajectory_weights
@@ -60,16 +62,26 @@ def ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray, 
 
 
 def unsupported_mass(
-    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], rare: Float64[np.ndarray, "rows"] | None
+    episodes: Episodes,
+    target: Target,
+    ratio: Float64[np.ndarray, "rows"],
+    rare: Float64[np.ndarray, "rows"] | None,
+    visits: Float64[np.ndarray, "rows"] | None = None,
 ) -> float:
     """The share of the policy's mass at the logged decisions where the behavior plays with probability under `rare_prob`.
 
-    `rare` is that share of each row by an estimate of the behavior. Without one, it is what the logged propensities show beyond
-    chance: at least that much, and 0 where they show nothing.
+    `rare` is that share of each row by an estimate of the behavior, and `visits` how often the policy would come there for once of
+    the log, where that is known. Without such an estimate, it is what the logged propensities show beyond chance: at least that
+    much, and 0 where they show nothing.
     """
     if rare is not None:
-        return float(rare.mean())
+        return _where_it_comes(rare, visits)
     return max(_short_of_one(episodes, ratio), _never_taken(episodes, target))
+
+
+def _where_it_comes(mass: Float64[np.ndarray, "rows"], visits: Float64[np.ndarray, "rows"] | None) -> float:
+    """The mean over the log's decisions, or over the policy's; 1 where it comes nowhere in the log."""
+    return float(np.average(mass, weights=visits)) if visits is None or visits.any() else 1.0
 
 
 def _short_of_one(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> float:
@@ -101,13 +113,41 @@ def _never_taken(episodes: Episodes, target: Target) -> float:
 
 
 def support_check(
-    episodes: Episodes, target: Target, ratio: Float64[np.ndarray, "rows"], rare: Float64[np.ndarray, "rows"] | None
+    episodes: Episodes,
+    target: Target,
+    ratio: Float64[np.ndarray, "rows"],
+    rare: Float64[np.ndarray, "rows"] | None,
+    visits: Float64[np.ndarray, "rows"] | None,
 ) -> Check:
-    """Whether the log can speak of all but a little of what the policy plays; `rare` as in `unsupported_mass`."""
-    mass, most = unsupported_mass(episodes, target, ratio, rare), THRESHOLDS.unsupported_mass
+    """Whether the log can speak of all but a little of what the policy plays; `rare` and `visits` as in `unsupported_mass`."""
+    mass, most = unsupported_mass(episodes, target, ratio, rare, visits), THRESHOLDS.unsupported_mass
     return check("support", mass <= most, mass, f"at most {most:g}",
                  f"{'at least ' if rare is None else ''}{mass:.1%} of the policy's mass lies where whoever acted plays with "
                  f"probability under {THRESHOLDS.rare_prob:g} or never; at most {most:.1%} may", grave=True)  # fmt: skip
+
+
+def visits_check(episodes: Episodes, target: Target, visits: Float64[np.ndarray, "rows"]) -> Check:
+    """How much the policy does in states and actions that the log hardly shows; `visits` as in `unsupported_mass`."""
+    assert target.choices is not None
+    states = int(episodes.observation[:, 0].max()) + 1
+    few = few_visits_mass(target.choices, (episodes,), states, THRESHOLDS.few_visits)
+    assert few is not None
+    mass, most = _where_it_comes(few, visits), THRESHOLDS.few_visits_mass
+    return check("visits", mass <= most, mass, f"at most {most:g}",
+                 f"{mass:.1%} of the policy's mass lies where the log has under {THRESHOLDS.few_visits} rows of state and action; "
+                 f"at most {most:.1%} may", grave=True)  # fmt: skip
+
+
+def weight_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"]) -> Check:
+    """Whether what the policy does and the log does not is missing from the weights of episodes: at each step their mean is 1.
+
+    It is too small where the policy goes on in a way that no logged episode does; each row by itself need not show that.
+    """
+    unit, limit = entities_of(episodes), THRESHOLDS.mean_ratio_z
+    z = min(zero_mean_z(summed(weight - 1.0, unit), ROUNDED) for weight in weights_by_step(episodes, ratio).T)
+    return check("mean weight", z > -limit, z, f"z over -{limit:g}",
+                 f"the weights of episodes have a mean below 1 at some step (z = {z:.1f}), so the log lacks part of what the "
+                 "policy does")  # fmt: skip
 
 
 def effective_check(episodes: Episodes, ratio: Float64[np.ndarray, "rows"], values: Values | None) -> Check:

@@ -26,10 +26,10 @@ from offrl_models.ope.estimates import LEVEL
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, ensemble
-from offrl_models.ope.marginal import paired_differences, policy_table, tabular_dm
+from offrl_models.ope.marginal import paired_differences, policy_table, pseudo_outcomes, state_weights, tabular_dm
 from offrl_models.ope.markov import markov_z
 from offrl_models.ope.sequences import completed
-from offrl_models.ope.tabular import TabularModel, states_of
+from offrl_models.ope.tabular import RATIO_LIMIT, TabularModel, states_of
 from offrl_models.ope.units import entities_of, per_unit
 from offrl_models.policies import Mixture, probs_of
 from offrl_models.progress import Update
@@ -65,6 +65,8 @@ class Values:
     how: str  # completes "values were fitted by ..."
     gains: Float64[np.ndarray, "episodes"] | None = None  # marginalised doubly robust, over the realised return
     weight: Float64[np.ndarray, "rows"] | None = None  # of each transition in `gains`
+    earned: Float64[np.ndarray, "episodes"] | None = None  # by the behavior, where `gains` make up for what was cut off
+    visits: Float64[np.ndarray, "rows"] | None = None  # of the policy for one of the log, where states are counted
     markov_z: float | None = (
         None  # of "the past tells what comes next, beyond the state"; at the gate's limit there are no gains
     )
@@ -159,6 +161,7 @@ def tabular_values(
     table[table.sum(1) == 0] = 1.0 / episodes.n_actions  # states that no decision was made in
     q, v, next_v, logged = (np.zeros(episodes.n_rows) for _ in range(4))
     weight, gains, markov = np.empty(episodes.n_rows), np.empty(episodes.n_episodes), []
+    earned, visits = np.empty(episodes.n_episodes), np.empty(episodes.n_rows)
     for fold in _folds(episodes):
         model = TabularModel.fit(fold.others, states)
         paired = model and paired_differences(model, table, fold.held, ratio[fold.rows])
@@ -170,11 +173,15 @@ def tabular_values(
         q[fold.rows], v[fold.rows] = of_action[state, fold.held.action], of_state[state]
         next_v[fold.rows], logged[fold.rows] = of_state[following], of_base[following]
         gains[fold.mine], weight[fold.rows] = paired.outcome, paired.weight
+        stands = state_weights(model, base, fold.held, np.ones(fold.held.n_rows), RATIO_LIMIT)
+        earned[fold.mine] = pseudo_outcomes(fold.held, stands, of_base[state], of_base[state], of_base[following])
+        visits[fold.rows] = np.minimum(model.recorded_state_ratio(table), RATIO_LIMIT)[state]
         markov.append(markov_z(model, fold.others, fold.held))
     direct, how = tabular_dm(episodes, table), "counting transitions and rewards by state and action"
     if not max(markov) < GateConfig().markov_z:
-        return Values(q, v, next_v, logged, direct, how, markov_z=max(markov))
-    return Values(q, v, next_v, logged, direct, how, gains, weight, max(markov))
+        return Values(q, v, next_v, logged, direct, how, markov_z=max(markov), visits=visits)
+    cut = episodes.truncated.any()
+    return Values(q, v, next_v, logged, direct, how, gains, weight, earned if cut else None, visits, max(markov))
 
 
 def fitted_values(episodes: Episodes, policy: Exported, effort: Effort, update: Update) -> Values:
@@ -231,5 +238,8 @@ def _as_policy(clone: Mixture | MixtureDensity) -> Exported:
 
 
 def logged_returns(episodes: Episodes, values: Values | None) -> Float64[np.ndarray, "episodes"]:
-    """Realised returns; past a truncation, the fitted value of the policy that wrote the log, where values were fitted."""
+    """Realised returns; past a truncation, the fitted value of the policy that wrote the log, where values were fitted, or by what
+    makes up for it on the policy's side."""
+    if values is not None and values.earned is not None:
+        return values.earned
     return episodes.return_ if values is None else completed(episodes, values.logged_next_v).return_

@@ -138,6 +138,8 @@ class Contract(Strict):
         kinds: dict[str, tuple[str, str]] = {}
         for role, name, kind in self._roles():
             earlier = kinds.setdefault(name, (role, kind))
+            if earlier[0] == "the observation" and role in ("the action", "the reward", "the propensity"):
+                raise ValueError(f"column {name!r} is {role}: observe only what was known before the decision")
             if _narrower(earlier[1], kind) is None:
                 raise ValueError(f"column {name!r} cannot be {earlier[0]} ({earlier[1]}) and {role} ({kind}) at once")
         return self

@@ -24,6 +24,9 @@ LEVEL = 0.95  # of the two-sided intervals in reports
 ESTIMATORS = ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE")
 WHOLE, UNWEIGHTED = ("TIS", "WIS"), ("FQE", "DM", "MDR")  # by weights of whole episodes, and by none that are products
 MISSED = 2.0  # see doubted
+SURPRISES = (
+    20  # returns, of equal size, that are unlike the mean: with fewer intervals are too narrow, whatever the weights
+)
 REFITS = 200  # bootstrap samples, where propensities are fitted again in each
 
 Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]  # propensities, of counted episodes
@@ -61,8 +64,11 @@ def doubted(
     MISSED standard errors below 1, which it is in expectation. Weights that are large and rare are then likely to be missing, and
     without them few episodes look like many.
 
-    TIS and WIS are asked for the weights of whole episodes, the others for those up to every step.
+    TIS and WIS are asked for the weights of whole episodes, the others for those up to every step. Where rewards are so rare that
+    the log shows few, all are doubted.
     """
+    if effective_sample_size(np.square(summed(episodes.return_ - episodes.return_.mean(), unit))) < SURPRISES:
+        return list(names)
     enough, trusted = enough_effective(independent(episodes)), []
     with np.errstate(over="ignore", invalid="ignore"):  # a mean of weights that overflow is no number, and not trusted
         for weight in weights_by_step(episodes, ratio).T:
