@@ -9,6 +9,7 @@ from jaxtyping import Float64
 
 from offrl_models import constraints, course, legs
 from offrl_models.choices import Choices, choices_of, rare_mass
+from offrl_models.datasets.cut import UNCUT, Cut
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
@@ -135,6 +136,7 @@ class Question:
     return_range: tuple[float, float] | None  # of the discounted return; leg B needs it
     champion: str = BEHAVIOR  # the policy to beat
     drifted: str = ""  # what is wrong with the newest batch
+    cut: Cut = UNCUT  # what was left out of the gate's episodes
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ def _measure(
         propensities=asked.propensities,
         markov_z=markov,
         drifted=asked.drifted,
+        cut_reward=asked.cut.reward * max(float(side.ratio.max()), 1.0),
         costs=constraints.costs(held, sides, parts, mine),
         subgroups=constraints.groups(held, mine, leg_c),
         equal_returns=bool(np.ptp(gate.return_) <= ROUNDING * np.abs(gate.return_).max()),

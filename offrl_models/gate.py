@@ -233,6 +233,9 @@ def _evidence(m: Measures, config: GateConfig) -> list[Finding]:
                 f"the newer half of the log ({m.newer_half.episodes:,} episodes) does not show that the gain is still there: the "
                 f"difference was {m.older_half.difference:+.4g} and is {m.newer_half.difference:+.4g} now, which is more than "
                 f"{KEPT:g} of what it was by at least {m.kept_bound:+.4g}, not above {gone:+.4g}"),
+        Finding("last rewards", m.cut_reward <= max(m.lower_bound - config.margin, 0.0), Status.INCONCLUSIVE, m.cut_reward,
+                max(m.lower_bound - config.margin, 0.0), f"last decisions of recordings that stopped, after which nothing was "
+                f"observed, are left out and may be worth {m.cut_reward:.4g} per episode; name next_observation in the contract"),
     ]  # fmt: skip
 
 

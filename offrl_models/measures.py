@@ -82,6 +82,9 @@ class Measures:
     costs: list[Contrast] = field(default_factory=list)
     subgroups: list[Contrast] = field(default_factory=list)
     equal_returns: bool = False  # whether all logged returns are the same, so that nothing tells policies apart
+    cut_reward: float = (
+        0.0  # what last decisions that were left out may have been worth per episode, at the largest ratio
+    )
     entities: int | None = None  # that the episodes are of, where one has several: these are independent
 
     @property

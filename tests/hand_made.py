@@ -151,4 +151,5 @@ BAD = {
     "Markov state": ("markov_z", 4.1, Status.INCONCLUSIVE),
     "lower bound": ("lower_bound", 0.0, Status.INCONCLUSIVE),
     "newer half": ("kept_bound", 0.0, Status.INCONCLUSIVE),
+    "last rewards": ("cut_reward", 0.011, Status.INCONCLUSIVE),
 }

@@ -12,10 +12,11 @@ import numpy as np
 from offrl_models import storage
 from offrl_models.assess import answer as answers
 from offrl_models.assess import checks, overlap, units
-from offrl_models.assess.log import UNCUT, Assessed, Cut, read
+from offrl_models.assess.log import Assessed, read
 from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
+from offrl_models.datasets.cut import UNCUT, Cut
 from offrl_models.logs.contract import Contract
 from offrl_models.ope.behavior import version_shares
 from offrl_models.ope.density import require_density

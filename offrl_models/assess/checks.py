@@ -5,7 +5,6 @@ from jaxtyping import Float64, Int64
 
 from offrl_models import course
 from offrl_models.assess.answer import Gain
-from offrl_models.assess.log import Cut
 from offrl_models.assess.overlap import (
     THRESHOLDS,
     Check,
@@ -18,6 +17,7 @@ from offrl_models.assess.overlap import (
 )
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Values
+from offrl_models.datasets.cut import Cut
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import Interval, confidence_sequence_width, difference
 from offrl_models.ope.units import independent

@@ -18,14 +18,14 @@ from pydantic import ValidationError
 
 from offrl_models import storage
 from offrl_models.config import CoverageConfig
+from offrl_models.datasets.cut import Cut, read_cut
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.leakage import SAMPLE_ROWS, sample_of
 from offrl_models.datasets.split import SPLITS, buckets
 from offrl_models.logs import formats, independence
 from offrl_models.logs.contract import Contract, one_sentence
 from offrl_models.logs.read import Log
-from offrl_models.logs.screen import Screened, screen
-from offrl_models.logs.values import rewards
+from offrl_models.logs.screen import screen
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes, InputError
 
@@ -33,18 +33,6 @@ SALT = "assess"
 ROUNDING = 1e-9  # share of a return by which sums of the same rewards may differ
 DIFFERENT = 20  # rows at least, all there several times, that cannot be so by chance
 FEWEST = 100  # entities; below, two folds and an interval mean nothing
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Last decisions of recordings that stopped, which are left out where what was observed after them is not known."""
-
-    rows: int = 0
-    episodes: int = 0  # of which nothing is left
-    reward: float = 0.0  # the size of theirs, summed, over the number of all episodes
-
-
-UNCUT = Cut()
 
 
 @dataclass(frozen=True)
@@ -143,25 +131,6 @@ def _require_enough(entities: int, log: Log, which: str) -> None:
         )
 
 
-def _cut_off(log: Log, found: Screened, salt: str | None) -> Cut:
-    """With `salt`, of the entities that a pipeline of that salt never trains on."""
-    contract, whole = log.contract, found.index.episodes.filter(~pl.col("gap") & ~pl.col("pending"))
-    if salt is not None:
-        held_out = np.isin(buckets(whole["entity"].to_numpy(), salt), SPLITS["gate"])
-        whole = whole.filter(pl.Series(held_out))
-    stopped = whole.filter(~pl.col("terminated"))
-    if contract.horizon == 1 or contract.next_observation is not None or not stopped.height:
-        return UNCUT
-    keys, reward = [contract.episode_column, contract.step_column], contract.reward
-    named = [*keys, *reward.terms, *filter(None, (contract.decided_at, reward.arrived_at))]
-    last = stopped.select("episode", step=pl.col("length") - 1)
-    rows = (
-        log.frame(dict.fromkeys(named)).join(last, left_on=keys, right_on=["episode", "step"], how="semi").unique(keys)
-    )
-    size = np.abs(rewards(rows, contract, found.index.clock)).sum()
-    return Cut(stopped.height, stopped.filter(pl.col("length") == 1).height, float(size) / whole.height)
-
-
 def _require_no_leak(episodes: Episodes, log: Log) -> None:
     """C09. Raises InputError where an observed column by itself predicts the last reward."""
     found = independence.leakage(sample_of(episodes, SAMPLE_ROWS, 0), seed=0)
@@ -201,9 +170,10 @@ def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | 
     with tempfile.TemporaryDirectory(prefix="offrl-") as folder:
         write_splits(log, SALT, Path(folder))
         episodes = read_splits(Path(folder), *SPLITS, salt=SALT, contract=contract)
-    whole = episodes.n_episodes
-    if salt is not None:
-        episodes = episodes.take(np.isin(buckets(_entities(episodes), salt), SPLITS["gate"]))
+        whole = episodes.n_episodes
+        if salt is not None:
+            episodes = episodes.take(np.isin(buckets(_entities(episodes), salt), SPLITS["gate"]))
+        cut = read_cut(Path(folder), episodes.n_episodes, salt)
     entities = len(np.unique(_entities(episodes)))
     _require_enough(entities, log, " that the policy was not trained on")
     worst, best = float(episodes.return_.min()), float(episodes.return_.max())
@@ -216,7 +186,6 @@ def read(paths: Sequence[Path], contract: Contract, update: Update, salt: str | 
     if contract.episode_id is None and contract.entity is None:
         _require_single(episodes, log)
     update("reading the log", 3, 3, f"{episodes.n_rows:,} decisions in {episodes.n_episodes:,} episodes")
-    cut = _cut_off(log, found, salt)
     card = {
         "files": [str(batch.path) for batch in log.batches],
         "format": contract.format,

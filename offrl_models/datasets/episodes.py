@@ -18,6 +18,7 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from offrl_models import storage
+from offrl_models.datasets.cut import write_cut
 from offrl_models.datasets.moments import Moments
 from offrl_models.datasets.placement import Destination, Placement, place, splits_of
 from offrl_models.datasets.split import SPLITS, require_split
@@ -93,6 +94,7 @@ def write_splits(log: Log, salt: str, folder: Path) -> dict[str, dict[str, int]]
         splits.write_flags()
         moments = splits.moments()
     splits.write_episodes()
+    write_cut(log, splits.found, folder)
     storage.write_json(folder / MOMENTS, moments.to_json(log.contract.features))
     return splits.counts
 
@@ -108,6 +110,7 @@ class _Splits:
             found = analyse(runs, log)
             placed = place(found, self.contract, split.result())
         del runs
+        self.found = found
         self.clock, self.placements = found.clock, Placement.by_batch(found, placed)
         self.episodes = [placed.filter(pl.col("split") == number) for number in range(len(SPLITS))]
         self.counts = {

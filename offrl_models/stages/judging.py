@@ -8,6 +8,7 @@ from typing import Any
 
 from offrl_models import bundle, ledger, storage
 from offrl_models.config import Pipeline, PipelineConfig
+from offrl_models.datasets.cut import read_cut
 from offrl_models.evaluation import (
     BEHAVIOR,
     CHAMPION,
@@ -198,6 +199,7 @@ class _Look:
             self.config.return_range,
             self.champion.key,
             drifted(self.pipeline),
+            read_cut(self.pipeline.folder / "episodes", self.gate.n_episodes, self.config.salt),
         )
         self.measured, rungs = measure_rungs(self.names, self.found, gate, asked), len(self.caps)
         measures = [rung.measures for rung in self.measured]
