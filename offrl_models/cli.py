@@ -121,6 +121,9 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     for name in ("episode", "entity", "step", "action", "mask", "action-prob", "reward", "terminated", "truncated"):
         columns.add_argument(f"--{name}", metavar="COLUMN")
     columns.add_argument("--observation", metavar="COLUMNS", help="such as age,ward:12,sex:f|m,vitals[17]")
+    columns.add_argument(
+        "--next-observation", metavar="COLUMNS", help="the same columns as observed next, in that order"
+    )
     columns.add_argument("--actions", metavar="N_OR_LABELS", help="how many, coded from 0, or a,b,c")
     columns.add_argument(
         "--reward-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the true range of one reward"

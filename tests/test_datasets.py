@@ -174,6 +174,16 @@ def test_an_entity_with_several_episodes_stays_on_one_side(tmp_path: Path) -> No
     require_split(np.array(sorted(sides["gate"])), "offrl", "gate")
 
 
+@pytest.mark.parametrize(("one", "other"), [("P12", "P12 "), ("7", "7.0")])
+def test_one_id_in_two_ways_is_refused(tmp_path: Path, one: str, other: str) -> None:
+    """Each would be a patient of its own, one of whom is trained on and the other judged by."""
+    table = pl.DataFrame(as_table(WORLD.simulate(120, seed=3)))
+    names = pl.col("episode").replace_strict({5: one, 6: other}, default=pl.col("episode").cast(pl.String) + "x")
+    log = log_of(tmp_path / "log", table.with_columns(episode=names).to_arrow())
+    with pytest.raises(InputError, match=f"column 'episode' writes 1 ids in two ways, such as '{one}' and '{other}'"):
+        write_splits(log, "offrl", tmp_path / "episodes")
+
+
 def test_a_split_that_would_be_empty_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the log has 2 episodes and none falls into the .* split"):
         write_splits(log_of(tmp_path, as_table(WORLD.simulate(2, seed=3))), "offrl", tmp_path)

@@ -278,3 +278,14 @@ def test_cvar_rises_with_the_tail_from_the_lowest_return_to_the_mean(seed: int) 
     assert (np.diff(values) > -1e-9).all()
     assert values[-1] == pytest.approx(read(found, mean), abs=EXACT)
     assert values[0] == pytest.approx(read(found, partial(quantile, level=1e-6)), abs=1e-9)
+
+
+def test_a_return_that_misses_its_point_by_rounding_is_of_that_point() -> None:
+    """.1 + .1 + .1 is above .3."""
+    every, _ = WORLDS[0].enumerate(3)
+    one = every.take(np.arange(every.n_episodes) == every.length.argmax())
+    one = dataclasses.replace(one, reward=np.full(3, 0.1), gamma=1.0)
+    assert one.n_rows == 3 and one.return_[0] > 0.3
+    model = np.tile([0.0, 1.0, 1.0], (3, 1))
+    found = dr_cdf(one, np.ones(3), model, model, np.array([0.0, 0.3, 1.0]))
+    assert found.estimate(np.ones(1)).tolist() == [0.0, 1.0, 1.0]

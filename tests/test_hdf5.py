@@ -116,6 +116,13 @@ def test_d4rl_without_timeouts_ends_at_terminals_only_and_its_tail_stays_open(tm
     assert formats.schema(path, "d4rl", {}).names[-1] == "truncated"
 
 
+def test_d4rl_without_timeouts_is_refused_where_recordings_were_glued_together(tmp_path: Path) -> None:
+    path = d4rl(tmp_path / "x.hdf5", timeouts=None)  # two ends that are no terminals, but for the last row
+    for rows in ALL:
+        with pytest.raises(InputError, match=r"x.hdf5: after \d+ rows comes another observation .* `timeouts`"):
+            read(path, "d4rl", ["episode_id"], {}, rows)
+
+
 def test_a_step_that_ended_both_ways_is_terminated(tmp_path: Path) -> None:
     found = read(d4rl(tmp_path / "x.hdf5", timeouts=LAST), "d4rl", ["terminated", "truncated"], {})
     assert found["terminated"].to_pylist() == TERMINATED.tolist()

@@ -1,16 +1,19 @@
 """Every kind of observed column, from a small log made by hand to exact numbers of observations, and of what follows."""
 
 import math
-from datetime import UTC, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
 
 from offrl_models.datasets.encoding import Encoder
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.read import DamagedBatchError, Log
 from offrl_models.logs.screen import screen
 from offrl_models.schema import Feature
 from tests.hand_made import NAN, PAIRS, dataset, day, log_of, numbers
@@ -190,3 +193,25 @@ def test_what_follows_an_end_may_be_missing_in_any_kind_of_column(tmp_path: Path
     episodes = dataset(tmp_path, roles, {"x": column, "y": following})
     wanted = np.array(expected, np.float32).reshape(4, -1)
     assert episodes.final_observation == pytest.approx(wanted[1:], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_times_with_and_without_a_zone_are_not_mixed(tmp_path: Path, kind: str) -> None:
+    """The second batch is to blame; one that says nothing of time is not."""
+    at = pl.DataFrame({"at": [datetime(2026, 1, 1, 8)] * 3, "x": [1.0, 2.0, 3.0], "a": [0, 1, 0], "r": [0.0, 1.0, 0.5]})
+    frames = [at.with_columns(pl.col("at").dt.replace_time_zone("Europe/Berlin")), at]
+    for number, frame in enumerate(frames):
+        text = frame.with_columns(pl.col("at").dt.to_string("%Y-%m-%dT%H:%M:%S" + ("%:z" if number == 0 else "")))
+        path = tmp_path / f"{number}.{kind}"
+        {"parquet": frame.write_parquet, "csv": text.write_csv, "jsonl": text.write_ndjson}[kind](path)
+    contract = Contract.model_validate({
+        "source": "log", "format": kind, "horizon": 1, "observation": ["x"], "action": {"column": "a", "values": 2},
+        "reward": {"column": "r", "range": [0, 1]}, "gamma": 1.0, "decided_at": "at",
+    })  # fmt: skip
+    paths = [tmp_path / f"{number}.{kind}" for number in (0, 1)]
+    with pytest.raises(
+        DamagedBatchError, match=r"1\.\w+: the times of column 'at' are without their offset from UTC"
+    ) as error:
+        Log.open(paths, contract)
+    assert error.value.path == paths[1]
+    assert len(Log.open(paths[:1] * 2, contract).batches) == 2

@@ -16,7 +16,7 @@ from offrl_models.schema import InputError
 COLUMN = re.compile(r"(?P<name>.+?)(?:\[(?P<size>\d+)\]|:(?P<categories>\d+)|:(?P<labels>[^:]*\|[^:]*))?")
 WAYS = "give --contract FILE.yaml, or --observation, --action, --actions, --reward and --reward-range"
 COLUMNS = (
-    "horizon", "episode", "entity", "step", "observation", "action", "actions", "mask", "action_prob", "reward",
+    "horizon", "episode", "entity", "step", "observation", "next_observation", "action", "actions", "mask", "action_prob", "reward",
     "reward_range", "terminated", "truncated", "gamma",
 )  # fmt: skip
 
@@ -81,6 +81,7 @@ def contract_of_columns(options: Mapping[str, Any], paths: Sequence[Path]) -> Co
             **({"episode_id": options["episode"]} if options.get("episode") else {}),
             "format": options.get("format") or _format_of(paths),
             "observation": [_column(text) for text in options["observation"].split(",")],
+            **({"next_observation": options["next_observation"].split(",")} if options.get("next_observation") else {}),
             "action": {
                 "column": options["action"],
                 "values": int(actions) if actions.isdecimal() else actions.split(","),

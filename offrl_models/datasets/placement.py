@@ -26,8 +26,10 @@ def place(found: Index, contract: Contract, split: pl.DataFrame) -> pl.DataFrame
 
     Left out are episodes with gaps, and those whose rewards may still come. An open episode counts as truncated. Where the log
     has no next observation, a truncated episode ends one decision earlier, at the last observation that is known.
-    Raises InputError when a split would be empty.
+    Raises InputError when a split would be empty, and where two ids are one that is written in two ways.
     """
+    for column in ("entity", "episode"):
+        _require_written_alike(found.episodes[column], getattr(contract, f"{column}_column"))
     kept = found.episodes.filter(~pl.col("gap") & ~pl.col("pending")).with_columns(truncated=~pl.col("terminated"))
     if contract.next_observation is None:
         kept = kept.with_columns(pl.col("length") - pl.col("truncated")).filter(pl.col("length") > 0)
@@ -37,6 +39,23 @@ def place(found: Index, contract: Contract, split: pl.DataFrame) -> pl.DataFrame
             raise InputError(f"the log has {kept.height} episodes and none falls into the {name} split; collect more.")
     start = (pl.col("length").cum_sum() - pl.col("length")).over("split")
     return kept.with_columns(start=start, number=pl.int_range(pl.len()).over("split"))
+
+
+def _require_written_alike(ids: pl.Series, column: str) -> None:
+    """Blanks around an id, and the .0 of a column that was once a number, make two of what is one: it would be in two splits."""
+    if ids.dtype != pl.String:
+        return
+    each = (
+        ids.unique(maintain_order=True)
+        .to_frame("id")
+        .with_columns(plain=pl.col("id").str.strip_chars().str.replace(r"^([0-9]+)\.0$", "$1"))
+    )
+    twice = each.filter(pl.col("plain").is_duplicated()).sort("plain", "id")
+    if twice.height:
+        raise InputError(
+            f"column {column!r} writes {twice['plain'].n_unique()} ids in two ways, such as {twice['id'][0]!r} and "
+            f"{twice['id'][1]!r}; write each in one way, or one of them is trained on and judged by."
+        )
 
 
 class Destination(NamedTuple):

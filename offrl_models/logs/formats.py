@@ -25,6 +25,7 @@ from offrl_models.schema import InputError
 AT_A_TIME = 6  # columns of a row group that are decoded together: the reader keeps pages of every one it was asked for
 PAGE_BUFFER = 2**20  # bytes of a column chunk in memory, of which there is one per column
 MANY = 64  # tables that are copied into one, for short episodes make one each and every table costs time
+FIRST = 1024  # rows at a time until a value is met
 DIGITS = 20  # of a number in a name, by which names are sorted
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow columnar format 1.5, IPC streaming format
 
@@ -67,6 +68,16 @@ def schema(path: Path, format: str, types: Types) -> pa.Schema:
     """
     with _readable(path, format):
         return _known(format).schema(path, types)
+
+
+def has_zone(path: Path, format: str, name: str, dtype: pa.DataType) -> bool | None:
+    """Whether the times of a column say how far they are from UTC, by its type or, in text, its first value; None without one."""
+    if format not in ("csv", "jsonl"):
+        return getattr(dtype, "tz", None) is not None
+    for table in chunks(path, format, [name], {name: pa.string()}, FIRST):
+        if table[name].null_count < len(table):
+            return bool(text.OFFSET.search(str(table[name].drop_null()[0].as_py())))
+    return None
 
 
 def chunks(path: Path, format: str, columns: Sequence[str], types: Types, rows: int) -> Iterator[pa.Table]:

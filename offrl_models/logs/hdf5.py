@@ -179,9 +179,33 @@ def d4rl_schema(path: Path, types: Mapping[str, pa.DataType]) -> pa.Schema:
 
 
 def d4rl_chunks(path: Path, columns: Sequence[str], types: Mapping[str, pa.DataType], rows: int) -> Iterator[pa.Table]:
-    """Rows of a D4RL file. Without `timeouts` only `terminals` end an episode; a tail that nothing ended stays open."""
+    """Rows of a D4RL file. Without `timeouts` only `terminals` end an episode; a tail that nothing ended stays open.
+
+    Raises InputError where the next observations then say that recordings stopped in between.
+    """
     with open_hdf5(path) as file:
+        if "timeouts" not in file:
+            _require_followed(file, path, rows)
         yield from _flat_chunks(file, path, columns, rows, ends="timeouts", closed=False)
+
+
+def _require_followed(file: Any, path: Path, rows: int) -> None:
+    """Raises InputError where a row is not followed by what was observed after it, and did not end the task."""
+    found = _flat_datasets(file, path)
+    if "next_observation" not in found:
+        return
+    total, apart = len(found["reward"]), 0
+    terminals = numbers(file, "terminals", path)
+    for part in sections(total - 1, rows):
+        after = slice(part.start + 1, part.stop + 1)
+        differs = np.asarray(found["next_observation"][part]) != np.asarray(found["observation"][after])
+        differs = differs.reshape(len(differs), -1).any(1)
+        apart += int((differs & ~flags(terminals[part], "terminals", path)).sum())
+    if apart:
+        raise InputError(
+            f"{path}: after {apart} rows comes another observation than next_observations says, and no dataset `timeouts` marks "
+            "where recordings stop; add it."
+        )
 
 
 def _is_flat(file: Any, path: Path) -> bool:

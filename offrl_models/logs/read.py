@@ -46,6 +46,7 @@ class Batch:
     kinds: dict[str, str]  # the contract's columns in it -> kind of type
     integer_keys: bool
     rewards_only: bool
+    zoned: dict[str, bool | None]  # columns of times -> whether they say how far they are from UTC
 
 
 def open_batch(path: Path, contract: Contract) -> Batch:
@@ -78,7 +79,9 @@ def open_batch(path: Path, contract: Contract) -> Batch:
             )
     keys = [schema.field(name).type for name, kind in wanted.items() if kind == "key"]
     integer_keys = all(pa.types.is_integer(dtype) and dtype != pa.uint64() for dtype in keys)
-    return Batch(path, wanted, integer_keys, rewards_only)
+    times = [(name, schema.field(name).type) for name, kind in wanted.items() if kind == "time"]
+    zoned = {name: formats.has_zone(path, contract.format, name, dtype) for name, dtype in times}
+    return Batch(path, wanted, integer_keys, rewards_only, zoned)
 
 
 def _in_one_type(frame: pl.DataFrame, name: str, kind: str, *, integer_keys: bool) -> pl.Expr:
@@ -121,9 +124,7 @@ class Log:
 
     contract: Contract
     batches: list[Batch]
-    derived_steps: dict[int, np.ndarray] | None = field(
-        default=None, repr=False
-    )  # per batch, where the log names no step
+    derived_steps: dict[int, np.ndarray] | None = field(default=None, repr=False)  # per batch, where the log names none
 
     @classmethod
     def open(cls, paths: Sequence[Path], contract: Contract) -> "Log":
@@ -133,7 +134,17 @@ class Log:
                 f"no {contract.format} batch lies in {contract.source}; put one there, or run `dvc pull` or `dvc repro` to "
                 "fetch it."
             )
-        return cls(contract, [open_batch(path, contract) for path in paths]).with_steps()
+        log, first = cls(contract, [open_batch(path, contract) for path in paths]), dict[str, Batch]()
+        for batch in log.batches:
+            for name, zoned in batch.zoned.items():
+                if zoned is not None and first.setdefault(name, batch).zoned[name] is not zoned:
+                    mine, theirs = ("with", "without") if zoned else ("without", "with")
+                    raise DamagedBatchError(
+                        f"{batch.path}: the times of column {name!r} are {mine} their offset from UTC, and those of "
+                        f"{first[name].path} are {theirs} it; write both alike.",
+                        batch.path,
+                    )
+        return log.with_steps()
 
     @property
     def decisions(self) -> list[tuple[int, Batch]]:

@@ -123,8 +123,8 @@ class ActionComponent(Strict):
 
     @model_validator(mode="after")
     def _at_least_two(self) -> "ActionComponent":
-        if self.n_values < 2 or _repeated(self.labels or ()):
-            raise ValueError(f"the action {self.column!r} needs at least two different values")
+        if not 2 <= self.n_values <= 10**5 or _repeated(self.labels or ()):
+            raise ValueError(f"the action {self.column!r} needs at least two different values, and 100,000 at most")
         return self
 
     @property

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from offrl_models.ope.doubly_robust import dr
 from offrl_models.ope.importance import trajectory_weights
-from offrl_models.ope.intervals import Interval, in_unit_range
+from offrl_models.ope.intervals import ROUNDING, Interval, in_unit_range
 from offrl_models.ope.sequences import finite
 from offrl_models.schema import Episodes, InputError
 
@@ -124,7 +124,8 @@ def dr_cdf(
     without = dataclasses.replace(episodes, reward=np.zeros(episodes.n_rows), gamma=1.0, interval=None)
     correction = [dr(without, ratio, q[:, k], v[:, k]).numerator[:, 0] for k in range(len(points))]
     weight = trajectory_weights(episodes, finite("the ratio", ratio))
-    return ReturnCDF(points, np.searchsorted(points, returns), weight, False, np.stack(correction, 1))
+    at = np.searchsorted(points, returns - ROUNDING * (points[-1] - points[0]))  # a sum may miss its point by rounding
+    return ReturnCDF(points, at, weight, False, np.stack(correction, 1))
 
 
 def _mass(cdf: Float64[np.ndarray, "samples points"]) -> Float64[np.ndarray, "samples points"]:
