@@ -8,7 +8,9 @@ import pytest
 
 from offrl_models import bundle, registry, storage
 from offrl_models.gate import GateConfig, Status, judge
+from offrl_models.logs.contract import Contract
 from offrl_models.schema import InputError
+from offrl_models.stages.champion import _require_alike
 from tests.hand_made import BAD, GOOD
 
 CONFIG = GateConfig()
@@ -83,6 +85,28 @@ def test_only_what_beat_the_champion_takes_its_place(rung: Path, tmp_path: Path)
     assert release(rung, passing(rung), policies, config={"gamma": 0.9}, beaten=1).version == 2
     with pytest.raises(InputError, match="the champion is version 2"):
         release(rung, passing(rung), policies)
+
+
+@pytest.mark.parametrize(
+    ("part", "logs"),
+    [
+        ("observations", {"observation": ["y", "x"]}),
+        ("observations", {"observation": ["x", {"column": "y", "categories": ["a", "b"]}]}),
+        ("actions", {"action": {"column": "a", "values": ["treat", "wait"]}}),
+    ],
+)
+def test_a_champion_is_asked_under_the_contract_it_was_made_for(
+    tmp_path: Path, part: str, logs: dict[str, Any]
+) -> None:
+    """Else it would read one column as another, or do one thing for another."""
+    made = {
+        "source": "log", "horizon": 1, "observation": ["x", "y"], "action": {"column": "a", "values": ["wait", "treat"]},
+        "reward": {"column": "r", "range": [0, 1]}, "gamma": 1.0,
+    }  # fmt: skip
+    storage.write_json(tmp_path / "config.json", {"logs": made})
+    _require_alike(tmp_path, Contract.model_validate(made))
+    with pytest.raises(InputError, match=f"was made for other {part} than the contract has now, or in another order"):
+        _require_alike(tmp_path, Contract.model_validate(made | logs))
 
 
 def unchanged(policies: Path) -> bool:

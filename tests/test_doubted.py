@@ -75,6 +75,16 @@ def test_weights_whose_mean_is_too_small_are_doubted(missed: float, wanted: list
     assert Estimates.of(ANY, log, ratio, None).doubted == [name for name in wanted if name in BY_STEPS]
 
 
+@pytest.mark.parametrize(("clicks", "wanted"), [(19, list(ESTIMATORS)), (21, [])])
+def test_rewards_so_rare_that_few_are_seen_leave_everything_in_doubt(clicks: int, wanted: list[str]) -> None:
+    """With a dozen clicks intervals of 95% cover 90%, whatever the weights."""
+    log, ratio = two_steps([1.0] * 5000, [1.0] * 5000)
+    clicked = np.isin(np.arange(log.n_rows), log.offsets[:clicks])
+    log = dataclasses.replace(log, reward=clicked.astype(float), gamma=1.0)
+    assert log.return_.sum() == clicks
+    assert doubted(ESTIMATORS, log, ratio, None) == wanted
+
+
 @pytest.mark.parametrize("ratio", [1e200, 0.0])
 def test_weights_that_overflow_or_vanish_are_doubted(ratio: float) -> None:
     log, each = two_steps([ratio] * 500, [ratio] * 500)

@@ -206,6 +206,19 @@ def test_what_has_judged_is_not_split_by_another_salt(toy: Pipeline, monkeypatch
         stages.behavior_policy(other)
 
 
+def test_thresholds_of_coverage_count_for_every_later_step(toy: Pipeline) -> None:
+    stages.ingest(toy)
+    stages.coverage(toy)
+    stages.episodes(toy)
+    stricter = toy.config.coverage.model_copy(update={"leakage_auc": 0.5})
+    other = Pipeline(toy.config.model_copy(update={"coverage": stricter}), toy.root)
+    with pytest.raises(InputError, match="coverage was made from other logs or settings"):
+        stages.behavior_policy(other)
+    stages.coverage(other)
+    with pytest.raises(InputError, match="check C09 blocks the log"):
+        stages.behavior_policy(other)
+
+
 def test_an_entry_of_before_the_salt_is_still_what_was_written(tmp_path: Path) -> None:
     entry = {name: value for name, value in asdict(look("a")).items() if name not in ("split_by", "rungs")}
     entry["hash"] = storage.sha256_bytes(b"\n" + storage.canonical_json(entry))

@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
+from offrl_models import storage
+from offrl_models.datasets.cut import UNCUT, Cut, read_cut, write_cut
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.split import SPLITS, bucket
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.index import index
 from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
 from tests.hand_made import (
@@ -107,6 +112,36 @@ def test_a_bandit_log_without_ids_names_rows_by_file_and_place(tmp_path: Path) -
     assert set(episodes.episode_id) == {f"{name}.parquet/{row}" for name in ("one", "two") for row in range(120)}
     places = [int(str(name).rpartition("/")[2]) % 4 for name in episodes.episode_id]
     assert np.array_equal(episodes.observation.ravel(), numbers(*LOG["x"])[places])
+
+
+@pytest.mark.parametrize("more", [{}, {"truncated": None}, {"next_observation": ["x2"]}])
+def test_what_goes_with_the_last_decision_of_a_truncated_episode_is_counted(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """Of the gate: one is truncated after one decision, one after two, one goes on and one ends."""
+    ids = [each for each in map(str, range(2000)) if bucket(each, "offrl") in SPLITS["gate"]]
+    rows = [
+        (ids[0], 0, -3.0, False, True), (ids[1], 0, 1.0, False, False), (ids[1], 1, -2.0, False, True),
+        (ids[2], 0, 1.0, False, False), (ids[2], 1, -0.5, False, False), (ids[3], 0, 1.0, True, False),
+        (str(TRAIN), 0, -9.0, False, True),
+    ]  # fmt: skip
+    frame = pl.DataFrame(rows, orient="row", schema=["id", "t", "r", "end", "cut"]).with_columns(x=0.5, x2=0.5, a=0)
+    storage.write_parquet(tmp_path / "b.parquet", frame.to_arrow())
+    contract = Contract.model_validate({
+        "source": "log", "episode_id": "id", "step": "t", "observation": ["x"], "action": {"column": "a", "values": 2},
+        "reward": {"column": "r", "range": [-9, 9]}, "gamma": 1.0, "terminated": "end", "truncated": "cut", **more,
+    })  # fmt: skip
+    log = Log.open([tmp_path / "b.parquet"], contract)
+    write_cut(log, index(log), tmp_path)
+    found = read_cut(tmp_path, 3, "offrl")
+    if contract.next_observation:
+        assert found == UNCUT
+    else:
+        lost = (
+            [3.0, 2.0] if contract.truncated else [3.0, 2.0, 0.5]
+        )  # the one that goes on may be completed, where that can be told
+        assert found == Cut(len(lost), 1, sum(lost) / 4)
+        assert read_cut(tmp_path, 3).rows == len(lost) + 1
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
