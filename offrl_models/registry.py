@@ -30,8 +30,15 @@ def verify(bundle: Path) -> dict[str, Any]:
 
 
 def champion(policies: Path) -> dict[str, Any] | None:
-    """The champion pointer, its bundle verified, or None before the first release."""
+    """The champion pointer, its bundle verified, or None before the first release.
+
+    Raises InputError where the pointer is gone, or a bundle was altered.
+    """
     if not (policies / CHAMPION).exists():
+        if len(versions(policies)) > 1:  # one may be left by a crash before the first pointer
+            raise InputError(
+                f"{policies / CHAMPION} is gone, and there are released versions; restore it from DVC or a backup."
+            )
         return None
     pointer = storage.read_json(policies / CHAMPION)
     bundle = policies / str(pointer["version"])

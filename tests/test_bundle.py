@@ -85,6 +85,9 @@ def test_only_what_beat_the_champion_takes_its_place(rung: Path, tmp_path: Path)
     assert release(rung, passing(rung), policies, config={"gamma": 0.9}, beaten=1).version == 2
     with pytest.raises(InputError, match="the champion is version 2"):
         release(rung, passing(rung), policies)
+    (policies / "champion.json").unlink()
+    with pytest.raises(InputError, match=r"champion.json is gone, and there are released versions"):
+        registry.champion(policies)
 
 
 @pytest.mark.parametrize(

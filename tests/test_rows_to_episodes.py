@@ -137,9 +137,8 @@ def test_what_goes_with_the_last_decision_of_a_truncated_episode_is_counted(
     if contract.next_observation:
         assert found == UNCUT
     else:
-        lost = (
-            [3.0, 2.0] if contract.truncated else [3.0, 2.0, 0.5]
-        )  # the one that goes on may be completed, where that can be told
+        goes_on = [] if contract.truncated else [0.5]  # told from truncated ones by their flag alone
+        lost = [3.0, 2.0, *goes_on]
         assert found == Cut(len(lost), 1, sum(lost) / 4)
         assert read_cut(tmp_path, 3).rows == len(lost) + 1
 

@@ -51,6 +51,8 @@ def current_champion(pipeline: Pipeline) -> Champion:
         manifest = storage.read_json(policies / str(version) / registry.MANIFEST)
         if manifest.get("candidate") == candidate_digest(pipeline):
             version = manifest["champion_version"]
+            if version is not None:
+                registry.verify(policies / str(version))
     if version is None:
         return Champion("the behavior policy", None, pipeline.folder / "behavior" / bundle.POLICY, 1.0)
     cap = storage.read_json(policies / str(version) / registry.MANIFEST)["cap"]
