@@ -12,9 +12,10 @@ from offrl_models import storage
 from offrl_models.config import Pipeline, parse_pipeline
 from offrl_models.logs.ingest import ingest
 from offrl_models.logs.read import batch_files
+from offrl_models.logs.screen import screen
 from offrl_models.logs.versions import log_version
 from offrl_models.schema import InputError
-from offrl_models.stages.data import _files
+from offrl_models.stages.data import _files, read_log
 from tests.conftest import as_table, attributes, chain_world, write_batches
 
 WORLD = chain_world()
@@ -233,6 +234,16 @@ def test_an_accepted_batch_that_changed_is_neither_used_nor_moved(pipeline: Pipe
     lock = {"stages": {"toy": {"outs": [{"path": "data/toy/raw", "md5": log_version(pipeline.raw)}]}}}
     (pipeline.root / "dvc.lock").write_text(json.dumps(lock))
     ingest(pipeline.folders, pipeline.config.logs).require_clean()
+
+
+def test_a_missing_key_is_named_before_the_gap_that_it_leaves(pipeline: Pipeline) -> None:
+    log = read_log(pipeline)
+    frame = pl.read_parquet(log.batches[0].path)
+    longest = frame["episode"].mode()[0]
+    gone = (pl.col("episode") == longest) & (pl.col("step") == 0)
+    storage.write_parquet(log.batches[0].path, frame.with_columns(episode=pl.when(~gone).then("episode")).to_arrow())
+    first, *others = [(found.check, found.column) for found in screen(read_log(pipeline)).violations]
+    assert first == ("C10", "episode") and ("C04", "step") in others
 
 
 def test_an_accepted_batch_that_is_gone_is_missed(pipeline: Pipeline) -> None:

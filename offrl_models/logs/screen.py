@@ -85,7 +85,13 @@ def screen(log: Log, now: datetime | None = None) -> Screened:
                 at = (rule.check, batch, rule.column, n, done[batch] + first)
                 broken.append(Violation(*at, rule.problem, rule.remedy, rule.across))
         done[batch] += chunk.height
-    everything = sorted(_together([*broken, *late_reward_violations(log, now)]), key=lambda v: (v.batch, v.check))
+    keys = (log.contract.episode_id, log.contract.entity, log.contract.step, log.contract.decided_at)
+
+    def order(found: Violation) -> tuple[int, bool, str]:
+        """A key that is missing comes before what follows from that, such as gaps."""
+        return found.batch, not (found.check == "C10" and found.column in keys), found.check
+
+    everything = sorted(_together([*broken, *late_reward_violations(log, now)]), key=order)
     return Screened(log, found, _table(found, table, everything), tuple(everything))
 
 
