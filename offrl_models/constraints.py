@@ -94,6 +94,6 @@ def _without_episodes(held: Held, measured: set[str]) -> list[Contrast]:
     logged = {
         f"{column} {group}"
         for column in held.thresholds.subgroups
-        for group in np.unique(held.fitted_on.labels[column])
+        for group in np.unique(held.fitted_on.labels.get(column, []))
     }
     return [Contrast(name, 0, 0.0, -math.inf, math.inf, none) for name in sorted(logged - measured)]

@@ -104,14 +104,17 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
         observing(categories=2**24 + 1),
         "logs: column 'x' has over 16,777,216 categories; group them first",
     ),
-    "one action": (acting(column="a", values=1), "logs.action: the action 'a' needs at least two different values"),
+    "one action": (
+        acting(column="a", values=1),
+        "logs.action: the action 'a' needs at least two different values, and 100,000 at most",
+    ),
     "an action twice": (
         acting(column="a", values=["x", "x"]),
-        "logs.action: the action 'a' needs at least two different values",
+        "logs.action: the action 'a' needs at least two different values, and 100,000 at most",
     ),
     "one action in a component": (
         acting(components=[{"column": "a", "values": 1}]),
-        "logs.action.components.0: the action 'a' needs at least two different values",
+        "logs.action.components.0: the action 'a' needs at least two different values, and 100,000 at most",
     ),
     "no values": (acting(column="a"), f"logs.action: {SHAPES}"),
     "values and a size": (acting(column="a", values=2, size=2, low=0, high=1), f"logs.action: {SHAPES}"),
