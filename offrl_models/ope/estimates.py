@@ -24,9 +24,7 @@ LEVEL = 0.95  # of the two-sided intervals in reports
 ESTIMATORS = ("TIS", "PDIS", "WIS", "WPDIS", "DR", "WDR", "FQE")
 WHOLE, UNWEIGHTED = ("TIS", "WIS"), ("FQE", "DM", "MDR")  # by weights of whole episodes, and by none that are products
 MISSED = 2.0  # see doubted
-SURPRISES = (
-    20  # returns, of equal size, that are unlike the mean: with fewer intervals are too narrow, whatever the weights
-)
+SURPRISES = 20  # returns unlike the mean: with fewer of them intervals are too narrow, whatever the weights
 REFITS = 200  # bootstrap samples, where propensities are fitted again in each
 
 Refit = Callable[[Float64[np.ndarray, "episodes"]], Float64[np.ndarray, "rows"]]  # propensities, of counted episodes
