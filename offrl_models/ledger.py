@@ -90,10 +90,9 @@ def level(
 ) -> Level:
     """What a hypothesis may be tested at on some data; what it was tested at, where that look was taken before.
 
-    Today is not before the last look: of a clock that was set back nothing would be spent.
     Raises InputError when this year's budget is spent.
     """
-    today = max([today or datetime.now(UTC).date(), *(date.fromisoformat(look.date) for look in looks)])
+    today = today or datetime.now(UTC).date()
     for place, look in enumerate(looks):
         if (look.hypothesis, look.gate_data) == (hypothesis, gate_data):
             looks, today = looks[:place], date.fromisoformat(look.date)

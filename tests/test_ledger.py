@@ -73,14 +73,12 @@ def test_the_same_look_cannot_say_something_else(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_was_set_back_gives_nothing_back(tmp_path: Path) -> None:
-    spent = [look("a", spent=0.1)]
-    early = date(1970, 1, 1)
-    with pytest.raises(InputError, match="possible on 2027-03-01"):
-        level(spent, "b", "d", CONFIG, early)
     path = tmp_path / "ledger.jsonl"
-    for entry in (*spent, replace(look("b"), date=early.isoformat())):
+    for entry in (look("a"), replace(look("b", spent=0.1), date="1970-01-01")):
         ledger.enter(path, entry)
     assert [entry.date for entry in ledger.read(path)] == ["2026-03-01"] * 2
+    with pytest.raises(InputError, match="possible on 2027-03-01"):
+        level(ledger.read(path), "c", "d", CONFIG, DAY)
 
 
 def test_a_look_that_another_one_overtook_is_not_entered(tmp_path: Path) -> None:
