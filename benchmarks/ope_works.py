@@ -181,8 +181,8 @@ def _six(episodes: "Episodes", ratio: np.ndarray, q: np.ndarray, v: np.ndarray) 
         "IPW": plain(weight, reward),
         "SNIPW": normalised(weight, reward),
         "DR": model.corrected(weight),
-        "Switch-DR": model.corrected(switched(weight, TAU)),
-        "DRos": model.corrected(shrunk(weight, SHRINKAGE)),
+        "Switch-DR": model.corrected(weight, partial(switched, tau=TAU)),
+        "DRos": model.corrected(weight, partial(shrunk, shrinkage=SHRINKAGE)),
     }
 
 

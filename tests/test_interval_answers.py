@@ -1,6 +1,7 @@
 """Known answers of every interval, by hand and by other implementations, and of differences and many candidates at once."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from offrl_models.ope import importance
+from offrl_models.ope import resampling
 from offrl_models.ope.eprocess import betting_lower_bound, betting_sequence_lower_bound
 from offrl_models.ope.importance import Terms
 from offrl_models.ope.intervals import (
@@ -221,7 +222,8 @@ def test_terms_by_their_weights_are_those_of_the_product() -> None:
 
 @pytest.mark.parametrize("stretch", [7, 512])
 def test_resampling_together_is_resampling_each(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "STRETCH", stretch)
+    monkeypatch.setattr(resampling, "STRETCH", stretch)
+    monkeypatch.setattr(resampling, "ABREAST", math.gcd(stretch, resampling.ABREAST))
     candidates, shares = some_terms(0), bootstrap_shares(80, 40, 0)
     expected = np.stack([terms.resampled(shares) for terms in candidates])
     rounding = 1e-5 * expected.std(1, keepdims=True)  # of single precision
@@ -265,7 +267,8 @@ def test_weights_over_more_orders_than_single_precision_has(seed: int, n: int, o
     weight = 10.0 ** rng.uniform(-orders, 0, size=(n, 2)) * (rng.random((n, 2)) < 0.7)
     gain, shares = rng.random((n, 2)), bootstrap_shares(n, 50, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importance, "STRETCH", stretch)
+        patch.setattr(resampling, "STRETCH", stretch)
+        patch.setattr(resampling, "ABREAST", math.gcd(stretch, resampling.ABREAST))
         for terms in (Terms(weight * gain, weight), Terms(gain, weight, weighted=True)):
             found = resampled([terms], shares)[0]
             assert found == pytest.approx(terms.resampled(shares), rel=1e-5, nan_ok=True)

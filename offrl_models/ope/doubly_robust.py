@@ -5,8 +5,9 @@ Truncated episodes are to be completed first (`sequences.completed`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float64
@@ -36,13 +37,19 @@ class Model:
                 finite("the state value", v)
         return cls(gain)
 
-    def corrected(self, weight: Float64[np.ndarray, "episodes steps"]) -> Terms:
-        """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)].
+    def corrected(
+        self, weight: Float64[np.ndarray, "episodes steps"], change: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> Terms:
+        """v(s_0) + sum_t gamma^t w_t [r_t + gamma v(s_{t+1}) - q(s_t, a_t)], with each weight as `change` makes it.
 
         Whatever the weights, it is unbiased where q is exact, since each bracket then has mean 0 given its past.
         """
-        found = sum_of_products(weight, self.gain[:, 1:])
-        return Terms(np.add(found, self.gain[:, 0], out=found)[:, None])
+        found, height = np.empty((len(weight), 1)), max(PART // weight.shape[1], 1)
+        for start in range(0, len(weight), height):
+            rows = slice(start, start + height)
+            part = weight[rows] if change is None else change(weight[rows])
+            np.add(sum_of_products(part, self.gain[rows, 1:]), self.gain[rows, 0], out=found[rows, 0])
+        return Terms(found)
 
     def normalised(self, after: Float64[np.ndarray, "episodes places"]) -> Terms:
         """The same with the weights of each step normalised over all episodes. `after` holds a 1 before those of the steps."""
@@ -121,7 +128,7 @@ def switch_dr(
     weight is the product w_t, so that a step counts again once the product has come back under `tau`.
     Raises InputError when `tau` is negative.
     """
-    return Model.of(episodes, q, v).corrected(switched(weights_by_step(episodes, ratio), tau))
+    return Model.of(episodes, q, v).corrected(weights_by_step(episodes, ratio), partial(switched, tau=tau))
 
 
 def switched(weight: Float64[np.ndarray, "..."], tau: float) -> Float64[np.ndarray, "..."]:
@@ -144,7 +151,7 @@ def dros(
     is a bandit; over several steps the weight is the product w_t.
     Raises InputError when `shrinkage` is negative.
     """
-    return Model.of(episodes, q, v).corrected(shrunk(weights_by_step(episodes, ratio), shrinkage))
+    return Model.of(episodes, q, v).corrected(weights_by_step(episodes, ratio), partial(shrunk, shrinkage=shrinkage))
 
 
 def shrunk(weight: Float64[np.ndarray, "..."], shrinkage: float) -> Float64[np.ndarray, "..."]:

@@ -8,27 +8,23 @@ Weights may be clipped or forgotten, which trades a bias for a smaller variance;
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-from jaxtyping import Float32, Float64, Real
+from jaxtyping import Float64, Real
 
+from offrl_models.ope.resampling import Columns
 from offrl_models.ope.sequences import by_step, finite, sum_of_products, weights_by_step
 from offrl_models.schema import Episodes, InputError
 
 # How often each episode is in each sample, or that over a constant; all samples at once, or a few at a time.
 Samples = Real[np.ndarray, "samples episodes"] | Iterable[Real[np.ndarray, "_ episodes"]]
 
-STRETCH = 512  # rows that are added up in single precision
 AGAIN = 32  # samples that are computed again in double precision at once
 FAINT = 1e-30  # of the largest weight: a mean weight below it has lost digits, or all of them, in single precision
 _Key = tuple[int, tuple[int, ...]]  # of a column: where it lies in memory, and its strides
-_Part = Callable[[slice, Float64[np.ndarray, "rows width"]], object]  # writes some rows of columns
-_Stretch = tuple[
-    Float32[np.ndarray, "rows width"], Float64[np.ndarray, "width"]
-]  # of columns; what they are divided by
 
 
 @dataclass(frozen=True)
@@ -95,51 +91,6 @@ class Terms:
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan).sum(1)
 
 
-class _Columns:
-    """Columns in single precision: over each stretch of rows, each of them is divided by its largest number there. They may take as
-    much memory as the logs, so they are kept only when they are asked for again."""
-
-    def __init__(self, rows: int):
-        self.rows, self.width, self.uses = rows, 0, 0
-        self.parts, self.kept = list[tuple[slice, _Part]](), list[_Stretch]()
-
-    def put(self, width: int, part: _Part) -> list[int]:
-        """The places of new columns, whose numbers `part` writes where it is asked to."""
-        places = slice(self.width, self.width + width)
-        self.parts.append((places, part))
-        self.width += width
-        return list(range(places.start, places.stop))
-
-    def _stretches(self) -> Iterator[_Stretch]:
-        buffer = np.empty((min(STRETCH, self.rows), self.width))
-        for start in range(0, self.rows, STRETCH):
-            block = buffer[: self.rows - start]
-            for places, part in self.parts:
-                part(slice(start, start + STRETCH), block[:, places])
-            scale = np.maximum(block.max(0), -block.min(0))
-            scale[scale == 0] = 1.0
-            np.divide(block, scale, out=block)
-            yield block.astype(np.float32), scale
-
-    def sums(
-        self, block: Real[np.ndarray, "samples rows"]
-    ) -> tuple[Float64[np.ndarray, "samples width"], Float64[np.ndarray, "width"]]:
-        """The sum of every column in every sample, and the largest number of each column; stretches of zeros count as 1.
-
-        Stretches of rows are added up in double precision: over millions of rows a sum in single precision drifts off.
-        """
-        self.uses += 1
-        if self.uses == 2:
-            self.kept = list(self._stretches())
-        found, largest = np.zeros((len(block), self.width)), np.zeros(self.width)
-        product = np.empty((len(block), self.width), np.float32)
-        for place, (values, scale) in enumerate(self.kept or self._stretches()):
-            counts: Float32[np.ndarray, "samples stretch"] = block[:, place * STRETCH :][:, :STRETCH].astype(np.float32)
-            found += np.matmul(counts, values, out=product) * scale
-            np.maximum(largest, scale, out=largest)
-        return found, largest
-
-
 def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarray, "candidates samples"]:
     """`Terms.resampled` of many candidates, over the total of each sample: each block of samples is read once for all of them.
 
@@ -148,7 +99,7 @@ def resampled(candidates: Sequence[Terms], samples: Samples) -> Float64[np.ndarr
     nearly vanish, beside those it leaves out, is computed again in double precision. Denominators that several estimators
     share in memory are resampled once.
     """
-    columns, place = _Columns(candidates[0].episodes), dict[_Key, int]()
+    columns, place = Columns(candidates[0].episodes), dict[_Key, int]()
     total = columns.put(1, lambda _rows, out: out.fill(1.0))
     tops, bottoms = [], []
     for terms in candidates:

@@ -38,9 +38,9 @@ def ratios_and_values(
     """
     if episodes.action.min(initial=0) < 0 or episodes.action.max(initial=0) >= probs.shape[1]:
         raise InputError(f"the evaluation policy has {probs.shape[1]} actions, and the log has others.")
-    off, taken, total = np.empty(len(probs), bool), np.empty(len(probs)), np.empty(CHUNK)
-    valued = 0 if q is None else len(probs)
-    q_taken, v = np.empty(valued), np.empty(valued)
+    off, total = np.empty(len(probs), bool), np.empty(CHUNK)
+    found = np.empty((1 if q is None else 3, len(probs)))  # at once: the system is slow to hand out memory
+    taken, q_taken, v = found[0], *(found[1:] if q is not None else np.empty((2, 0)))
     ones, place = np.ones(probs.shape[1]), np.arange(CHUNK) * probs.shape[1]
     for start in range(0, len(probs), CHUNK):  # so that each row is brought from memory once
         rows = slice(start, start + CHUNK)
