@@ -117,6 +117,9 @@ def test_what_continuous_actions_refuse() -> None:
         kernel_density(episodes, target + 50, one, kernel="gaussian", bounds=np.array([[-20.0, 20.0]]))
     with pytest.raises(InputError, match="logged action lies outside"):
         kernel_density(episodes, target * 0, one, kernel="gaussian", bounds=np.array([[-0.1, 0.1]]))
+    low = np.float32(-0.3)  # is below -0.3
+    at_the_bound = dataclasses.replace(episodes, action=np.full((100, 1), low))
+    kernel_density(at_the_bound, target * 0, one, kernel="gaussian", bounds=np.array([[-0.3, 0.3]]))
     discrete = dataclasses.replace(episodes, action=np.zeros(100, int))
     with pytest.raises(InputError, match="discrete"):
         kernel_density(discrete, target, one, kernel="gaussian")

@@ -136,16 +136,16 @@ TRIPPED: dict[str, tuple[dict[str, Any], Columns, str]] = {
         VECTOR,
         {"a": [0.0, 1.0, 0.5, 1.5], "b": [-1.0, 0.5, 0.0, 0.0]},
         (
-            "column 'a' has 1 row holding an action outside [0, 1] (C13), row 3; clip it where it was logged or "
-            "correct `low` and `high`."
+            "column 'a' has 1 row holding an action outside [0, 1] (C13), row 3; correct `low` and `high`, "
+            "or log the action that was taken."
         ),
     ),
     "second number beyond its bounds": (
         VECTOR,
         {"b": [-1.5, 0.5, 0.75, 0.0]},
         (
-            "column 'b' has 2 rows holding an action outside [-1, 0.5] (C13), the first is row 0; clip it where "
-            "it was logged or correct `low` and `high`."
+            "column 'b' has 2 rows holding an action outside [-1, 0.5] (C13), the first is row 0; correct "
+            "`low` and `high`, or log the action that was taken."
         ),
     ),
     "list of an action": (
@@ -153,7 +153,7 @@ TRIPPED: dict[str, tuple[dict[str, Any], Columns, str]] = {
         {"a": [[0.0, 0.5], [1.0, 0.75], [0.0], [0.0, 0.0, 0.0]]},
         (
             "column 'a' has 3 rows holding an action of other than 2 numbers, or outside its bounds (C13), the "
-            "first is row 1; clip it where it was logged or correct `low` and `high`."
+            "first is row 1; correct `low` and `high`, or log the action that was taken."
         ),
     ),
     "mask": (

@@ -14,6 +14,7 @@ from offrl_models.assess import answer as answers
 from offrl_models.assess import checks, overlap, units
 from offrl_models.assess.log import Assessed, read
 from offrl_models.assess.options import contract_of, effort_of, salt_of, target_of
+from offrl_models.assess.propensities import propensity_check
 from offrl_models.assess.target import Target
 from offrl_models.assess.values import Effort, Values, fitted_values, logged_returns, tabular_values, with_propensities
 from offrl_models.datasets.cut import UNCUT, Cut
@@ -85,10 +86,10 @@ def _with_propensities(
     """The episodes and where their propensities come from; of those that were estimated, the calibration error and the policy's
     mass in each row where the behavior is rare."""
     episodes, contract = given.episodes, given.contract
-    if contract.action_prob:
-        return episodes, LOGGED, None, None
     if contract.action.continuous:
         require_density(episodes, contract.action.dimension_names)
+    if contract.action_prob:
+        return episodes, LOGGED, None, None
     estimated, ece, rare = with_propensities(episodes, target, contract.tabular_states, effort, update)
     return estimated, ESTIMATED, ece, rare
 
@@ -131,7 +132,9 @@ def _found(
     missing = overlap.unseen(name, episodes, ratio, values)
     gain = answers.gain(name, terms[name], returns, unit, alpha, entity, missing)
     without_top = answers.influence(terms[name], returns, entity)
-    said = checks.checks(episodes, target, ratio, values, gain, without_top, rare)
+    by_clone = propensities != LOGGED and states is None
+    said = [overlap.misfit_check(ratio)] if by_clone else [propensity_check(episodes)] if propensities == LOGGED else []
+    said += checks.checks(episodes, target, ratio, values, gain, without_top, rare)
     if np.isfinite(gain.estimate):
         said.append(checks.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
         said += [checks.loss_check(gain)] if name == "WPDIS" else []

@@ -22,6 +22,7 @@ from offrl_models.ope.units import entities_of, summed
 from offrl_models.schema import Episodes
 
 THRESHOLDS = GateConfig()  # those of the gate
+MISFIT = 2.0  # standard errors that the mean ratio may be off by where the propensities are a clone's
 SURE = 3.0  # standard errors, or a chance as small, by which a mass that nothing measures has to be over the limit
 
 
@@ -59,6 +60,17 @@ def ratio_checks(episodes: Episodes, target: Target, ratio: Float64[np.ndarray, 
                   "propensities are wrong", grave=True)
         )  # fmt: skip
     return said
+
+
+def misfit_check(ratio: Float64[np.ndarray, "rows"]) -> Check:
+    """Whether a clone of whoever acted fits so well that the mean ratio does not tell that it is one.
+
+    What it gets wrong is in no bound, and moves the weights where it moves their mean.
+    """
+    z = mean_ratio_z(ratio)
+    return check("fit of the propensities", abs(z) < MISFIT, z, f"|z| under {MISFIT:g}",
+                 f"the propensities are estimates that do not fit: the mean importance ratio is {ratio.mean():.3f} (z = {z:.1f} "
+                 "against 1), and what that does to the difference is in no bound; log the propensities")  # fmt: skip
 
 
 def unsupported_mass(

@@ -110,7 +110,7 @@ def _actions(contract: Contract) -> list[Rule]:
     for name, low, high in zip(action.columns, *action.bounds, strict=False):
         outside = ~within(pl.col(name), low, high) & pl.col(name).cast(pl.Float64).is_finite()
         found.append(Rule("C13", name, outside, f"holding an action outside {shown_range(low, high)}",
-                          "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
+                          "correct `low` and `high`, or log the action that was taken."))  # fmt: skip
     if action.size and action.column:
         each = pl.col(action.column).cast(pl.List(pl.Float64)).list
         inside = [
@@ -119,7 +119,7 @@ def _actions(contract: Contract) -> list[Rule]:
         outside = (each.len() != action.size) | ~pl.all_horizontal(inside)
         found.append(Rule("C13", action.column, outside.fill_null(False),
                           f"holding an action of other than {action.size} numbers, or outside its bounds",
-                          "clip it where it was logged or correct `low` and `high`."))  # fmt: skip
+                          "correct `low` and `high`, or log the action that was taken."))  # fmt: skip
     allowed = values.mask_list(contract)
     if allowed is not None:
         code, n = values.action_code(contract), action.n_actions

@@ -20,6 +20,7 @@ from offrl_models.ope.sequences import finite
 from offrl_models.schema import Episodes, InputError
 
 Kernel = Literal["gaussian", "epanechnikov"]
+ROUNDING = 1e-6  # of the width between bounds: actions are kept in single precision
 FEWEST_EFFECTIVE = 10  # effective episodes under which the spread of an estimate says nothing about its error
 
 
@@ -53,7 +54,8 @@ def _kernel_below(kernel: Kernel, u: Float64[np.ndarray, "rows dimensions"]) -> 
 def _check_inside(
     name: str, values: Float64[np.ndarray, "rows dimensions"], bounds: Float64[np.ndarray, "dimensions 2"]
 ) -> None:
-    outside = ((values < bounds[:, 0]) | (values > bounds[:, 1])).any(1)
+    rounding = ROUNDING * np.nan_to_num(bounds[:, 1] - bounds[:, 0], posinf=0.0)
+    outside = ((values < bounds[:, 0] - rounding) | (values > bounds[:, 1] + rounding)).any(1)
     if outside.any():
         raise InputError(f"{name} lies outside the bounds of the action in {int(outside.sum())} rows.")
 
