@@ -137,7 +137,10 @@ def test_single_values_that_recur_are_refused_beside_logged_densities(tmp_path: 
     a = rng.normal(0, 0.6, 1000).clip(-1, 1)
     density = stats.norm.pdf(a, 0, 0.6)
     with pytest.raises(InputError, match=r"rows have exactly the action -?1; no density describes values that recur"):
-        told(tmp_path, pl.DataFrame({"x": rng.normal(size=1000), "a": a, "p": density, "pi": density, "r": rng.random(1000)}))
+        told(
+            tmp_path,
+            pl.DataFrame({"x": rng.normal(size=1000), "a": a, "p": density, "pi": density, "r": rng.random(1000)}),
+        )
 
 
 def test_a_clone_that_misfits_settles_nothing(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
+import pytest
 
-from offrl_models.reports.shift import log_drift
+from offrl_models.reports.shift import grouped, log_drift, stability_index, write_report
 from tests.hand_made import BANDIT, log_of, observing
 
 RED = 0.25
@@ -45,3 +47,39 @@ def test_what_goes_missing_drifts(tmp_path: Path) -> None:
     same = drift(tmp_path / "same", batch(3000, 0, 0.0, 0.3), batch(1500, 10_000, 0.0, 0.3))
     assert same["x missing"] < 0.1
     assert "x missing" not in drift(tmp_path / "none", batch(3000, 0, 0.0), batch(1500, 10_000, 0.0))
+
+
+def index(before: np.ndarray | list[str], after: np.ndarray | list[str]) -> float:
+    reference, current = (pl.Series("x", each) for each in (before, after))
+    return stability_index(*grouped(reference, current, categorical=isinstance(before, list)))
+
+
+@pytest.mark.parametrize("zeros", [0.6, 0.95, 1.0])
+def test_a_number_that_is_mostly_0_and_no_longer_is_drifts(zeros: float) -> None:
+    rng = np.random.default_rng(0)
+
+    def column(rows: int, zeros: float) -> np.ndarray:
+        return np.where(rng.random(rows) < zeros, 0.0, rng.exponential(50.0, rows))
+
+    reference = column(20_000, zeros)
+    assert index(reference, column(5000, zeros)) < 0.02
+    assert index(reference, column(5000, 0.1)) > RED
+    assert index(reference, -column(5000, 0.1)) > RED
+    whole = reference.astype(np.int64)
+    assert index(whole, column(5000, 0.1).astype(np.int64)) > RED
+
+
+def test_no_category_is_mistaken_for_those_that_are_pooled_or_unknown() -> None:
+    known = ["new"] * 500 + ["rest 01"] * 400 + [f"city {i:02d}" for i in range(50)] * 10
+    assert index(known, known) == 0.0
+    assert index(known, ["vip" if each == "new" else each for each in known]) > 1.0
+    assert index(known, ["city 09" if each == "rest 01" else each for each in known]) > RED
+
+
+def test_a_column_that_is_hardly_known_shortens_no_other_on_the_page(tmp_path: Path) -> None:
+    first, newest = batch(3000, 0, 0.0), batch(1500, 10_000, 0.0)
+    newest["x"] = np.where(np.arange(1500) == 7, 0.5, np.nan)
+    _, before, after = log_drift(log_of(tmp_path / "log", {**BANDIT, **observing(missing="mean")}, first, newest), 0)
+    assert (before.height, after.height, after["x"].count()) == (3000, 1500, 1)
+    write_report(before, after, tmp_path / "page.html", 0)
+    assert (tmp_path / "page.html").stat().st_size > 100_000

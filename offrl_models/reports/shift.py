@@ -28,6 +28,7 @@ SAMPLE_ROWS = 20_000
 CATEGORIES = 10  # the most frequent ones, each a group of its own
 POOLS = 20  # groups for the other categories
 QUANTILES = 10
+RECURRING = 0.05  # share from which on a single number is a group of its own
 LEAST_ROWS = 1000  # of what is newest
 
 
@@ -35,7 +36,7 @@ def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> t
     """Both columns cut into the same few groups, the same for both.
 
     Frequent categories stand alone and the rest is pooled, in order of code, into groups of equal mass in the reference;
-    numbers are cut at the deciles of the reference.
+    numbers are cut at the deciles of the reference, and a decile that many of them are, such as 0, is a group of its own.
     """
     if categorical:
         counts = reference.value_counts(sort=True, name="count")
@@ -43,19 +44,30 @@ def grouped(reference: pl.Series, current: pl.Series, *, categorical: bool) -> t
         rest = counts.slice(CATEGORIES).sort(reference.name)
         name = {value: str(value) for value in top}
         mass = rest["count"].cum_sum().to_numpy() / max(int(rest["count"].sum()), 1)
+        taken = set(name.values())
         for value, reached in zip(rest[reference.name].to_list(), mass, strict=True):
-            name[value] = f"rest {min(int(reached * POOLS), POOLS - 1) + 1:02d}"
+            name[value] = _other_than(taken, f"rest {min(int(reached * POOLS), POOLS - 1) + 1:02d}")
+        new = _other_than(taken, "new")
 
         def label(column: pl.Series) -> pl.Series:
-            return column.replace_strict(list(name), list(name.values()), default="new", return_dtype=pl.String)
+            return column.replace_strict(list(name), list(name.values()), default=new, return_dtype=pl.String)
 
     else:
-        edges = np.unique(np.quantile(reference.to_numpy(), np.linspace(0, 1, QUANTILES + 1)[1:-1]))
+        numbers = reference.cast(pl.Float64).to_numpy()
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, QUANTILES + 1)[1:-1]))
+        many = [edge for edge in edges if (numbers == edge).mean() >= RECURRING]
+        cuts = np.sort(np.append(edges, np.nextafter(many, np.inf)))
 
         def label(column: pl.Series) -> pl.Series:
-            return pl.Series(column.name, np.searchsorted(edges, column.to_numpy(), side="right")).cast(pl.String)
+            code = np.searchsorted(cuts, column.cast(pl.Float64).to_numpy(), side="right")
+            return pl.Series(column.name, code).cast(pl.String)
 
     return label(reference), label(current)
+
+
+def _other_than(taken: set[str], label: str) -> str:
+    """A name for a group that no category has."""
+    return label if label not in taken else _other_than(taken, f"({label})")
 
 
 def stability_index(reference: pl.Series, current: pl.Series) -> float:
@@ -155,9 +167,11 @@ def _sampled(column: pl.Series, seed: int) -> pl.Series:
 
 
 def _side_by_side(columns: dict[str, pl.Series]) -> pl.DataFrame:
-    """Samples as one frame. Columns are compared one by one, so rows need not belong together."""
-    shortest = min((column.len() for column in columns.values()), default=0)
-    return pl.DataFrame([column.head(shortest).alias(name) for name, column in columns.items()])
+    """Samples as one frame, nulls below the shorter ones. Columns are compared one by one, so rows need not belong together."""
+    longest = max((column.len() for column in columns.values()), default=0)
+    return pl.DataFrame(
+        [column.alias(name).extend_constant(None, longest - column.len()) for name, column in columns.items()]
+    )
 
 
 def action_shift(

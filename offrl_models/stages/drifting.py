@@ -7,7 +7,7 @@ from offrl_models import bundle, storage
 from offrl_models.config import Pipeline
 from offrl_models.exported import open_policy
 from offrl_models.reports import checks, plots, shift
-from offrl_models.stages.data import read_episodes, read_log
+from offrl_models.stages.data import current_episodes, read_episodes, read_log
 from offrl_models.stages.ranking import current_leaderboard
 from offrl_models.storage import Stage
 
@@ -52,6 +52,7 @@ def shift_key(pipeline: Pipeline) -> dict[str, Any]:
     board = current_leaderboard(pipeline)
     return {
         "episodes": board.key["episodes"],
+        "raw": current_episodes(pipeline).summary["raw"],  # of which not every batch changes the episodes
         "candidate": board.key["candidates"][board.summary["best"]],
         "drift": pipeline.config.drift.model_dump(),
         "seed": pipeline.config.seed,
