@@ -67,7 +67,21 @@ def release(
     champion is another than the `champion_version` of the lineage, which it was judged against.
     """
     passed = require_pass(rung / POLICY, verdict, thresholds)
-    draft = policies / f".draft-{passed.policy[:16]}"
+    with storage.exclusive(policies / ".release.lock"):
+        return _release(rung, passed, verdict, evidence, config, lineage, policies)
+
+
+def _release(
+    rung: Path,
+    passed: Verdict,
+    verdict: dict[str, Any],
+    evidence: dict[str, Any],
+    config: dict[str, Any],
+    lineage: dict[str, Any],
+    policies: Path,
+) -> Release:
+    """`release` of a policy that passed, by one process at a time."""
+    draft = policies / ".draft"
     if draft.exists():
         shutil.rmtree(draft)  # left by a crash; it was never a version
     storage.write_bytes(draft / POLICY, (rung / POLICY).read_bytes())
@@ -88,11 +102,12 @@ def release(
     if storage.sha256_file(draft / POLICY) != passed.policy:
         shutil.rmtree(draft)
         raise ReleaseRefusedError(f"{rung / POLICY} changed while it was released; run the gate again.")
-    digest = storage.sha256_file(draft / registry.MANIFEST)
     facts = {"verdict": passed.status, "lower_bound": passed.measures.lower_bound, "policy": passed.policy}
     try:
         version = registry.publish(draft, policies, facts, lineage["champion_version"])
     finally:
         if draft.exists():
             shutil.rmtree(draft)
-    return Release(version, policies / str(version), digest, passed.measures.lower_bound, passed.measures.rows)
+    folder = policies / str(version)
+    digest = storage.sha256_file(folder / registry.MANIFEST)
+    return Release(version, folder, digest, passed.measures.lower_bound, passed.measures.rows)

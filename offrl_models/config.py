@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from offrl_models.algorithms import AlgorithmConfig, config_of, require_gateable
@@ -18,6 +17,7 @@ from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import InputError
 from offrl_models.training_config import TrainingConfig
 from offrl_models.variants import Variant, checkpoint_folder, expand, file_name, swept, variant_of
+from offrl_models.yaml_file import read_yaml
 
 
 class CoverageConfig(Strict):
@@ -47,6 +47,12 @@ class DriftConfig(Strict):
     amber: float = Field(default=0.1, gt=0)
     red: float = Field(default=0.25, gt=0)
 
+    @model_validator(mode="after")
+    def _amber_comes_first(self) -> "DriftConfig":
+        if self.amber > self.red:
+            raise ValueError(f"amber is {self.amber:g} and red is {self.red:g}; red has to be the larger one")
+        return self
+
 
 class BehaviorConfig(Strict):
     """How propensities that were not logged are estimated."""
@@ -61,7 +67,7 @@ class SelectionConfig(Strict):
 
 
 class RetrainConfig(Strict):
-    cron: str | None = "0 3 * * 1"
+    cron: str | None = Field(default="0 3 * * 1", pattern=r"^(@[a-z]+|\s*(\S+\s+){4}\S+\s*)$")
     on_new_logs: bool = True
 
 
@@ -223,14 +229,7 @@ def parse_pipeline(attributes: Any, where: str) -> PipelineConfig:
 
 def read_pipeline(path: Path) -> PipelineConfig:
     """The pipeline that a defs.yaml declares. Raises InputError with one sentence naming the file and the key."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); give the path of a pipeline's defs.yaml."
-        ) from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    document = read_yaml(path, "the path of a pipeline's defs.yaml")
     if not isinstance(document, dict) or "attributes" not in document:
         raise InputError(f"{path} declares no pipeline: it needs the keys 'type' and 'attributes'.")
     return parse_pipeline(document["attributes"], str(path))

@@ -34,7 +34,7 @@ class GateConfig(Strict):
     alpha: float = Field(default=0.05, gt=0, lt=0.5)  # largest one-sided error rate of a release
     yearly_alpha: float = Field(default=0.1, gt=0, lt=1)  # most that all looks of 365 days may spend together
     long_run_alpha: float = Field(default=0.05, gt=0, lt=1)  # share of false ones among all releases, by e-LOND
-    margin: float = 0.0  # by which the candidate must beat the champion, in units of return
+    margin: float = Field(default=0.0, ge=0)  # by which the candidate must beat the champion, in units of return
     caps: tuple[float | None, ...] = (1.2, 1.5, 2.0, 5.0, None)  # of the ladder, in the order tested; None is uncapped
     ladders: int = Field(
         default=1, ge=1

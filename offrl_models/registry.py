@@ -9,6 +9,7 @@ from offrl_models.schema import InputError
 
 MANIFEST = "manifest.json"
 CHAMPION = "champion.json"
+UNNAMED = ".unnamed.json"  # versions that have their folder, and perhaps never had the pointer: a crash came between
 
 
 def versions(policies: Path) -> list[int]:
@@ -35,7 +36,7 @@ def champion(policies: Path) -> dict[str, Any] | None:
     Raises InputError where the pointer is gone, or a bundle was altered.
     """
     if not (policies / CHAMPION).exists():
-        if len(versions(policies)) > 1:  # one may be left by a crash before the first pointer
+        if set(versions(policies)) - set(_unnamed(policies)):
             raise InputError(
                 f"{policies / CHAMPION} is gone, and there are released versions; restore it from DVC or a backup."
             )
@@ -51,14 +52,17 @@ def champion(policies: Path) -> dict[str, Any] | None:
 def publish(draft: Path, policies: Path, facts: dict[str, Any], beaten: int | None) -> int:
     """Give a complete, verified draft bundle a version and point the champion at it, which has to be the version `beaten`.
 
-    A bundle that was published before keeps its version. `facts` go into the pointer. The draft folder is consumed. Raises
-    InputError, and changes nothing, where another version is the champion, unless it is this very bundle.
+    A bundle that was published before keeps its version, and a champion of the very same policy, whatever else is in its bundle,
+    stays what it is. `facts` go into the pointer, `policy` among them. Raises InputError, and changes nothing, where another
+    version is the champion.
     """
-    verify(draft)
-    digest = storage.sha256_file(draft / MANIFEST)
     with storage.exclusive(policies / ".lock"):
+        verify(draft)
+        digest = storage.sha256_file(draft / MANIFEST)
         now = champion(policies)
-        if now and now["version"] != beaten and now["manifest_sha256"] != digest:
+        if now and now["version"] != beaten:
+            if now["policy"] == facts["policy"]:
+                return int(now["version"])
             against = "the behavior policy" if beaten is None else f"version {beaten}"
             raise InputError(
                 f"{draft} was judged against {against}, and the champion is version {now['version']}, which it never had to beat; "
@@ -71,7 +75,13 @@ def publish(draft: Path, policies: Path, facts: dict[str, Any], beaten: int | No
         else:
             version = max(versions(policies), default=0) + 1
             storage.sync_tree(draft)
+            storage.write_json(policies / UNNAMED, [*([] if now else _unnamed(policies)), version])
             os.rename(draft, policies / str(version))
         pointer = {"version": version, "manifest_sha256": digest, **facts}
         storage.write_json(policies / CHAMPION, pointer)
+        (policies / UNNAMED).unlink(missing_ok=True)
     return version
+
+
+def _unnamed(policies: Path) -> list[int]:
+    return storage.read_json(policies / UNNAMED) if (policies / UNNAMED).exists() else []

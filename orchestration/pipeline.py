@@ -9,6 +9,7 @@ from dagster.components.scaffold.scaffold import ScaffoldRequest, scaffold_with
 from pydantic import BaseModel
 
 from offrl_models.config import Pipeline, PipelineConfig
+from offrl_models.yaml_file import read_yaml
 from orchestration.assets import build_assets
 from orchestration.automation import build_automation
 from orchestration.checks import build_checks
@@ -58,6 +59,8 @@ class OfflineRLPipeline(dg.Component):
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> "OfflineRLPipeline":
         if not isinstance(attributes, PipelineConfig):
             raise dg.DagsterInvalidDefinitionError(f"{context.path} has no attributes; it must at least name its logs.")
+        for file in sorted(context.path.glob("*.yaml")):
+            read_yaml(file, "the pipeline's defs.yaml")  # Dagster takes the last of a key that is there twice
         return cls(Pipeline(attributes, context.project_root))
 
     def build_defs(self, context: dg.ComponentLoadContext | None = None) -> dg.Definitions:

@@ -1,6 +1,7 @@
 """Release: only a PASS that names this very policy, a bundle whose digest is a function of its inputs, one atomic pointer."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,54 @@ def test_the_same_inputs_give_the_same_digest_and_no_second_version(rung: Path, 
 def test_only_what_beat_the_champion_takes_its_place(rung: Path, tmp_path: Path) -> None:
     """Another rung of a candidate that was released is judged against what that one replaced: it may be worse than it."""
     policies = tmp_path / "policies"
-    release(rung, passing(rung), policies)
+    first = release(rung, passing(rung), policies)
     before = registry.champion(policies)
+    again = release(
+        rung, passing(rung), policies, config={"description": "another"}
+    )  # the very policy that is the champion
+    assert again == first
+    storage.write_bytes(rung / "policy.onnx", b"another rung")
     with pytest.raises(
         InputError, match="judged against the behavior policy, and the champion is version 1, which it never had"
     ):
-        release(rung, passing(rung), policies, config={"gamma": 0.9})
+        release(rung, passing(rung), policies)
     assert registry.champion(policies) == before and registry.versions(policies) == [1]
     assert not list(policies.glob(".draft*"))
-    assert release(rung, passing(rung), policies, config={"gamma": 0.9}, beaten=1).version == 2
+    assert release(rung, passing(rung), policies, beaten=1).version == 2
+    storage.write_bytes(rung / "policy.onnx", b"graph")
     with pytest.raises(InputError, match="the champion is version 2"):
         release(rung, passing(rung), policies)
     (policies / "champion.json").unlink()
     with pytest.raises(InputError, match=r"champion.json is gone, and there are released versions"):
         registry.champion(policies)
+
+
+def test_without_its_pointer_a_single_version_is_no_champion_either(rung: Path, tmp_path: Path) -> None:
+    release(rung, passing(rung), tmp_path / "policies")
+    (tmp_path / "policies" / "champion.json").unlink()
+    with pytest.raises(InputError, match=r"champion.json is gone, and there are released versions"):
+        registry.champion(tmp_path / "policies")
+
+
+def released_elsewhere(rung: Path, policies: Path) -> None:
+    release(rung, passing(rung), policies)
+
+
+def test_releases_at_once_leave_one_whole_champion(rung: Path, tmp_path: Path) -> None:
+    """One after the other, whatever each of them wrote."""
+    processes = [
+        multiprocessing.get_context("fork").Process(target=released_elsewhere, args=(rung, tmp_path / str(pair)))
+        for pair in range(8)
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 16
+    for pair in range(8):
+        pointer = registry.champion(tmp_path / str(pair))
+        assert pointer is not None and registry.versions(tmp_path / str(pair)) == [1]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +200,16 @@ def test_a_crash_before_the_pointer_leaves_the_old_champion(
     monkeypatch.setattr(storage, "write_json", crash)
     with pytest.raises(OSError, match="power cut"):
         release(rung, passing(rung), policies, config={"gamma": 0.5}, beaten=1)
+    first = tmp_path / "first"  # where none was released before, not even twice
+    for gamma in (0.5, 0.6):
+        with pytest.raises(OSError, match="power cut"):
+            release(rung, passing(rung), first, config={"gamma": gamma})
+        assert registry.champion(first) is None
     monkeypatch.undo()
+    assert release(rung, passing(rung), first, config={"gamma": 0.7}).version == 3
+    (first / "champion.json").unlink()
+    with pytest.raises(InputError, match=r"champion.json is gone"):
+        registry.champion(first)
     assert registry.champion(policies) == before
     assert release(rung, passing(rung), policies, config={"gamma": 0.5}, beaten=1).version == 2
     pointer = registry.champion(policies)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import yaml
 from jaxtyping import Shaped
 from pydantic import ValidationError
 
@@ -28,6 +27,7 @@ from offrl_models.logs.read import Log
 from offrl_models.logs.screen import screen
 from offrl_models.progress import Update
 from offrl_models.schema import Episodes, InputError
+from offrl_models.yaml_file import read_yaml
 
 SALT = "assess"
 ROUNDING = 1e-9  # share of a return by which sums of the same rewards may differ
@@ -51,12 +51,7 @@ def read_contract(path: Path) -> Contract:
 
     Raises InputError with one sentence naming the file and the key.
     """
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a contract.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    document = read_yaml(path, "the path of a contract")
     for key in ("attributes", "logs"):
         if isinstance(document, dict) and key in document:
             document = document[key]
