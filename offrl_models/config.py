@@ -10,8 +10,8 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from offrl_models.algorithms import AlgorithmConfig, config_of, require_gateable
 from offrl_models.gate import GateConfig
 from offrl_models.logs.contract import Contract, Strict, nearest_key_hint, one_sentence
+from offrl_models.logs.folders import Folders
 from offrl_models.logs.formats import nearest_column
-from offrl_models.logs.ingest import Folders
 from offrl_models.ope.fqe import FQEConfig
 from offrl_models.rollouts import refuse_rollouts
 from offrl_models.schema import InputError

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "offrl_models"
 
 ROWS = [
-    {"schema", "storage", "mapped", "tensors", "progress", "curves", "parallel", "products", "processor"},
+    {"schema", "storage", "mapped", "tensors", "progress", "curves", "parallel", "products", "processor"}
+    | {"yaml_file"},
     {"logs", "datasets", "nets", "losses", "distributions", "actors", "vae", "transformer"}
     | {"model_losses", "dynamics", "early_stopping", "rollouts"},
     {"policies", "measures"},

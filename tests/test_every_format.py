@@ -24,7 +24,8 @@ from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.split import SPLITS, bucket
 from offrl_models.logs.contract import Contract
 from offrl_models.logs.coverage import measure
-from offrl_models.logs.ingest import Count, Folders, ingest
+from offrl_models.logs.folders import Folders
+from offrl_models.logs.ingest import Count, ingest
 from offrl_models.logs.read import Log, batch_files
 from offrl_models.logs.screen import screen
 from offrl_models.schema import Episodes

@@ -11,7 +11,8 @@ import pytest
 
 from offrl_models import storage
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.ingest import Count, Folders, Ingested, ingest
+from offrl_models.logs.folders import Folders
+from offrl_models.logs.ingest import Count, Ingested, ingest
 from offrl_models.logs.read import Log, batch_files
 from offrl_models.schema import InputError
 from tests.buckets import own_bucket, serve

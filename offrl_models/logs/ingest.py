@@ -10,41 +10,12 @@ import polars as pl
 from offrl_models import storage
 from offrl_models.logs import formats
 from offrl_models.logs.contract import Contract
-from offrl_models.logs.landing import fetch
+from offrl_models.logs.folders import Folders
+from offrl_models.logs.landing import fetch_landed
 from offrl_models.logs.read import DamagedBatchError, Log, batch_files, count_rows, open_batch
 from offrl_models.logs.screen import Screened, screen
 from offrl_models.logs.versions import log_version, recorded
 from offrl_models.schema import InputError
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where batches arrive, where accepted ones stay, and where refused ones go."""
-
-    root: Path  # paths in messages are relative to it
-    raw: Path
-    home: Path  # of the dataset
-
-    @property
-    def landing(self) -> Path:
-        return self.home / "landing"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.home / "quarantine"
-
-    @property
-    def ledger(self) -> Path:
-        """sha256 of every batch that was accepted, by name."""
-        return self.home / "accepted.json"
-
-    @property
-    def fetched(self) -> Path:
-        """Version of every object that was copied from the landing URL, by name."""
-        return self.home / "fetched.json"
-
-    def shown(self, path: Path) -> str:
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
 @dataclass(frozen=True)
@@ -89,7 +60,7 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
     """
     now = now or datetime.now(UTC).replace(tzinfo=None)
     with storage.exclusive(folders.home / ".ingest.lock"):
-        _fetch_landed(folders, contract)
+        fetch_landed(folders, contract)
         ledger = storage.read_json(folders.ledger) if folders.ledger.exists() else {}
         batches = _Batches.found(folders, contract)
         digest, raw = batches.digest, batches.raw
@@ -98,13 +69,13 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
             folders, [*gone, *(path for path in raw if ledger.get(path.name, digest[path]) != digest[path])]
         )
         screened, refused = _screened([*raw, *batches.new], contract, now)
-        _require_contract_fits(folders, raw, [p for p in raw if ledger.get(p.name) == digest[p]], refused)
+        _require_contract_fits(folders, raw, _accepted_before(folders, raw, digest), refused)
         for path in batches.namesakes:
             refused[path] = [f"{path}: another batch of this name was accepted before; give the new one its own name."]
         count = _count(screened, refused, batches.twins, contract)
         for path in batches.twins:
             storage.remove(path)
-        quarantined = {folders.shown(path): reason for path, reason in _quarantine(folders, refused).items()}
+        _quarantine(folders, refused)
         accepted = [path for path in batches.new if path not in refused]
         for path in accepted:
             storage.move(path, folders.raw / path.name)
@@ -112,6 +83,7 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
         storage.write_json(folders.ledger, {path.name: digest[path] for path in kept})
         if screened is not None:
             _write_left_out(folders, screened)
+        quarantined = {folders.shown(path): reason for path, reason in _told(folders).items()}
     report = Ingested(
         version=log_version(folders.raw),
         batches=len(kept),
@@ -129,18 +101,6 @@ def ingest(folders: Folders, contract: Contract, now: datetime | None = None) ->
             f"no batch lies in {contract.source}; put {contract.format} files ({wanted}) into {folders.shown(folders.landing)}."
         )
     return report
-
-
-def _fetch_landed(folders: Folders, contract: Contract) -> None:
-    """Copy what is new at the landing URL, or in the folder that is named instead, into the landing folder."""
-    url = contract.landing
-    if url and "://" not in url:
-        folder = (folders.root / url).resolve()
-        url = "" if folder == folders.landing.resolve() else f"file://{folder}"
-    if url:
-        known = storage.read_json(folders.fetched) if folders.fetched.exists() else {}
-        suffixes = formats.FORMATS[contract.format].suffixes
-        storage.write_json(folders.fetched, fetch(url, folders.landing, known, suffixes))
 
 
 @dataclass(frozen=True)
@@ -167,16 +127,34 @@ class _Batches:
         return cls(raw, new, twins, namesakes, digest)
 
 
-def _quarantine(folders: Folders, refused: dict[Path, list[str]]) -> dict[Path, str]:
-    """Move refused batches away, each with the reasons beside it. Returns the new places, and the first reason of each."""
-    moved = {}
+def _quarantine(folders: Folders, refused: dict[Path, list[str]]) -> None:
+    """Move refused batches away, each with the reasons beside it, which are there first: no batch vanishes without a word."""
     for path, sentences in refused.items():
         target = _free_name(folders.quarantine / path.name)
-        storage.move(path, target)
         said = [sentence.replace(f"{folders.root}/", "") for sentence in sentences]
-        storage.write_json(_reason(target), {"reason": said[0], "all": said})
-        moved[target] = said[0]
-    return moved
+        storage.write_json(_reason(target), {"batch": target.name, "reason": said[0], "all": said, "told": False})
+        storage.move(path, target)
+
+
+def _told(folders: Folders) -> dict[Path, str]:
+    """The quarantined batches that no one was told of, each with its reason; also those of an ingestion that was cut short."""
+    found = {}
+    for beside in sorted(folders.quarantine.glob("*.reason.json")):
+        reason = storage.read_json(beside)
+        batch = folders.quarantine / reason.get("batch", "")
+        if not reason.get("told", True) and batch.exists():
+            found[batch] = reason["reason"]
+            storage.write_json(beside, {**reason, "told": True})
+    return found
+
+
+def _accepted_before(folders: Folders, raw: list[Path], digest: dict[Path, str]) -> list[Path]:
+    """The raw batches that this dataset accepted, or another one of the project, or all where they are the version DVC has on
+    record: a fresh clone knows of nothing else."""
+    if recorded(folders.root, folders.raw)[0] == log_version(folders.raw):
+        return raw
+    known = {item for path in folders.home.parent.glob("*/accepted.json") for item in storage.read_json(path).items()}
+    return [path for path in raw if (path.name, digest[path]) in known]
 
 
 def _screened(files: list[Path], contract: Contract, now: datetime) -> tuple[Screened | None, dict[Path, list[str]]]:
@@ -267,7 +245,8 @@ def _reason(path: Path) -> Path:
 
 
 def _free_name(path: Path) -> Path:
+    """A name that neither a batch in quarantine has, nor one that someone was told of and took away."""
     number, free = 1, path
-    while free.exists() or _reason(free).exists():
+    while free.exists() or (_reason(free).exists() and storage.read_json(_reason(free)).get("told", True)):
         free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return free

@@ -15,6 +15,10 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from offrl_models import storage
+from offrl_models.logs import formats
+from offrl_models.logs.contract import Contract
+from offrl_models.logs.folders import Folders
+from offrl_models.logs.read import batch_files
 from offrl_models.schema import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -33,6 +37,34 @@ class Remote:
     version: str
 
 
+def landed(folders: Folders, contract: Contract) -> dict[str, str]:
+    """What waits to be taken in: name and version of each batch, wherever it lies. Raises InputError as `fetch` does."""
+    found = {}
+    for path in batch_files(folders.landing, contract.format):
+        about = path.stat()
+        found[path.name] = f"{about.st_size} bytes of {about.st_mtime_ns}"
+    source = _source(folders, contract)
+    return found | (_waiting(*source) if source else {})
+
+
+def fetch_landed(folders: Folders, contract: Contract) -> None:
+    """Copy what is new at the landing URL, or in the folder that is named instead, into the landing folder."""
+    source = _source(folders, contract)
+    if source:
+        url, known, suffixes = source
+        storage.write_json(folders.fetched, fetch(url, folders.landing, known, suffixes))
+
+
+def _source(folders: Folders, contract: Contract) -> tuple[str, dict[str, str], tuple[str, ...]] | None:
+    """Where batches come from, if not to the landing folder itself; which were copied; and how their names end."""
+    url = contract.landing
+    if url and "://" not in url:
+        folder = (folders.root / url).resolve()
+        url = "" if folder == folders.landing.resolve() else f"file://{folder}"
+    known = storage.read_json(folders.fetched) if url and folders.fetched.exists() else {}
+    return (url, known, formats.FORMATS[contract.format].suffixes) if url else None
+
+
 def fetch(url: str, landing: Path, known: Mapping[str, str], suffixes: tuple[str, ...]) -> dict[str, str]:
     """Download what lies directly under `url`, ends in one of `suffixes` and is not `known`, into `landing`.
 
@@ -43,7 +75,20 @@ def fetch(url: str, landing: Path, known: Mapping[str, str], suffixes: tuple[str
     Raises InputError, naming the URL without user, password and query, when it cannot be listed or read, a name is not
     plain, a download is not as long as the listing said, or another file of its name waits.
     """
-    shown = _without_secrets(url)
+    fs, remotes = _listed(url, suffixes)
+    for remote in remotes:
+        if known.get(remote.name) != remote.version:
+            _download(fs, remote, landing / remote.name, replace=remote.name in known)
+    return {**known, **{remote.name: remote.version for remote in remotes}}
+
+
+def _waiting(url: str, known: Mapping[str, str], suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Name and version of what `fetch` would download. Raises InputError as it does."""
+    return {each.name: each.version for each in _listed(url, suffixes)[1] if known.get(each.name) != each.version}
+
+
+def _listed(url: str, suffixes: tuple[str, ...]) -> tuple[fsspec.AbstractFileSystem, list[Remote]]:
+    shown = without_secrets(url)
     protocol, separator, _ = url.partition("://")
     if not separator or protocol not in fsspec.available_protocols():
         raise InputError(f"{shown!r} has no known protocol; write the URL as s3://bucket/prefix or file:///folder.")
@@ -51,14 +96,10 @@ def fetch(url: str, landing: Path, known: Mapping[str, str], suffixes: tuple[str
         fs, root = fsspec.url_to_fs(url)
         fs.invalidate_cache()
         entries = _batches(_list(fs, root), root, suffixes, shown)
-    remotes = [_describe(fs, entry, shown) for entry in entries]
-    for remote in remotes:
-        if known.get(remote.name) != remote.version:
-            _download(fs, remote, landing / remote.name, replace=remote.name in known)
-    return {**known, **{remote.name: remote.version for remote in remotes}}
+    return fs, [_describe(fs, entry, shown) for entry in entries]
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
 
 
