@@ -6,9 +6,11 @@ import functools
 import importlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,6 +25,7 @@ for large in ("lightning", "matplotlib.pyplot", "scipy.stats", "sympy"):
 # Shapes and types in annotations are checked in every test.
 install_import_hook("offrl_models", "tests.typechecker.check")
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -39,6 +42,7 @@ from offrl_models.logs.read import Log
 from offrl_models.ope.sequences import ratios
 from offrl_models.ope.tabular import states_of
 from offrl_models.ope.worlds import World, random_world
+from offrl_models.reports import overview, plots, shift
 from offrl_models.reports.checks import check_logs
 from offrl_models.reports.quality import CheckResult
 from offrl_models.schema import Episodes, Feature
@@ -89,6 +93,31 @@ def graphs_are_written_with_functions_compiled_once() -> Iterator[None]:
     apis = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pages() -> Iterator[None]:
+    """Where nobody reads the pages and plots of a walk, which take a third of its time, empty files stand for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Great Expectations and its own dependencies
+        from great_expectations.data_context.data_context.abstract_data_context import AbstractDataContext
+
+    def docs(context: Any, **_: object) -> dict[str, str]:
+        site = context.variables.data_docs_sites["coverage"]["store_backend"]["base_directory"]
+        storage.write_bytes(Path(site) / "index.html", b"")
+        return {}
+
+    def closed(figure: Any, path: Path) -> None:
+        plt.close(figure)
+        storage.write_bytes(path, b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AbstractDataContext, "build_data_docs", docs)
+        patch.setattr(AbstractDataContext, "_save_project_config", lambda *_, **__: None)
+        patch.setattr(overview, "write", lambda *_: None)
+        patch.setattr(plots, "save", closed)
+        patch.setattr(shift, "write_report", lambda _reference, _current, page, _seed: storage.write_bytes(page, b""))
         yield
 
 

@@ -28,6 +28,8 @@ from offrl_models.schema import Episodes
 from tests.conftest import attributes, chain_world, write_batches
 from tests.walks import ROOT, script
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WORLD = chain_world()
 
 

@@ -21,6 +21,8 @@ from offrl_models.reports.quality import CHECKS, CheckResult
 from offrl_models.schema import InputError
 from tests.conftest import as_table, attributes, chain_world
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WORLD = chain_world()
 THRESHOLDS = CoverageConfig()
 

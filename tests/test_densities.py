@@ -23,6 +23,8 @@ from offrl_models.ope import density
 from offrl_models.schema import Episodes, InputError
 from tests.test_density import BOUNDS, STEPS, Fixed, logged, pipeline_of, some_mixture
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 NOTHING = torch.zeros(1, 1)  # an observation
 
 

@@ -26,6 +26,8 @@ from offrl_models.stages.behavior import current_behavior, read_evaluated
 from offrl_models.training import fit
 from tests.conftest import codes
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 BOUNDS = np.array([[0.0, 1.0], [-1.0, 1.0]])
 STEPS, WIDTH, RELATED = 4, 0.1, 0.25
 

@@ -33,6 +33,8 @@ from offrl_models.selection import rank
 from tests.conftest import as_table, attributes, chain_world
 from tests.hand_made import GOOD
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WORLD = small.world()
 COPIES = 4
 CONFIG = GateConfig(planned_episodes=2000, subgroups=("sex",), constraints={"paid": 1.0})

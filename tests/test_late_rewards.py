@@ -33,6 +33,8 @@ from tests.dirty import (
 )
 from tests.oracle import Defect, named
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WINDOW = timedelta(hours=48)
 LATE = {"reward": {"column": "reward", "range": [0, 1], "window_hours": 48, "arrived_at": "arrived", "missing": 0.25}}
 LATE_SCHEMA = SCHEMA.append(pa.field("arrived", pa.timestamp("us")))

@@ -19,6 +19,8 @@ from offrl_models.schema import InputError
 from offrl_models.stages import judging
 from tests.conftest import as_table, attributes, chain_world, write_batches
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 CONFIG = GateConfig()
 DAY = date(2026, 3, 1)
 

@@ -17,6 +17,8 @@ from offrl_models.schema import Episodes, InputError
 from tests.conftest import as_table, attributes
 from tests.test_behavior import WORLD, bandit_of, context_free
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def test_the_shares_of_logging_policies_are_of_the_column_that_names_them(tmp_path: Path) -> None:
     configured = attributes(WORLD.n_states, 3)

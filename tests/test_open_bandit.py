@@ -30,7 +30,7 @@ from offrl_models.policies import BehaviorTable
 from offrl_models.schema import Episodes, InputError
 from offrl_models.stages import behavior, comparing
 from tests.conftest import attributes
-from tests.walks import ROOT, failures, made, printed, run, script
+from tests.walks import OF_DAGSTER, ROOT, failures, made, printed, run, script
 
 HOME = Path("data") / "open_bandit"
 DEFS = ROOT / "orchestration" / "defs" / "open_bandit" / "defs.yaml"
@@ -41,10 +41,7 @@ QUICK = {
     "bootstrap_samples": 200,
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
-    pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
-]
+pytestmark = OF_DAGSTER
 
 
 def is_recorded(home: Path) -> bool:

@@ -19,14 +19,11 @@ from offrl_models.schema import InputError
 from offrl_models.stages import drifting
 from orchestration.pipeline import OfflineRLPipeline
 from tests.conftest import attributes, chain_world, side_by_side, write_batches
-from tests.walks import failures, made, printed, run
+from tests.walks import OF_DAGSTER, failures, made, printed, run
 
 WORLD = chain_world()
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
-    pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
-]
+pytestmark = OF_DAGSTER
 
 
 @pytest.fixture(scope="module")

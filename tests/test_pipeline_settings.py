@@ -14,11 +14,10 @@ from offrl_models.schema import InputError
 from offrl_models.variants import candidate_name, variant_of
 from orchestration.pipeline import TEMPLATE
 from tests.conftest import attributes, write_batches
-from tests.test_pipeline import (
-    WORLD,
-    pytestmark,  # noqa: F401  pytest looks it up by name
-)
-from tests.walks import ROOT, failures, made, printed, run, script
+from tests.test_pipeline import WORLD
+from tests.walks import OF_DAGSTER, ROOT, failures, made, printed, run, script
+
+pytestmark = [*OF_DAGSTER, pytest.mark.usefixtures("no_pages")]
 
 SIMULATE = Path("data") / "icu_sepsis" / "simulate.py"
 

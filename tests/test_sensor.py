@@ -11,11 +11,9 @@ from offrl_models.config import Pipeline, parse_pipeline
 from orchestration import automation
 from orchestration.pipeline import OfflineRLPipeline
 from tests.conftest import attributes
+from tests.walks import OF_DAGSTER
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
-    pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
-]
+pytestmark = OF_DAGSTER
 
 
 @pytest.fixture

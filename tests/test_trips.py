@@ -6,11 +6,9 @@ them, and every other check that the log meets on its way holds.
 
 import dataclasses
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -20,7 +18,7 @@ from offrl_models.config import CoverageConfig, Pipeline
 from offrl_models.datasets.episodes import read_splits, write_splits
 from offrl_models.datasets.leakage import split_tables
 from offrl_models.datasets.split import SPLITS, bucket
-from offrl_models.reports import overview, plots, shift
+from offrl_models.reports import shift
 from offrl_models.reports.checks import check_shift, check_splits
 from offrl_models.reports.quality import CHECKS, INFO, CheckResult
 from offrl_models.schema import InputError
@@ -44,22 +42,10 @@ from tests.ward import (
     table,
 )
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 FINE = 180  # parts that a state may be cut into
 FIRST_OF_NEWEST = 2 * EPISODES // 3  # episode with which the last of the three batches begins
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pages() -> Iterator[None]:
-    """Nobody reads the pages, plots and settings that these walks leave, and they take half of the time."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Great Expectations and its own dependencies
-        from great_expectations.data_context.data_context.abstract_data_context import AbstractDataContext
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AbstractDataContext, "build_data_docs", lambda *_, **__: {})
-        patch.setattr(AbstractDataContext, "_save_project_config", lambda *_, **__: None)
-        patch.setattr(overview, "write", lambda *_: None)
-        patch.setattr(plots, "save", lambda figure, _: plt.close(figure))
-        yield
 
 
 def walk(pipeline: Pipeline) -> list[CheckResult]:

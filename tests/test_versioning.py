@@ -16,7 +16,10 @@ from orchestration import versioning
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of DVC's own dependencies
+pytestmark = [
+    pytest.mark.usefixtures("no_pages"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of DVC's own dependencies,
+]
 
 
 def dvc(folder: Path, *arguments: str) -> str:

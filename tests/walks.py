@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import dagster as dg
+import pytest
 from rich.console import Console
 
 from offrl_models.config import Pipeline
@@ -13,6 +14,10 @@ from orchestration import demo
 from orchestration.pipeline import OfflineRLPipeline
 
 ROOT = Path(__file__).parent.parent
+OF_DAGSTER = [
+    pytest.mark.filterwarnings("ignore:.*:ResourceWarning"),  # sqlite handles of ephemeral Dagster instances
+    pytest.mark.filterwarnings("ignore:Parameter `execution_type`"),  # Dagster warns of its own beta code
+]
 
 
 def run(pipeline: Pipeline, *only: str) -> dg.ExecuteInProcessResult:
