@@ -13,7 +13,7 @@ from offrl_models.datasets.cut import UNCUT, Cut
 from offrl_models.datasets.encoding import Encoder
 from offrl_models.exported import Exported
 from offrl_models.gate import GateConfig
-from offrl_models.measures import Measures, enough_effective
+from offrl_models.measures import Measures, enough_effective, misfit
 from offrl_models.ope.bandit import smoothed_gain
 from offrl_models.ope.diagnostics import effective_sample_size, largest_share, mean_ratio_z
 from offrl_models.ope.estimates import Estimates, Refit, estimate
@@ -223,6 +223,10 @@ def _measure(
     sides, parts = [found.side(policy) for policy in weighed], [paired[policy] for policy in weighed]
     one_step = gate.n_rows == gate.n_episodes
     rare = legs.few_visits_mass(choices, (found.fitted_on, gate), asked.states, thresholds.few_visits)
+    z = max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs)
+    worst_z = max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs)
+    if asked.propensities != "logged" and asked.states is None:
+        doubt = doubt or misfit(z, worst_z)
     measures = Measures(
         episodes=gate.n_episodes,
         rows=gate.n_rows,
@@ -246,8 +250,8 @@ def _measure(
         fqe_differences=found.fqe_gains(name, asked.champion),
         effective_transitions=effective_sample_size(mine.weight),
         effective_episodes=effective,
-        mean_ratio_z=max((mean_ratio_z(found.ratio[each]) for each in weighed), key=abs),
-        worst_action_z=max((found.choices[each].worst_z(found.ratio[each]) for each in weighed), key=abs),
+        mean_ratio_z=z,
+        worst_action_z=worst_z,
         unsupported_mass=legs.visited(mine, rare_mass(choices, found.choices[BEHAVIOR], thresholds.rare_prob)),
         few_visits_mass=None if rare is None else legs.visited(mine, rare),
         ratio_q99=float(np.quantile(mine.weight, 0.99)),

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+MISFIT = 2.0  # standard errors that mean ratios may be off by where the propensities are a clone's
 TRAJECTORY_EPISODES, TRAJECTORY_SHARE = 200, 0.05  # see enough_effective
 
 
@@ -11,6 +12,21 @@ def enough_effective(independent: int) -> float:
     """How many of so many episodes, or entities, the weights of whole episodes must be worth: leg C is informative from there on,
     and intervals that rest on fewer may be too narrow."""
     return max(TRAJECTORY_EPISODES, TRAJECTORY_SHARE * independent)
+
+
+def misfit(mean_ratio_z: float, worst_action_z: float) -> str:
+    """Why propensities that are a clone's cannot be trusted; empty where they can.
+
+    What a clone gets wrong is in no bound, and moves weights where it moves their means: overall, and of single actions or ranges
+    of them.
+    """
+    if abs(mean_ratio_z) < MISFIT and abs(worst_action_z) < MISFIT:
+        return ""
+    return (
+        "the propensities are those of a clone that does not fit: the mean importance ratio has z = "
+        f"{mean_ratio_z:.1f} against 1, and that of one action or range of actions {worst_action_z:.1f}; what the clone gets wrong "
+        "is in no bound, so log the propensities"
+    )
 
 
 @dataclass(frozen=True)

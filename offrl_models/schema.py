@@ -102,6 +102,17 @@ class Episodes:
         return np.arange(self.n_rows) - self.offsets[:-1][self.episode_of_row]
 
     @cached_property
+    def situation(self) -> Int64[np.ndarray, "rows"]:
+        """Of a log whose observation is one category, what a discrete decision was made by: that category, or a number for it
+        and what was allowed, where one category has decisions with other actions allowed than others have."""
+        state = self.observation[:, 0].astype(np.int64)
+        _, first, place = np.unique(state, return_index=True, return_inverse=True)
+        if (self.mask[first][place] == self.mask).all():
+            return state
+        told = np.column_stack([state[:, None].view(np.uint8).reshape(len(state), -1), np.packbits(self.mask, axis=1)])
+        return np.unique(told, axis=0, return_inverse=True)[1].reshape(-1)
+
+    @cached_property
     def next_observation(self) -> Float[np.ndarray, "rows columns"]:
         """The following row's observation; the final one after the last row."""
         following = np.empty_like(self.observation)

@@ -132,9 +132,11 @@ def _found(
     missing = overlap.unseen(name, episodes, ratio, values)
     gain = answers.gain(name, terms[name], returns, unit, alpha, entity, missing)
     without_top = answers.influence(terms[name], returns, entity)
-    by_clone = propensities != LOGGED and states is None
-    said = [overlap.misfit_check(ratio)] if by_clone else [propensity_check(episodes)] if propensities == LOGGED else []
-    said += checks.checks(episodes, target, ratio, values, gain, without_top, rare)
+    said = checks.checks(episodes, target, ratio, values, gain, without_top, rare)
+    if propensities == LOGGED:
+        said.append(propensity_check(episodes))
+    elif states is None:
+        said.append(overlap.misfit_check(target, ratio))
     if np.isfinite(gain.estimate):
         said.append(checks.newer_check(terms[name], returns, unit, episodes.oldest_first, gain))
         said += [checks.loss_check(gain)] if name == "WPDIS" else []

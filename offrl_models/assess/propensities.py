@@ -54,7 +54,9 @@ def _cells(episodes: Episodes) -> Iterator[tuple[Int64[np.ndarray, "rows"], Shap
 def _groups(episodes: Episodes) -> Iterator[Int64[np.ndarray, "rows"]]:
     """The group of each row, -1 for none: one of all; and by every observed column, its categories, or where it is low or high."""
     yield np.zeros(episodes.n_rows, np.int64)
-    for column, feature in zip(episodes.observation.T, episodes.features, strict=True):
+    for column, feature in zip(
+        episodes.observation.T, episodes.features, strict=False
+    ):  # episodes made by hand have no features
         if feature.categories is None:
             yield (column > np.median(column)).astype(np.int64)
         else:

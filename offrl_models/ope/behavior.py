@@ -58,12 +58,17 @@ def fit_table(episodes: Episodes, states: int) -> BehaviorTable:
     return BehaviorTable(known)
 
 
-def _visits(
-    episodes: Episodes, states: int, copies: Float64[np.ndarray, "episodes"] | None = None
-) -> Float64[np.ndarray, "states actions"]:
-    cell = episodes.observation[:, 0].astype(np.int64) * episodes.n_actions + episodes.action
+def _visits(episodes: Episodes, states: int) -> Float64[np.ndarray, "states actions"]:
+    return _counts(episodes, episodes.observation[:, 0].astype(np.int64), states, None)
+
+
+def _counts(
+    episodes: Episodes, place: Int64[np.ndarray, "rows"], places: int, copies: Float64[np.ndarray, "episodes"] | None
+) -> Float64[np.ndarray, "places actions"]:
+    """How often each action was taken in each place."""
     weight = None if copies is None else copies[episodes.episode_of_row]
-    return np.bincount(cell, weight, states * episodes.n_actions).reshape(states, -1).astype(np.float64)
+    taken = place * episodes.n_actions + episodes.action
+    return np.bincount(taken, weight, places * episodes.n_actions).reshape(places, -1).astype(np.float64)
 
 
 def estimate_table(episodes: Episodes, states: int, tuned_on: Episodes) -> BehaviorTable:
@@ -82,14 +87,17 @@ def estimate_table(episodes: Episodes, states: int, tuned_on: Episodes) -> Behav
 def estimate_propensities(
     episodes: Episodes, states: int, copies: Float64[np.ndarray, "episodes"] | None = None
 ) -> Float64[np.ndarray, "rows"]:
-    """Estimated propensity of every logged action: the share of its state's visits in these very episodes, at least FLOOR.
+    """Estimated propensity of every logged action: its share of the decisions in these very episodes that were made in the same
+    state, with the same actions allowed, at least FLOOR.
 
-    `copies` counts each episode that many times, in whatever unit.
+    Whoever acted knew what was allowed, and that may tell what comes next: the share of all visits of the state would be another
+    policy's. `copies` counts each episode that many times, in whatever unit.
     """
-    visits = _visits(episodes, states, copies)
+    place = episodes.situation
+    visits = _counts(episodes, place, max(states, int(place.max(initial=0)) + 1), copies)
     total = visits.sum(1, keepdims=True)
     share = visits / np.where(total > 0, total, 1.0)
-    return np.maximum(share[episodes.observation[:, 0].astype(np.int64), episodes.action], FLOOR)
+    return np.maximum(share[place, episodes.action], FLOOR)
 
 
 class Warmed(nn.Module):
