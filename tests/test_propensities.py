@@ -1,6 +1,6 @@
 """Propensities that are not those of whoever acted, where no policy's own ratios show it."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,19 @@ import polars as pl
 import pytest
 from scipy import stats
 
+from benchmarks.calibration.judging import CONFIG, asked
 from offrl_models import assess
 from offrl_models.assess.log import make_contract
 from offrl_models.assess.propensities import FEWEST, propensity_check
+from offrl_models.evaluation import measure_rungs
+from offrl_models.gate import Status, findings
 from offrl_models.measures import misfit
 from offrl_models.ope import behavior
 from offrl_models.schema import Episodes, Feature, InputError
+from tests import test_assess_traps
 from tests.test_assess import FEW_STEPS
-from tests.test_assess_traps import asked, broken
+from tests.test_assess_traps import broken
+from tests.test_surprises import never
 
 
 def rows(
@@ -105,7 +110,7 @@ def test_an_action_that_a_mask_forbids_is_not_expected() -> None:
     half = np.full(2000, 0.5)
     assert not propensity_check(rows(action, half, state, None, mask)).holds
     assert propensity_check(rows(action, np.where(state == 0, 1.0, 0.5), state, None, mask)).holds
-    everything = dataclasses.replace(rows(action, half, np.zeros(2000), None, mask), mask=np.ones((2000, 3), bool))
+    everything = replace(rows(action, half, np.zeros(2000), None, mask), mask=np.ones((2000, 3), bool))
     assert propensity_check(everything).holds
 
 
@@ -154,7 +159,7 @@ def test_a_clone_that_misfits_settles_nothing(tmp_path: Path) -> None:
         "x": seen, "s": rng.integers(0, 2, 300), "a": (seen + rng.normal(size=300) > 0).astype(int), "pi": 0.5, "r": rng.random(300)
     })  # fmt: skip
     for observation, cloned in (("x", True), ("s:2", False)):  # beside counts, the ratios are those of the log itself
-        found = asked(tmp_path, frame, observation=observation, action_prob=None, horizon=1)
+        found = test_assess_traps.asked(tmp_path, frame, observation=observation, action_prob=None, horizon=1)
         assert ("fit of the propensities" in {check["name"] for check in found["checks"]}) == cloned
 
 
@@ -188,5 +193,24 @@ def test_what_was_allowed_is_part_of_what_a_decision_was_made_by() -> None:
     twice = np.where(np.arange(4000) < 2000, 2.0, 0.0)
     alone = behavior.estimate_propensities(log.take(twice > 0), 2)
     assert behavior.estimate_propensities(log, 2, twice)[:2000] == pytest.approx(alone, abs=1e-12)
-    always = dataclasses.replace(log, mask=np.ones((4000, 3), bool))
+    always = replace(log, mask=np.ones((4000, 3), bool))
     assert (always.situation == 0).all() and set(log.situation) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("states", "propensities", "off", "doubted"),
+    [
+        (None, "estimated", 1.1, True),
+        (None, "estimated", 1.0, False),
+        (None, "logged", 1.1, False),
+        (3, "estimated", 1.1, False),
+    ],
+)
+def test_the_gate_doubts_clones_that_misfit(states: int | None, propensities: str, off: float, doubted: bool) -> None:
+    """Counts have the mean ratio 1 by construction, and logged propensities have a limit of their own."""
+    found = never(1)
+    weighed = replace(found, ratio={name: off * ratio for name, ratio in found.ratio.items()})
+    (rung,) = measure_rungs(["never"], weighed, CONFIG, asked(states, propensities=propensities))
+    assert ("a clone that does not fit" in rung.measures.doubt) == doubted
+    (trust,) = (each for each in findings(rung.measures, CONFIG) if each.name == "trust")
+    assert trust.holds != doubted and trust.otherwise is Status.INCONCLUSIVE
