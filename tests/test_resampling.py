@@ -82,3 +82,14 @@ def test_counts_of_many_episodes_are_binomial_and_repel_each_other() -> None:
     )  # binomial of probability one half: Poisson counts would vary twice as much
     assert half.var() == pytest.approx(episodes / 4, rel=4 * math.sqrt(2 / samples))
     assert half.mean() == pytest.approx(episodes / 2, abs=4 * math.sqrt(episodes / 4 / samples))
+
+
+def test_what_lay_in_memory_before_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last stretch is short, and its numbers are far below those that were there."""
+    for name, size in (("STRETCH", 16), ("ABREAST", 16), ("PREPARED", 64)):
+        monkeypatch.setattr(resampling, name, size)
+    values = np.append(np.ones(64), np.full(5, 1e-60))[:, None]
+    columns = resampling.Columns(69)
+    columns.put(1, lambda rows, out: np.copyto(out, values[rows]))
+    found, _ = columns.sums(np.append(np.zeros(64), np.ones(5))[None])
+    assert found[0, 0] / 5e-60 == pytest.approx(1.0)
