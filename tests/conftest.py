@@ -98,7 +98,7 @@ def graphs_are_written_with_functions_compiled_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_pages() -> Iterator[None]:
-    """Where nobody reads the pages and plots of a walk, which take a third of its time, empty files stand for them."""
+    """Where nobody reads the pages and plots of a walk, which take much of its time, empty files stand for them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Great Expectations and its own dependencies
         from great_expectations.data_context.data_context.abstract_data_context import AbstractDataContext
